@@ -1,0 +1,282 @@
+"""A run's recipe: frozen sections, read from TOML plus `section.key=value` overrides, checked where they are built.
+
+Only what a run *is* lives here. A method's own keys are declared in its file under `algorithms/`, by subclassing
+`AlgorithmConfig`; `load_recipe` is handed the table of methods, so that this module knows none of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
+
+from peertune.errors import ConfigError
+
+Sources = str | list[str]
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, no unknown keys, no silent conversions (an integer may stand for a float)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class RunSection(Section):
+    seed: NonNegative = 0
+    """Seed of everything random: partition, graph, batches. `data.partition.seed` and `topology.seed` override it."""
+    num_peers: Positive = 8
+    """Number of peers N. Default: DECA's published setting."""
+    out: str = "runs/latest"
+    """Folder of the run; it must not hold another run."""
+    device: str = "auto"
+    """"auto" (a GPU if there is one), "cpu", "cuda" or "cuda:0"."""
+    threads: NonNegative = 0
+    """CPU threads for PyTorch; 0 keeps PyTorch's choice. Results are bitwise repeatable for one thread count."""
+    checkpoint_every: NonNegative = 0
+    """Rounds between checkpoints; 0: at the end of each block's turn."""
+    log_every: Positive = 1
+    """Rounds between lines in events.jsonl and measurements of the consensus distance."""
+
+
+class ModelSection(Section):
+    path: str = "tiny"
+    """A local folder, a hub name, or "tiny": the 2 MB base that ships with the package."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type the weights are held in; with bfloat16 the active block has float32 masters. Exchange is float32 always."""
+    max_length: Annotated[int, Field(ge=8)] = 256
+    """Longest sequence, tokens; longer text is cut or packed."""
+    trust_remote_code: bool = False
+    """Whether code that comes with a hub model may run."""
+    train_embeddings: Literal["untied", "all", "none"] = "untied"
+    """Train token embeddings and output head: only where they are two tensors (default), always, or never."""
+    activation_budget_mb: NonNegative = 0
+    """Keep saved activations below this many megabytes by recomputing layers at or above the active block; 0: keep all."""
+    prefix_cache: bool = False
+    """Remember, in host memory, each sample's hidden state below the active block; batches are padded to max_length."""
+    compile: bool = False
+    """Compile each transformer layer with torch.compile."""
+
+
+class PartitionSection(Section):
+    kind: Literal["iid", "dirichlet", "quantity", "column", "files"] = "dirichlet"
+    """How the training rows are dealt to the peers. Default: DECA's published setting."""
+    alpha: Annotated[float, Field(gt=0)] = 0.25
+    """Dirichlet concentration (dirichlet, quantity): smaller is more skewed. Default: DECA's."""
+    column: str = ""
+    """Field that `column` splits by and `dirichlet` skews; empty: the label, or "client" where there is no label."""
+    min_size: Positive = 1
+    """Fewest rows a peer may hold."""
+    seed: NonNegative | None = None
+    """Overrides run.seed for the partition."""
+
+
+class DataSection(Section):
+    train: Sources = "stdlib"
+    """Path, list of paths, Hugging Face data set name, or "stdlib": source text of Python's own standard library."""
+    test: Sources = ""
+    """Held-out rows, likewise; empty: nothing is evaluated. Left out together with train: "stdlib-test"."""
+    task: Literal["text", "classification", "instruction", "chat"] = "text"
+    batch_size: Positive = 8
+    """Sequences in a peer's batch."""
+    max_samples: NonNegative = 0
+    """Rows each peer keeps at most, chosen by the partition's seed; 0: all."""
+    text_field: str = "text"
+    text_b_field: str = "text_b"
+    """Second text of a pair; used where a row has it."""
+    label_field: str = "label"
+    instruction_field: str = "instruction"
+    input_field: str = "input"
+    output_field: str = "output"
+    messages_field: str = "messages"
+    tools_field: str = "tools"
+    partition: PartitionSection = PartitionSection()
+
+
+class TopologySection(Section):
+    kind: Literal["ring", "complete", "erdos_renyi", "star", "torus", "exponential", "bipartite", "edges"] = "erdos_renyi"
+    """The graph. Default: DECA's."""
+    p: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Chance of an edge (erdos_renyi). Not in the paper as we have it: ours."""
+    edges: list[list[int]] = []
+    """Pairs of peers, counted from 0 (edges)."""
+    weights: Literal["metropolis", "laplacian", "uniform", "samples"] = "metropolis"
+    """How the mixing matrix W is made of the graph."""
+    seed: NonNegative | None = None
+    """Overrides run.seed for the graph."""
+
+
+class AlgorithmConfig(Section):
+    """Keys that every method has. A method adds its own by subclassing."""
+
+    name: str = "deca"
+    lr: Annotated[float, Field(gt=0)] = 5e-5
+    """Peak learning rate. Default: DECA's."""
+    warmup_steps: NonNegative = 0
+    """Local steps over which the rate rises linearly from 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What the rate does after warm-up: stays, or falls to 0 at the last local step."""
+    grad_accumulation: Positive = 1
+    """Batches a local step averages its gradient over."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay, on matrices only (never on norms and biases)."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 0.0
+    """Clip the trained block's gradient to this L2 norm; 0: no clipping."""
+
+
+class EvalSection(Section):
+    every: NonNegative = 0
+    """Rounds between evaluations of the average model; 0: only before and after."""
+    max_samples: NonNegative = 1000
+    """Held-out rows used at most; 0: all."""
+
+
+class RunConfig(Section):
+    run: RunSection = RunSection()
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    topology: TopologySection = TopologySection()
+    algorithm: SerializeAsAny[AlgorithmConfig] = AlgorithmConfig()
+    eval: EvalSection = EvalSection()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved recipe as plain data; `from_dict` reads it back."""
+        return self.model_dump(mode="json")
+
+
+Methods = Mapping[str, type[AlgorithmConfig]]
+
+
+def load_recipe(path: str | Path | None, overrides: Sequence[str], methods: Methods) -> tuple[RunConfig, list[str]]:
+    """Read a recipe.
+
+    Args:
+        path: TOML file; None stands for an empty one.
+        overrides: `section.key=value` texts; the value is TOML, a bare word a string. They win over the file.
+        methods: name -> the class of its [algorithm] keys.
+    Returns:
+        The recipe, and a line for each [algorithm] key that only another method uses.
+    Raises:
+        ConfigError: the file cannot be read, a key does not exist, or a value has the wrong type or is impossible.
+    """
+    tree = _read_toml(Path(path)) if path is not None else {}
+    for text in overrides:
+        _apply_override(tree, text, methods)
+    return from_dict(tree, methods)
+
+
+def from_dict(tree: Mapping[str, Any], methods: Methods) -> tuple[RunConfig, list[str]]:
+    """Check a recipe given as nested dicts. Returns and raises as `load_recipe`."""
+    raw = tree.get("algorithm", {})
+    raw = {**raw} if isinstance(raw, Mapping) else raw
+    notes: list[str] = []
+    method: type[AlgorithmConfig] = AlgorithmConfig
+    if isinstance(raw, dict):
+        name = raw.get("name", "deca")
+        if not isinstance(name, str) or name not in methods:
+            raise ConfigError(
+                f"algorithm.name: got {name!r}, expected one of {', '.join(methods)}{_nearest(str(name), methods)}"
+            )
+        method = methods[name]
+        others = {key for m in methods.values() for key in m.model_fields} - set(method.model_fields)
+        for key in sorted(others & raw.keys()):
+            users = ", ".join(n for n, m in methods.items() if key in m.model_fields)
+            notes.append(f"algorithm.{key} is not used by {name} (it is a key of {users})")
+            del raw[key]
+    try:
+        algorithm = method.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, ("algorithm",), method)) from None
+    try:
+        config = RunConfig.model_validate({**tree, "algorithm": algorithm})
+    except ValidationError as error:
+        raise ConfigError(_explain(error, (), RunConfig)) from None
+    if "train" not in config.data.model_fields_set and "test" not in config.data.model_fields_set:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"test": "stdlib-test"})})
+    return config, notes
+
+
+def keys_of(section: type[Section], prefix: str = "") -> list[str]:
+    """All dotted keys below a section, in order."""
+    keys: list[str] = []
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            keys += keys_of(kind, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such recipe; expected a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _apply_override(tree: dict[str, Any], text: str, methods: Methods) -> None:
+    key, equals, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or len(parts) < 2 or not all(parts):
+        raise ConfigError(f"--set {text!r}: expected section.key=value, such as algorithm.lr=1e-4")
+    try:
+        parsed = tomllib.loads(f"value = {value.strip()}")
+        if list(parsed) != ["value"]:
+            raise ConfigError(f"--set {text!r}: expected one value")
+        item: Any = parsed["value"]
+    except tomllib.TOMLDecodeError:
+        item = value.strip()
+    node = tree
+    for part in parts[:-1]:
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {text!r}: {part!r} is a value, not a section")
+        node = child
+    node[parts[-1]] = item
+
+
+def _explain(error: ValidationError, prefix: tuple[str, ...], section: type[Section]) -> str:
+    """One line for the first thing that is wrong: key, got, expected, nearest key."""
+    problem = error.errors()[0]
+    path = [str(p) for p in (*prefix, *problem["loc"]) if not _is_branch(str(p))]
+    key, got = ".".join(path), json.dumps(problem["input"], default=str)
+    if len(got) > 80:
+        got = got[:77] + "..."
+    if problem["type"] == "extra_forbidden":
+        known = ["algorithm." + k for k in section.model_fields] if prefix else keys_of(section)
+        siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]]
+        where = f"; [{key.rpartition('.')[0]}] has {', '.join(siblings)}" if siblings else f"; sections: {', '.join(section.model_fields)}"
+        return f"{key}: no such key (got {got}){_nearest(key, known)}{where}"
+    if problem["type"] == "literal_error":
+        choices = problem["ctx"]["expected"]
+        return f"{key}: got {got}, expected {choices}{_nearest(str(problem['input']), choices.replace(' or ', ', ').replace(chr(39), '').split(', '))}"
+    return f"{key}: got {got}, expected {_expected(problem)}"
+
+
+def _is_branch(part: str) -> bool:
+    """Whether a part of a pydantic location names a branch of a union, not a key."""
+    return part in {"str", "int", "float", "none"} or part.startswith(("list[", "constrained-"))
+
+
+def _expected(problem: Any) -> str:
+    message = str(problem["msg"]).replace("Input should be ", "")
+    return message.removeprefix("a valid ")
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    known = list(known)
+    close = difflib.get_close_matches(word, known, 1, 0.6) or [
+        k for k in known if k.rpartition(".")[2] == word.rpartition(".")[2]
+    ]
+    return f"; did you mean {close[0]}?" if close else ""

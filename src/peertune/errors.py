@@ -1,0 +1,59 @@
+"""The exception tree. Every error a user can cause is a `PeertuneError`; anything else that escapes is a bug of ours.
+
+    PeertuneError                 exit code 1
+    ├── InputError (ValueError)   exit code 2: found before anything was trained or written
+    │   ├── ConfigError           a recipe, an override or a command line
+    │   ├── DataError             a data file or what is in it
+    │   ├── ModelError            a base model or its tokenizer
+    │   ├── TopologyError         a graph or a mixing matrix
+    │   └── CheckpointError       a run folder or a checkpoint in it
+    └── RunError                  exit code 1: a run stopped; what it had reached is on disk and `--resume` goes on
+        ├── DivergedError         a loss or a weight became NaN or infinite
+        └── StorageError          the disk is full or refused a write
+
+Messages say what was got, what was expected and what to do, in one line.
+"""
+
+
+class PeertuneError(Exception):
+    """Base class. `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class InputError(PeertuneError, ValueError):
+    """Something the user gave cannot be used. Nothing was trained or written."""
+
+    exit_code = 2
+
+
+class ConfigError(InputError):
+    """A recipe, an override or a command line is wrong."""
+
+
+class DataError(InputError):
+    """A data file is missing, broken, or holds nothing to learn from."""
+
+
+class ModelError(InputError):
+    """A base model or tokenizer cannot be loaded or trained."""
+
+
+class TopologyError(InputError):
+    """A graph is disconnected, or its mixing matrix would not keep the mean."""
+
+
+class CheckpointError(InputError):
+    """A run folder is taken, damaged, or belongs to another recipe."""
+
+
+class RunError(PeertuneError):
+    """A run had to stop; its last checkpoint is intact."""
+
+
+class DivergedError(RunError):
+    """A loss or a weight became NaN or infinite."""
+
+
+class StorageError(RunError):
+    """The disk is full, or refused a write."""
