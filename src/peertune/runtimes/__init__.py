@@ -1,0 +1,68 @@
+"""Runtimes: how payloads travel. The steps of a round are the same in all of them and stand here.
+
+A process plays the peers it hosts: all N in simulation, one where every peer is a process of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from peertune.algorithms.base import Algorithm, LocalReport
+from peertune.exchange import Exchange, Hop, Inbox, Payload, agreement
+from peertune.topology import Topology
+
+__all__ = ["Member", "agree", "play_round"]
+
+
+class Member(NamedTuple):
+    """One peer hosted by this process."""
+
+    algorithm: Algorithm
+    exchange: Exchange
+
+    @property
+    def index(self) -> int:
+        return self.algorithm.peer.index
+
+
+def play_round(round: int, members: Sequence[Member], topology: Topology) -> list[LocalReport]:
+    """One round of every hosted peer: the local phase, then each hop."""
+    reports = [member.algorithm.local(round) for member in members]
+    for hop in members[0].algorithm.hops(round, topology):
+        for member, inbox in _carry(round, hop, members, lambda member, hop: member.algorithm.outgoing(hop)):
+            member.algorithm.mix(hop, inbox)
+    return reports
+
+
+def agree(round: int, members: Sequence[Member], topology: Topology) -> int:
+    """Give every peer the bitwise same weighted average of what the peers share, a block at a time.
+
+    Returns:
+        The number of hops it took.
+    """
+    hops = agreement(topology)
+    for block in members[0].algorithm.peer.blocks:
+        names = [name for name in members[0].algorithm.shared_names() if name in set(block.parameters)]
+
+        def outgoing(member: Member, hop: Hop, names: list[str] = names) -> Payload:
+            return {name: member.algorithm.shared(name) for name in names}
+
+        for hop in hops:
+            for member, inbox in _carry(round, hop, members, outgoing):
+                for name in names:
+                    member.algorithm.set_shared(name, inbox.mean(name))
+    return len(hops)
+
+
+def _carry(
+    round: int, hop: Hop, members: Sequence[Member], outgoing: Callable[[Member, Hop], Payload]
+) -> Iterator[tuple[Member, Inbox]]:
+    """Send along a hop from all hosted peers, then yield each one that received something, with its inbox."""
+    sources = {source for source, _ in hop.weights}
+    for member in members:
+        member.exchange.start(round, hop, outgoing(member, hop) if member.index in sources else None)
+    for member in members:
+        inbox = member.exchange.finish(round, hop)
+        if inbox is not None:
+            yield member, inbox

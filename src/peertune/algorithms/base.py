@@ -1,0 +1,99 @@
+"""What a method is: one class, told its peer, the graph and its own keys; it knows neither runtime nor other peers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from peertune.config import AlgorithmConfig
+from peertune.exchange import Hop, Inbox, Payload
+from peertune.optim import MasterWeights
+from peertune.peer import Peer
+from peertune.topology import Topology
+
+
+@dataclass(frozen=True)
+class LocalReport:
+    """What a local phase tells the run's log."""
+
+    loss: Tensor
+    """Mean over the phase's steps, nats a target token; float32 scalar."""
+    grad_norm: Tensor
+    """Mean L2 norm of the gradient before clipping; float32 scalar."""
+    lr: float
+    """Rate of the last step."""
+
+
+class Algorithm(ABC):
+    """One method on one peer. All state that outlives a round is in `state_dict`, so every round can be resumed."""
+
+    Config: ClassVar[type[AlgorithmConfig]]
+    """The class of the method's [algorithm] keys."""
+    pools_data: ClassVar[bool] = False
+    """True for a bound that is allowed to see all data: one model, whose batch is the union of the peers' batches."""
+    agrees: ClassVar[bool] = True
+    """Whether a run ends with all peers agreeing on their average."""
+
+    def __init__(self, peer: Peer, config: AlgorithmConfig) -> None:
+        self.peer = peer
+        parameters = dict(peer.model.module.named_parameters())
+        self.masters = MasterWeights({n: parameters[n] for block in peer.blocks for n in block.parameters})
+
+    @property
+    @abstractmethod
+    def num_rounds(self) -> int:
+        """Rounds of a whole run."""
+
+    @abstractmethod
+    def hops(self, round: int, topology: Topology) -> Sequence[Hop]:
+        """The round's hops, the same on every peer."""
+
+    @abstractmethod
+    def local(self, round: int) -> LocalReport:
+        """Train on the peer's own data."""
+
+    @abstractmethod
+    def outgoing(self, hop: Hop) -> Payload:
+        """What this peer sends along a hop of its own `hops`: float32 copies."""
+
+    @abstractmethod
+    def mix(self, hop: Hop, inbox: Inbox) -> None:
+        """Take in what the hop brought."""
+
+    @abstractmethod
+    def position(self, round: int) -> Mapping[str, int]:
+        """Where in the method's schedule a round lies, for the log; has at least "outer_round" and "block"."""
+
+    def is_boundary(self, round: int) -> bool:
+        """Whether the end of a round is a cheap place for a checkpoint (DECA: the end of a block's turn)."""
+        return True
+
+    def shared_names(self, round: int | None = None) -> Sequence[str]:
+        """Tensors the peers have in common; with a round, those that this round trains."""
+        return tuple(self.masters)
+
+    def shared(self, name: str) -> Tensor:
+        """A float32 copy of a shared tensor: for agreement, evaluation and export."""
+        return self.masters.snapshot(name)
+
+    def set_shared(self, name: str, value: Tensor) -> None:
+        """Replace a shared tensor by float32 `value` of its shape."""
+        self.masters.write(name, value)
+
+    def state_dict(self, round: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and plain data of a checkpoint after `round` rounds: weights, and what outlives a round."""
+        tensors = {f"weights/{n}": p.detach() for n, p in self.masters.parameters.items()}
+        tensors |= {f"remainder/{n}": t for n, t in self.masters.remainders.items()}
+        return tensors, {}
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any], round: int) -> None:
+        """Take up a `state_dict` written after `round` rounds."""
+        for name, parameter in self.masters.parameters.items():
+            parameter.data.copy_(tensors[f"weights/{name}"])
+        self.masters.remainders = {
+            n: tensors[f"remainder/{n}"].clone() for n in self.masters if f"remainder/{n}" in tensors
+        }

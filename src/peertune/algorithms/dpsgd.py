@@ -1,0 +1,32 @@
+"""D-PSGD with Adam: DECA on all blocks at once, without moment correction (Lian et al. 2017, arXiv 1705.09056).
+
+x_{i,t+1} = sum_j w_ij (x_j - lr adam(grad F_j(x_j)))_t. As many local steps as DECA takes with the same keys,
+T x B x R, each of all parameters: about B times the updates, the traffic and the optimiser memory.
+"""
+
+from dataclasses import replace
+
+from peertune.algorithms.deca import Deca
+from peertune.algorithms.turns import BlockwiseConfig, Calendar
+from peertune.config import AlgorithmConfig
+from peertune.model.blocks import Block
+from peertune.peer import Peer
+
+
+class Dpsgd(Deca):
+    Config = BlockwiseConfig
+
+    def __init__(self, peer: Peer, config: AlgorithmConfig) -> None:
+        self.num_turns = len(peer.blocks)
+        everything = Block(0, "all", tuple(name for block in peer.blocks for name in block.parameters), 0)
+        super().__init__(replace(peer, blocks=[everything]), config)
+
+    def make_calendar(self, config: BlockwiseConfig) -> Calendar:
+        """One turn of T x B x R steps: the moments are never set back."""
+        steps = config.outer_rounds * self.num_turns * config.inner_steps
+        return replace(super().make_calendar(config), outer_rounds=1, inner_steps=steps)
+
+    def is_boundary(self, round: int) -> bool:
+        """As often as DECA with the same keys."""
+        rounds = -(-self.config.inner_steps // self.config.gossip_every)
+        return (round + 1) % rounds == 0 or round + 1 == self.num_rounds

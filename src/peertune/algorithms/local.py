@@ -1,0 +1,16 @@
+"""Every peer alone: DECA with W = I. The floor that collaboration must beat."""
+
+from collections.abc import Sequence
+
+from peertune.algorithms.deca import Deca
+from peertune.algorithms.turns import BlockwiseConfig
+from peertune.exchange import Hop
+from peertune.topology import Topology
+
+
+class Local(Deca):
+    Config = BlockwiseConfig
+    agrees = False
+
+    def hops(self, round: int, topology: Topology) -> Sequence[Hop]:
+        return ()

@@ -1,0 +1,114 @@
+"""Atomic checkpoints: one folder a peer, safetensors and JSON, two generations; never pickle.
+
+    DIR/checkpoints/peer-000/round-00000048/{state.safetensors, state.json}
+
+Each generation is written aside, synced and renamed, so it is whole or absent. A kill between two peers' writes leaves
+them at different rounds; `newest_complete` is the newest round that every peer has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from peertune.errors import CheckpointError, StorageError
+
+GENERATIONS = 2
+
+
+class CheckpointStore:
+    """The checkpoints of a run's peers."""
+
+    def __init__(self, folder: Path, num_peers: int) -> None:
+        self.folder = folder
+        self.num_peers = num_peers
+
+    def save(self, peer: int, round: int, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        """Write one peer's state after `round` rounds and drop its generations before the last two.
+
+        Raises:
+            StorageError: the disk is full or refused the write; earlier generations are intact.
+        """
+        home = self._home(peer)
+        final, aside = home / f"round-{round:08d}", home / f".round-{round:08d}.partial"
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            weights = aside / "state.safetensors"
+            save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, weights)
+            state = {"peer": peer, "round": round, "sha256": _sha256(weights), "state": plain}
+            (aside / "state.json").write_text(json.dumps(state), encoding="utf-8")
+            for path in (weights, aside / "state.json", aside):
+                _sync(path)
+            shutil.rmtree(final, ignore_errors=True)
+            aside.rename(final)
+            _sync(home)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise StorageError(
+                f"{final}: cannot write the checkpoint: {getattr(error, 'strerror', None) or error}; earlier checkpoints are"
+                " intact: free some space and go on with --resume"
+            ) from error
+
+    def prune(self) -> None:
+        """Keep the last two generations of every peer. Called when all peers have written one."""
+        for peer in range(self.num_peers):
+            for round in self.rounds(peer)[:-GENERATIONS]:
+                shutil.rmtree(self._home(peer) / f"round-{round:08d}", ignore_errors=True)
+
+    def rounds(self, peer: int) -> list[int]:
+        """Rounds of a peer's generations, ascending."""
+        return sorted(int(path.name.removeprefix("round-")) for path in self._home(peer).glob("round-*") if path.is_dir())
+
+    def newest_complete(self) -> int | None:
+        """The newest round that every peer has a generation of; None where there is none."""
+        common = set.intersection(*(set(self.rounds(peer)) for peer in range(self.num_peers)))
+        return max(common, default=None)
+
+    def load(self, peer: int, round: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Read one peer's state.
+
+        Raises:
+            CheckpointError: it is missing, damaged or another peer's.
+        """
+        folder = self._home(peer) / f"round-{round:08d}"
+        try:
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            if state["sha256"] != _sha256(folder / "state.safetensors"):
+                raise CheckpointError(f"{folder}: damaged: state.safetensors is not what was written; delete this folder to use an older one")
+            if (state["peer"], state["round"]) != (peer, round):
+                raise CheckpointError(f"{folder}: holds peer {state['peer']}, round {state['round']}; expected peer {peer}, round {round}")
+            return load_file(folder / "state.safetensors"), dict(state["state"])
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{folder}: damaged: {error}; delete this folder to use an older one") from error
+
+    def _home(self, peer: int) -> Path:
+        return self.folder / f"peer-{peer:03d}"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Make a file's or folder's content durable before a rename makes it visible."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # some systems cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)

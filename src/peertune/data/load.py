@@ -1,0 +1,323 @@
+"""Read the rows of a data set and check that they have the fields the task needs.
+
+Rows are plain dicts. What is checked here is presence and type; a row whose text is empty passes, and `render` drops
+and counts it.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peertune.config import DataSection
+from peertune.errors import DataError
+
+Row = dict[str, Any]
+Located = Iterator[tuple[str, Row]]
+"""Rows with the place each one came from, as "file:line"."""
+
+_KINDS = (".jsonl", ".json", ".csv", ".txt", ".parquet")
+_EXPECTED = ".jsonl, .json, .csv or .txt (each also with .gz), .parquet, or a Hugging Face data set org/name[:split]"
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of one or several sources."""
+
+    rows: list[Row]
+    """One dict a row, with at least the fields of the task; labels are text."""
+    source: list[int]
+    """source[i] is the index of the given source that row i came from ("stdlib": of the group of packages)."""
+
+
+def load_table(sources: str | list[str], config: DataSection, *, base: Path | None = None) -> Table:
+    """Read all rows of one or several sources.
+
+    Args:
+        sources: paths, names of Hugging Face data sets ("org/name" or "org/name:split", "train" where no split is
+            named; also a local folder in the hub's layout), "stdlib" or "stdlib-test".
+        config: the task and the names of its fields.
+        base: folder that relative paths are tried against where the working directory does not have them.
+    Returns:
+        The rows in the order of the sources.
+    Raises:
+        DataError: a source is missing, unreadable or empty, or a row lacks a field or has one of the wrong type.
+    """
+    names = [sources] if isinstance(sources, str) else list(sources)
+    if not names or not all(names):
+        raise DataError(f"data: got {sources!r}, expected a path or a data set name: {_EXPECTED}")
+    rows: list[Row] = []
+    source: list[int] = []
+    for index, name in enumerate(names):
+        if name in ("stdlib", "stdlib-test"):
+            from peertune.data.stdlib import load_stdlib
+
+            found, groups = load_stdlib("test" if name == "stdlib-test" else "train")
+            located: Located = (("stdlib", {config.text_field: row["text"], **row}) for row in found)
+            origin = groups if len(names) == 1 else [index] * len(found)
+        else:
+            located, origin = _open(name, config, base), []
+        before = len(rows)
+        rows.extend(_check(row, where, config) for where, row in located)
+        if len(rows) == before:
+            raise DataError(f"{name}: is empty; expected at least one row")
+        source.extend(origin or [index] * (len(rows) - before))
+    return Table(rows, source)
+
+
+def _open(name: str, config: DataSection, base: Path | None) -> Located:
+    path = _find(name, base)
+    kind = _kind(name)
+    if path is not None and path.is_dir():
+        return _read_dataset(str(path), "train", config)
+    if path is None and (split := re.fullmatch(r"(.+):([\w.-]+)", name)):
+        folder = _find(split[1], base)
+        if folder is not None and folder.is_dir():
+            return _read_dataset(str(folder), split[2], config)
+    if path is None:
+        hub, _, wanted = name.partition(":")
+        # `data/train.tsv` is a path with a typing error or an unknown type where there is a folder `data`
+        if not kind and _HUB_NAME.fullmatch(hub) and _find(hub.split("/")[0], base) is None:
+            return _read_dataset(hub, wanted or "train", config)
+        tried = Path(name).absolute() if base is None or Path(name).is_absolute() else f"{Path.cwd()} and {base}"
+        raise DataError(f"{name}: no such file (looked in {tried}){_similar(name, base)}; expected {_EXPECTED}")
+    if not kind:
+        raise DataError(f"{name}: unknown type of file {''.join(path.suffixes[-2:])!r}; expected {_EXPECTED}")
+    if kind == ".parquet":
+        return _read_parquet(path, name)
+    text = _read_text(path, name)
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
+    if kind in readers:
+        return readers[kind](text, name)
+    return iter([(name, {config.text_field: text})] if text.strip() else [])
+
+
+def _kind(name: str) -> str:
+    lower = name.lower()
+    stem = lower.removesuffix(".gz")
+    kind = next((k for k in _KINDS if stem.endswith(k)), "")
+    return "" if kind == ".parquet" and lower.endswith(".gz") else kind
+
+
+def _find(name: str, base: Path | None) -> Path | None:
+    for folder in (Path(), base):
+        if folder is not None and (folder / name).exists():
+            return folder / name
+    return None
+
+
+def _similar(name: str, base: Path | None) -> str:
+    for folder in (Path(name).parent, (base or Path()) / Path(name).parent):
+        if folder.is_dir():
+            close = difflib.get_close_matches(Path(name).name, sorted(p.name for p in folder.iterdir()), 1, 0.6)
+            if close:
+                return f"; did you mean {Path(name).parent / close[0]}?"
+    return ""
+
+
+def _read_text(path: Path, name: str) -> str:
+    try:
+        raw = path.read_bytes()
+        if name.lower().endswith(".gz"):
+            raw = gzip.decompress(raw)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{name}: not a whole gzip file ({error}); copy it again or unpack it") from None
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read: {error.strerror}") from None
+    try:
+        return raw.decode("utf-8-sig")  # spreadsheets write a byte order mark
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{name}:{line}: not UTF-8 (byte 0x{raw[error.start]:02x}); convert the file to UTF-8"
+        ) from None
+
+
+def _read_jsonl(text: str, name: str) -> Located:
+    # not splitlines(): U+2028 and its like may stand unescaped inside a JSON string
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield f"{name}:{number}", _parse_object(line, f"{name}:{number}")
+
+
+def _parse_object(line: str, where: str) -> Row:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: broken JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise DataError(f"{where}: broken JSON: nested too deeply") from None
+    return _as_object(value, where)
+
+
+def _as_object(value: Any, where: str) -> Row:
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: got {_type(value)}, expected a JSON object with a field for each column")
+    return value
+
+
+def _read_json(text: str, name: str) -> Located:
+    try:
+        values = json.loads(text) if text.strip() else []
+    except (json.JSONDecodeError, RecursionError) as error:
+        place, reason = (error.lineno, error.msg) if isinstance(error, json.JSONDecodeError) else (1, "too deep")
+        raise DataError(
+            f"{name}:{place}: broken JSON: {reason}; a file of one object a line must be named .jsonl"
+        ) from None
+    if not isinstance(values, list):
+        raise DataError(f"{name}: got {_type(values)}, expected a list of objects; one object a line is .jsonl")
+    for number, value in enumerate(values, 1):
+        yield f"{name}, row {number}", _as_object(value, f"{name}, row {number}")
+
+
+def _read_csv(text: str, name: str) -> Located:
+    limit = csv.field_size_limit(len(text) + 1)  # whole documents may stand in one cell; the default is 131072
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        lines = [(reader.line_num, cells) for cells in reader if cells]
+    except csv.Error as error:
+        raise DataError(f"{name}:{reader.line_num}: broken CSV: {error}") from None
+    finally:
+        csv.field_size_limit(limit)
+    header = lines[0][1] if lines else []
+    if len(set(header)) < len(header):
+        raise DataError(f"{name}:1: two columns have the same name; got {', '.join(header)}")
+    for number, cells in lines[1:]:
+        if len(cells) != len(header):
+            raise DataError(f"{name}:{number}: got {len(cells)} cells, expected {len(header)} as in the first line")
+        yield f"{name}:{number}", dict(zip(header, cells, strict=True))
+
+
+def _read_parquet(path: Path, name: str) -> Located:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.ParquetFile(path).read().to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{name}: not a readable Parquet file: {reason}") from None
+    yield from ((f"{name}, row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _read_dataset(name: str, split: str, config: DataSection) -> Located:
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    try:
+        data = datasets.load_dataset(name, split=split)
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{name}:{split}: no such file, and no data set of that name loads: {reason}") from None
+    label = data.features.get(config.label_field)
+    names = label.names if isinstance(label, datasets.ClassLabel) else None
+    for number, row in enumerate(data, 1):
+        if names is not None and isinstance(row[config.label_field], int) and row[config.label_field] >= 0:
+            row = {**row, config.label_field: names[row[config.label_field]]}
+        yield f"{name}:{split}, row {number}", row
+
+
+def _check(row: Row, where: str, config: DataSection) -> Row:
+    """The row with its label as text and its messages as a list; raises where a field is missing or of a wrong type."""
+    if config.task == "text":
+        _text(row, where, "text_field", config)
+    elif config.task == "classification":
+        _text(row, where, "text_field", config)
+        _text(row, where, "text_b_field", config, optional=True)
+        row = {**row, config.label_field: _label(row, where, config)}
+    elif config.task == "instruction":
+        _text(row, where, "instruction_field", config)
+        _text(row, where, "input_field", config, optional=True)
+        _text(row, where, "output_field", config)
+    else:
+        row = {**row, config.messages_field: _messages(row, where, config)}
+        if row.get(config.tools_field) is not None:
+            row[config.tools_field] = _objects(row, where, "tools_field", config)
+    return row
+
+
+def _value(row: Row, where: str, key: str, config: DataSection) -> Any:
+    field = getattr(config, key)
+    if field not in row:
+        has = ", ".join(map(str, row)) or "no field at all"
+        raise DataError(f"{where}: no field {field!r} (it has {has}); name the right one with data.{key}")
+    return row[field]
+
+
+def _text(row: Row, where: str, key: str, config: DataSection, optional: bool = False) -> None:
+    if optional and getattr(config, key) not in row:
+        return
+    value = _value(row, where, key, config)
+    if value is not None and not isinstance(value, str):
+        raise DataError(f"{where}: field {getattr(config, key)!r} is {_type(value)}, expected text (data.{key})")
+    _check_encodable(value or "", where)
+
+
+def _label(row: Row, where: str, config: DataSection) -> str:
+    value = _value(row, where, "label_field", config)
+    if value is None:
+        return ""
+    if not isinstance(value, str | int):
+        raise DataError(
+            f"{where}: field {config.label_field!r} is {_type(value)}, expected text, an integer or a boolean "
+            "(data.label_field)"
+        )
+    _check_encodable(str(value), where)
+    return str(value).strip()
+
+
+def _objects(row: Row, where: str, key: str, config: DataSection) -> list[Row]:
+    """A field that holds a list of objects, or its JSON text as CSV files have it."""
+    value = _value(row, where, key, config)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else []
+        except json.JSONDecodeError:
+            pass  # reported below as text where a list was expected
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        got = _type(value) if not isinstance(value, list) else "a list that does not hold objects only"
+        raise DataError(f"{where}: field {getattr(config, key)!r} is {got}, expected a list of objects (data.{key})")
+    _check_encodable(json.dumps(value, ensure_ascii=False), where)
+    return value
+
+
+def _messages(row: Row, where: str, config: DataSection) -> list[Row]:
+    messages = []
+    for number, message in enumerate(_objects(row, where, "messages_field", config), 1):
+        place = f"{where}, message {number}"
+        if not isinstance(message.get("role"), str):
+            raise DataError(f"{place}: no text in field 'role' (it has {', '.join(message)}), expected role and content")
+        content = message.get("content")
+        if isinstance(content, list):
+            parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+            if not all(isinstance(part, str) for part in parts):
+                raise DataError(f"{place}: content has a part that is not text, expected text only")
+            content = "".join(parts)
+        if content is not None and not isinstance(content, str):
+            raise DataError(f"{place}: content is {_type(content)}, expected text")
+        # Arrow gives every message all keys that any message has; templates test for presence
+        kept = {key: value for key, value in message.items() if value is not None}
+        messages.append({**kept, "content": content or ""})
+    return messages
+
+
+def _check_encodable(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: holds half of a surrogate pair, which is no character; write the file anew") from None
+
+
+def _type(value: Any) -> str:
+    names = {type(None): "null", bool: "a boolean", int: "an integer", float: "a number", str: "text"}
+    return names.get(type(value)) or {list: "a list", dict: "an object"}.get(type(value), type(value).__name__)

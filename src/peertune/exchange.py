@@ -1,0 +1,125 @@
+"""What algorithms and runtimes agree on: hops, inboxes and the exchange. The heart, and deliberately small.
+
+A round is a local phase and then hops. A hop says who sends to whom with which weight; the runtime carries payloads
+along it and hands each receiver an inbox; the algorithm mixes. Algorithms know no runtime, runtimes no algorithm.
+
+    for hop in algorithm.hops(round, topology):
+        exchange.start(round, hop, algorithm.outgoing(hop))       # for every peer that sends
+        inbox = exchange.finish(round, hop)                       # for every peer that receives
+        algorithm.mix(hop, inbox)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from peertune.topology import Topology
+
+Payload = Mapping[str, Tensor]
+"""Named float32 tensors; a snapshot: nobody writes to them after they were handed over."""
+
+
+@dataclass(frozen=True)
+class Hop:
+    """One wave of messages; the same on every peer, as it is a pure function of (recipe, round)."""
+
+    name: str
+    """What the wave is for, such as "gossip" or "agree"."""
+    weights: Mapping[tuple[int, int], float]
+    """(source, target) -> weight of the source's payload at the target; no key, no message."""
+
+    def sources(self, peer: int) -> dict[int, float]:
+        """Who `peer` hears, itself included, with weights, in ascending order of the peers."""
+        return {s: w for (s, t), w in sorted(self.weights.items()) if t == peer}
+
+    def targets(self, peer: int) -> list[int]:
+        """To whom `peer` sends, itself left out."""
+        return sorted(t for s, t in self.weights if s == peer and t != peer)
+
+
+@dataclass(frozen=True)
+class Inbox:
+    """What one peer received in a hop, its own payload included."""
+
+    weights: Mapping[int, float]
+    """Source -> weight."""
+    payloads: Mapping[int, Payload]
+
+    def mean(self, name: str) -> Tensor:
+        """sum_j w_j x_j in float32, added in ascending order of the peers, so that every runtime rounds alike.
+
+        Args:
+            name: a tensor that every source sent.
+        Returns:
+            A new tensor of that tensor's shape.
+        """
+        first, *rest = sorted(self.weights)
+        total = self.payloads[first][name] * self.weights[first]
+        for source in rest:
+            total.add_(self.payloads[source][name], alpha=self.weights[source])
+        return total
+
+
+class Exchange(Protocol):
+    """A runtime's one duty towards a peer: carry its payloads along a hop."""
+
+    def start(self, round: int, hop: Hop, out: Payload | None) -> None:
+        """Send `out` to this peer's targets in the hop; None where it has nothing to send."""
+
+    def finish(self, round: int, hop: Hop) -> Inbox | None:
+        """Wait for this peer's sources; None if the hop brings it nothing."""
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of payload this peer has sent since the run began."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know: counters, and later an edge's codec state."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a `state_dict`."""
+
+
+def gossip(topology: Topology) -> Hop:
+    """Everyone to all neighbours, weighted by the mixing matrix W (w_ij is what i gives to j's message)."""
+    w = topology.weights
+    pairs = ((j, i) for i in range(topology.num_peers) for j in range(topology.num_peers))
+    return Hop("gossip", {(j, i): float(w[i, j]) for j, i in pairs if w[i, j] > 0})
+
+
+def agreement(topology: Topology) -> Sequence[Hop]:
+    """Hops that leave every peer with the bitwise same weighted average, sum_j pi_j x_j.
+
+    A reduce up a breadth-first tree of the graph and a broadcast down it: 2 x depth hops, where gossip alone would
+    only come near. pi is the stationary distribution of W: 1/N each where W is doubly stochastic. On the way up a
+    peer's shared tensors hold partial sums; the way down overwrites them all.
+    """
+    pi = [float(p) for p in topology.stationary]
+    tree = topology.tree()
+    if not tree:
+        return ()
+    children: dict[int, list[int]] = {}
+    depth: dict[int, int] = {tree[0][0]: 0}
+    for parent, child in tree:
+        children.setdefault(parent, []).append(child)
+        depth[child] = depth[parent] + 1
+
+    def level(d: int) -> list[int]:
+        return [p for p in depth if depth[p] == d and p in children]
+
+    def share(p: int) -> float:
+        """A peer with children already holds a sum; a leaf holds its bare value."""
+        return 1.0 if p in children else pi[p]
+
+    up = []
+    for d in reversed(range(max(depth.values()))):
+        sums = {(child, p): share(child) for p in level(d) for child in children[p]}
+        up.append(Hop("agree", {**sums, **{(p, p): pi[p] for p in level(d)}}))
+    down = [
+        Hop("agree", {(p, child): 1.0 for p in level(d) for child in children[p]}) for d in range(max(depth.values()))
+    ]
+    return (*up, *down)

@@ -1,0 +1,132 @@
+"""A model's trained parameters, split into blocks: disjoint, in the order of the forward pass, covering all of them.
+
+Found from the model itself: the transformer layers are the longest list of sub-modules; what comes before and after
+them joins the first and last block, unless it is a token embedding or an output head, which are blocks of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from peertune.errors import ModelError
+
+TrainEmbeddings = Literal["untied", "all", "none"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A set of parameters that are trained and exchanged together."""
+
+    index: int
+    """Place in the forward pass, from 0."""
+    name: str
+    parameters: tuple[str, ...]
+    """Names as in `model.named_parameters()`."""
+    first_layer: int
+    """The lowest transformer layer that a gradient must reach; the number of layers for a block above them all."""
+
+
+def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The transformer layers of a model and their dotted name.
+
+    Raises:
+        ModelError: no list of sub-modules with parameters was found.
+    """
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and all(any(True for _ in m.parameters()) for m in module)
+    ]
+    # The outermost of the longest lists: a layer may itself hold lists, of experts for instance.
+    lists.sort(key=lambda item: (item[0].count("."), -len(item[1])))
+    outer = [item for item in lists if not any(item[0].startswith(name + ".") for name, _ in lists)]
+    if not outer or not len(max(outer, key=lambda item: len(item[1]))[1]):
+        raise ModelError(f"{type(model).__name__}: no list of transformer layers found; expected a causal language model")
+    return max(outer, key=lambda item: len(item[1]))
+
+
+def is_tied(model: nn.Module) -> bool:
+    """Whether the token embedding and the output head are one tensor."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    return embedding is not None and head is not None and embedding.weight is head.weight
+
+
+def partition_blocks(model: nn.Module, layers_per_block: int, train_embeddings: TrainEmbeddings = "untied") -> list[Block]:
+    """Split a causal language model's trained parameters into blocks, in the order of the forward pass.
+
+    Args:
+        layers_per_block: consecutive transformer layers a block; 0: everything that is trained is one block.
+        train_embeddings: token embedding and output head are trained where they are two tensors ("untied"), always
+            ("all": tied ones with the head, in the last block's place), or never ("none").
+    Raises:
+        ModelError: the model has no transformer layers.
+    """
+    prefix, layers = find_layers(model)
+    tied = is_tied(model)
+    train = train_embeddings == "all" or (train_embeddings == "untied" and not tied)
+    vocabulary = {
+        id(p)
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+        if module is not None
+        for p in module.parameters()
+    }
+    before: list[str] = []
+    after: list[str] = []
+    embedding: list[str] = []
+    head: list[str] = []
+    inside: list[list[str]] = [[] for _ in layers]
+    seen_layers = False
+    for name, parameter in model.named_parameters():
+        if name.startswith(prefix + "."):
+            seen_layers = True
+            inside[int(name[len(prefix) + 1 :].split(".")[0])].append(name)
+        elif id(parameter) in vocabulary:
+            if train:
+                (head if seen_layers or tied else embedding).append(name)
+        else:
+            (after if seen_layers else before).append(name)
+
+    size = layers_per_block or len(layers)
+    groups = [(i, list(range(i, min(i + size, len(layers))))) for i in range(0, len(layers), size)]
+    pieces: list[tuple[str, list[str], int]] = []
+    if embedding:
+        pieces.append(("embedding", before + embedding, 0))
+        before = []
+    for first, members in groups:
+        label = f"layer {first}" if len(members) == 1 else f"layers {first}-{members[-1]}"
+        pieces.append((label, [name for i in members for name in inside[i]], first))
+    first_group = 1 if embedding else 0
+    pieces[first_group] = (pieces[first_group][0], before + pieces[first_group][1], 0)
+    if head:
+        # A tied head is also the embedding: its gradient goes all the way down.
+        pieces.append(("head", after + head, 0 if tied else len(layers)))
+    else:
+        pieces[-1] = (pieces[-1][0], pieces[-1][1] + after, pieces[-1][2])
+    if layers_per_block == 0:
+        pieces = [("all", [name for _, names, _ in pieces for name in names], 0)]
+    return [Block(i, name, tuple(names), first) for i, (name, names, first) in enumerate(pieces)]
+
+
+def frozen_names(model: nn.Module, blocks: Iterable[Block]) -> list[str]:
+    """Names of the parameters that no block trains."""
+    trained = {name for block in blocks for name in block.parameters}
+    return [name for name, _ in model.named_parameters() if name not in trained]
+
+
+def block_table(model: nn.Module, blocks: Sequence[Block]) -> str:
+    """The partition as text, a line a block: index, name, tensors, parameters, share of what is trained."""
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    totals = [sum(sizes[name] for name in block.parameters) for block in blocks]
+    width = max(len(block.name) for block in blocks)
+    lines = [
+        f"{block.index:>3}  {block.name:<{width}}  {len(block.parameters):>4} tensors  {n:>13,} parameters  {n / sum(totals):>6.1%}"
+        for block, n in zip(blocks, totals, strict=True)
+    ]
+    frozen = frozen_names(model, blocks)
+    if frozen:
+        lines.append(f"frozen: {', '.join(frozen)} ({sum(sizes[n] for n in frozen):,} parameters)")
+    return "\n".join(lines)

@@ -1,0 +1,135 @@
+"""What one forward pass does with each transformer layer: run, recompute later, skip from a cache, or run compiled.
+
+A layer's `forward` is wrapped on the instance, so any architecture of transformers works without its own code. The
+wrapper goes by the layer's place in the stack and by `active`, the lowest layer a gradient must reach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+
+class PrefixCache:
+    """Hidden states below the active block, on the host, by sample.
+
+    An entry is the input of layer `depth`. It stays exact while no layer below `depth` changes, so `invalidate` at the
+    start of a block's turn drops the deeper ones; shallower ones are carried up by running only the layers between.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[int, tuple[int, Tensor]] = {}
+
+    def invalidate(self, first_layer: int) -> None:
+        """Forget what lies above `first_layer`, which is about to change."""
+        self._entries = {k: e for k, e in self._entries.items() if e[0] <= first_layer}
+
+    def depth(self, sample_ids: Sequence[int]) -> int:
+        """The layer at which a forward pass of these samples can start; 0 where one of them is unknown."""
+        depths = {self._entries[i][0] if i in self._entries else 0 for i in sample_ids}
+        return depths.pop() if len(depths) == 1 else 0
+
+    def get(self, sample_ids: Sequence[int], like: Tensor) -> Tensor:
+        return torch.stack([self._entries[i][1] for i in sample_ids]).to(like.device)
+
+    def put(self, sample_ids: Sequence[int], depth: int, hidden: Tensor) -> None:
+        """Store hidden [batch, length, hidden] as the input of layer `depth`."""
+        for i, row in zip(sample_ids, hidden.detach(), strict=True):
+            self._entries[i] = (depth, row.to("cpu", copy=True))
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(row.numel() * row.element_size() for _, row in self._entries.values())
+
+
+class LayerStack:
+    """Takes over the layers of one model instance."""
+
+    def __init__(
+        self, layers: nn.ModuleList, *, activation_budget: int = 0, prefix_cache: bool = False, compile: bool = False
+    ) -> None:
+        """
+        Args:
+            activation_budget: bytes that saved activations of the layers may take; 0: no recomputation.
+            prefix_cache: keep a `PrefixCache`. Batches must then all have one length.
+            compile: run each layer through torch.compile while training: three graphs, below, in and above the block.
+        """
+        self.active = 0
+        self.cache = PrefixCache() if prefix_cache else None
+        self._budget = activation_budget
+        self._num_layers = len(layers)
+        self._saved_bytes: dict[tuple[int, ...], int] = {}
+        self._samples: Sequence[int] | None = None
+        self._start = 0
+        self._returns_tuple = False
+        self._has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in layers.modules())
+        for index, layer in enumerate(layers):
+            layer.forward = self._wrap(index, layer.forward, compile)
+
+    def begin_turn(self, first_layer: int) -> None:
+        """The block whose lowest layer is `first_layer` is trained from now on."""
+        self.active = first_layer
+        if self.cache is not None:
+            self.cache.invalidate(first_layer)
+
+    def begin_batch(self, sample_ids: Sequence[int] | None) -> None:
+        """The next forward pass is of these samples; None: of samples that are not to be remembered."""
+        use = self.cache is not None and sample_ids is not None and self.active > 0
+        self._samples = sample_ids if use else None
+        self._start = self.cache.depth(sample_ids) if use and self.cache is not None and sample_ids is not None else 0
+
+    def _wrap(self, index: int, forward: Callable[..., Any], compile: bool) -> Callable[..., Any]:
+        compiled = torch.compile(forward, dynamic=False) if compile else forward
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            named = "hidden_states" in kwargs
+            hidden = kwargs["hidden_states"] if named else args[0]
+            if index < self._start:
+                return (hidden,) if self._returns_tuple else hidden
+            if self._samples is not None and self.cache is not None and index in (self._start, self.active):
+                if index == self._start and self._start > 0:
+                    hidden = self.cache.get(self._samples, hidden)
+                    kwargs, args = ({**kwargs, "hidden_states": hidden}, args) if named else (kwargs, (hidden, *args[1:]))
+                if index == self.active and self._start < self.active:
+                    self.cache.put(self._samples, index, hidden)
+            if not torch.is_grad_enabled():
+                out = forward(*args, **kwargs)
+            elif self._budget and index >= self.active:
+                out = self._within_budget(index, compiled, hidden, args, kwargs)
+            else:
+                out = compiled(*args, **kwargs)
+            self._returns_tuple = isinstance(out, tuple)
+            return out
+
+        return run
+
+    def _within_budget(
+        self, index: int, forward: Callable[..., Any], hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Keep the activations of as many upper layers as the budget holds, recompute those of the others.
+
+        What a layer saves is measured once per shape of its input, at the first layer that has a gradient.
+        """
+        shape = (*hidden.shape, int(hidden.requires_grad))
+        if index == self.active and shape not in self._saved_bytes:
+            saved: dict[int, int] = {}
+
+            def note(tensor: Tensor) -> Tensor:
+                if not isinstance(tensor, nn.Parameter):
+                    saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+                return tensor
+
+            with saved_tensors_hooks(note, lambda tensor: tensor):
+                out = forward(*args, **kwargs)
+            self._saved_bytes[shape] = sum(saved.values())
+            return out
+        each = max((b for s, b in self._saved_bytes.items() if s[:-1] == shape[:-1]), default=self._budget + 1)
+        keep = self._budget // each
+        if index >= self._num_layers - keep:
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=self._has_dropout, **kwargs)

@@ -1,0 +1,82 @@
+"""Load a base model and its tokenizer from a folder or a hub, and refuse what cannot be trained."""
+
+from __future__ import annotations
+
+import copy
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from peertune.config import ModelSection
+from peertune.errors import ModelError
+
+TINY = "tiny"
+"""The name of the base model that ships with the package."""
+
+
+def resolve_path(path: str, base: Path | None = None) -> str:
+    """A local folder (tried from the working directory, then from `base`), the packaged model, or the name as given."""
+    if path == TINY:
+        return str(resources.files("peertune") / "tiny")
+    for folder in (Path(path).expanduser(), base / path if base else None):
+        if folder is not None and folder.is_dir():
+            return str(folder)
+    return path
+
+
+def load_tokenizer(config: ModelSection, base: Path | None = None) -> Any:
+    """The model's tokenizer, with a padding token.
+
+    Raises:
+        ModelError: there is none, or it has no end-of-sequence token.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = _from_pretrained(AutoTokenizer, config, base)
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"model.path: the tokenizer of {config.path!r} has no end-of-sequence token; set one and save it")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(config: ModelSection, device: torch.device, base: Path | None = None) -> nn.Module:
+    """The base model on `device` in the recipe's dtype, every parameter frozen.
+
+    Raises:
+        ModelError: it cannot be loaded, is no causal language model, is too short for max_length, or holds NaN.
+    """
+    from transformers import AutoModelForCausalLM
+
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+    model: nn.Module = _from_pretrained(AutoModelForCausalLM, config, base, dtype=dtype).to(device)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and positions < config.max_length:
+        raise ModelError(f"model.max_length: got {config.max_length}, but {config.path!r} has {positions} positions")
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ModelError(f"model.path: {name} of {config.path!r} holds NaN or infinity; the base model is damaged")
+        parameter.requires_grad_(False)
+        parameter.data = parameter.data.contiguous()
+    model.config.use_cache = False
+    return model.train()
+
+
+def clone_model(model: nn.Module, own: set[str]) -> nn.Module:
+    """A second instance that shares all parameters with the first but those named in `own`, which it copies."""
+    shared = {id(p): p for name, p in model.named_parameters() if name not in own}
+    return copy.deepcopy(model, memo=shared)  # type: ignore[arg-type]
+
+
+def _from_pretrained(kind: Any, config: ModelSection, base: Path | None, **options: Any) -> Any:
+    source = resolve_path(config.path, base)
+    try:
+        return kind.from_pretrained(source, trust_remote_code=config.trust_remote_code, **options)
+    except Exception as error:  # transformers raises many kinds for a bad folder or a missing hub entry
+        what = "tokenizer" if "Tokenizer" in kind.__name__ else "causal language model"
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        place = "this folder" if Path(source).is_dir() else "no such local folder, and the hub did not give it"
+        raise ModelError(f"model.path: got {config.path!r}, expected a folder or hub name of a {what}; {place}: {reason}") from error

@@ -1,0 +1,179 @@
+"""The block's Adam: pure update functions, and float32 master weights that cost two bytes beside a bfloat16 model.
+
+Nothing here knows of peers or rounds. All updates work in place on the tensors given and keep no state of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from peertune.config import AlgorithmConfig
+
+CHUNK_CPU = 1 << 16
+"""Elements updated at a time on a CPU: the chunk's tensors stay in the second-level cache."""
+CHUNK_GPU = 1 << 25
+"""Elements updated at a time on a GPU: bounds the temporaries, few launches."""
+
+
+def learning_rate(config: AlgorithmConfig, step: int, num_steps: int) -> float:
+    """Rate of local step `step` (from 0) of `num_steps`: linear warm-up, then constant, linear or cosine decay to 0."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    done = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
+    return config.lr * (1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def adam_moments(exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, alphas: tuple[float, float]) -> None:
+    """m <- a1 m + (1 - a1) g, v <- a2 v + (1 - a2) g g (Kingma & Ba 2015, algorithm 1; DECA's half step r + 1/2)."""
+    exp_avg.lerp_(grad, 1 - alphas[0])
+    exp_avg_sq.mul_(alphas[1]).addcmul_(grad, grad, value=1 - alphas[1])
+
+
+def adam_denominator(exp_avg_sq: Tensor, correction: float, eps: float) -> Tensor:
+    """sqrt(v / correction) + eps, with correction = 1 - a2^(r+1)."""
+    return (exp_avg_sq.sqrt() / math.sqrt(correction)).add_(eps)
+
+
+def adam_apply(
+    theta: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    lr: float,
+    corrections: tuple[float, float],
+    eps: float,
+    weight_decay: float = 0.0,
+) -> None:
+    """theta <- (1 - lr wd) theta - lr mhat / (sqrt(vhat) + eps), in the order of operations of torch's AdamW.
+
+    Args:
+        theta: float32 weights, changed in place. All tensors have its shape.
+        exp_avg: m.
+        exp_avg_sq: v.
+        corrections: what m and v are divided by to undo their start at zero: 1 - a1^(r+1), 1 - a2^(r+1).
+    """
+    if weight_decay:
+        theta.mul_(1 - lr * weight_decay)
+    theta.addcdiv_(exp_avg, adam_denominator(exp_avg_sq, corrections[1], eps), value=-lr / corrections[0])
+
+
+def join_bfloat16(high: Tensor, low: Tensor) -> Tensor:
+    """float32 master weights of a bfloat16 tensor and its 16 remainder bits (int16), both of one shape."""
+    return high.view(torch.int16).to(torch.int32).bitwise_left_shift_(16).add_(low).view(torch.float32)
+
+
+def split_bfloat16(master: Tensor, high: Tensor, low: Tensor) -> None:
+    """Write float32 `master` as the nearest bfloat16 `high` (ties up) and the remainder `low`; joins back bit by bit."""
+    bits = master.view(torch.int32)
+    top = bits.add(0x8000).bitwise_right_shift_(16)
+    high.view(torch.int16).copy_(top)
+    low.copy_(bits - top.bitwise_left_shift_(16))
+
+
+class MasterWeights:
+    """Float32 access to a model's trained parameters, whatever type the model holds them in.
+
+    A float32 parameter is its own master. A bfloat16 parameter is the upper half of its master; the lower half is an
+    int16 tensor kept here, on the host while the parameter's block is not in turn, so no progress is lost between turns.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.parameters = dict(parameters)
+        self.remainders: dict[str, Tensor] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parameters)
+
+    def activate(self, name: str) -> None:
+        """Bring a parameter's remainder to its device: its block's turn begins."""
+        parameter = self.parameters[name]
+        if parameter.dtype == torch.bfloat16:
+            low = self.remainders.get(name)
+            device = parameter.device
+            self.remainders[name] = (
+                torch.zeros(parameter.shape, dtype=torch.int16, device=device) if low is None else low.to(device)
+            )
+
+    def release(self, name: str) -> None:
+        """Take a parameter's remainder to the host: its block's turn is over."""
+        if name in self.remainders:
+            self.remainders[name] = self.remainders[name].cpu()
+
+    @torch.no_grad()
+    def snapshot(self, name: str) -> Tensor:
+        """A float32 copy of a parameter's master weights."""
+        parameter = self.parameters[name]
+        if parameter.dtype != torch.bfloat16:
+            return parameter.detach().clone()
+        low = self.remainders.get(name)
+        return parameter.detach().float() if low is None else join_bfloat16(parameter.detach(), low.to(parameter.device))
+
+    @torch.no_grad()
+    def write(self, name: str, value: Tensor) -> None:
+        """Replace a parameter's master weights by float32 `value` of its shape."""
+        parameter = self.parameters[name]
+        if parameter.dtype != torch.bfloat16:
+            parameter.copy_(value)
+            return
+        if name not in self.remainders:
+            self.remainders[name] = torch.zeros(parameter.shape, dtype=torch.int16)
+        low = torch.empty(parameter.shape, dtype=torch.int16, device=parameter.device)
+        split_bfloat16(value.contiguous(), parameter.detach(), low)
+        self.remainders[name].copy_(low)
+
+
+@dataclass
+class Moments:
+    """Adam's state of one parameter; float32, of the parameter's shape, zero at the start of a turn."""
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+    @classmethod
+    def zeros(cls, like: Tensor) -> Moments:
+        return cls(*(torch.zeros(like.shape, dtype=torch.float32, device=like.device) for _ in range(2)))
+
+
+@torch.no_grad()
+def adam_step(
+    masters: MasterWeights,
+    name: str,
+    moments: Moments,
+    *,
+    lr: float,
+    alphas: tuple[float, float],
+    corrections: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    keep_moments: bool = True,
+) -> None:
+    """One Adam step of one parameter from its `.grad`, chunk by chunk so that temporaries stay small.
+
+    Args:
+        corrections: as in `adam_apply`.
+        weight_decay: decoupled; applied to matrices only, never to norms and biases.
+        keep_moments: False takes the step with the half-step moments but leaves `moments` as they were.
+    """
+    parameter = masters.parameters[name]
+    assert parameter.grad is not None
+    split = parameter.dtype == torch.bfloat16
+    flat = [parameter.detach().view(-1), parameter.grad.reshape(-1), moments.exp_avg.view(-1), moments.exp_avg_sq.view(-1)]
+    if split:
+        flat.append(masters.remainders[name].view(-1))
+    decay = weight_decay if parameter.ndim > 1 else 0.0
+    chunk = CHUNK_CPU if parameter.device.type == "cpu" else CHUNK_GPU
+    for theta, grad, m, v, *low in zip(*(t.split(chunk) for t in flat), strict=True):
+        if not keep_moments:
+            m, v = m.clone(), v.clone()
+        adam_moments(m, v, grad.float(), alphas)
+        master = join_bfloat16(theta, low[0]) if split else theta
+        adam_apply(master, m, v, lr=lr, corrections=corrections, eps=eps, weight_decay=decay)
+        if split:
+            split_bfloat16(master, theta, low[0])

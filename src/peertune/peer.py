@@ -1,0 +1,45 @@
+"""One participant: its model, its data and its random state. It trains nothing by itself; algorithms do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peertune.data.batches import Batches, UnionBatches
+from peertune.model.blocks import Block
+from peertune.model.language_model import LanguageModel
+from peertune.seeds import derive_seed
+
+
+@dataclass
+class Peer:
+    """What an algorithm is given to work with."""
+
+    index: int
+    """Place in the recipe's order, from 0."""
+    model: LanguageModel
+    blocks: list[Block]
+    """The partition of what is trained; the same on every peer."""
+    batches: Batches | UnionBatches
+    seed: int
+    """The run's seed; draws are derived from (seed, index, purpose)."""
+
+    def backward(self, step: int, num_batches: int) -> Tensor:
+        """Add to `.grad` the gradient of the mean loss of the next `num_batches` batches.
+
+        Args:
+            step: number of the local step since the run began; seeds dropout, where the model has any.
+        Returns:
+            The mean loss in nats a target token, a float32 scalar on the model's device.
+        """
+        total = torch.zeros((), device=self.model.device)
+        with torch.random.fork_rng(devices=[d for d in [self.model.device] if d.type == "cuda"]):
+            torch.manual_seed(derive_seed(self.seed, self.index, "dropout", step))
+            for _ in range(num_batches):
+                loss, num_targets = self.model.loss_sum(self.batches.next(), remember=True)
+                loss = loss / (max(1, num_targets) * num_batches)
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += loss.detach()
+        return total

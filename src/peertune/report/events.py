@@ -1,0 +1,304 @@
+"""Reading a run folder: events.jsonl, which may still be growing, and summary.json, which exists once a run has ended."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peertune.errors import CheckpointError
+
+Json = Mapping[str, Any]
+Metrics = Mapping[str, float]
+Values = tuple[float | None, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One logged round. Lists have one entry a peer; what was not finite is None."""
+
+    round: int
+    block: int | None
+    loss: Values
+    consensus_distance: float | None
+    bytes_sent: Values
+    epochs: Values
+    wall_s: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Held-out metrics after `round` rounds; 0 is before training."""
+
+    round: int
+    average_model: Metrics
+    peers: tuple[Metrics, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    index: int
+    name: str
+    parameters: int
+    tensors: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holding:
+    """What one peer holds. `classes` maps a label to its number of samples, and is empty where there are no labels."""
+
+    samples: int
+    sequences: int
+    tokens: int
+    cut: int
+    dropped: int
+    classes: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """All a report shows, checked and typed."""
+
+    config: Json
+    versions: Mapping[str, str]
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+    parameters: int
+    trained: int
+    frozen: tuple[str, ...]
+    blocks: tuple[Block, ...]
+    holdings: tuple[Holding, ...]
+    edges: tuple[tuple[int, int], ...]
+    weights: tuple[tuple[float, ...], ...]
+    lambda2: float | None
+    planned_rounds: int
+    rounds: tuple[Round, ...]
+    evaluations: tuple[Evaluation, ...]
+    final_peers: tuple[Metrics, ...]
+    bytes_sent: Values
+    agreement_hops: int | None
+    started: float | None
+    wall_s: float | None
+    peak_memory_bytes: int | None
+    resumes: tuple[int, ...]
+    finished: bool
+
+    @property
+    def num_peers(self) -> int:
+        return len(self.holdings) or len(self.weights) or max((len(r.loss) for r in self.rounds), default=1)
+
+    @property
+    def rounds_done(self) -> int:
+        return self.rounds[-1].round + 1 if self.rounds else 0
+
+
+@dataclass
+class _Log:
+    """What the lines of events.jsonl add up to."""
+
+    start: Json | None = None
+    end: Json | None = None
+    rounds: dict[int, Json] = field(default_factory=dict)
+    evaluations: dict[int, Json] = field(default_factory=dict)
+    agreement: Json | None = None
+    warnings: list[str] = field(default_factory=list)
+    resumes: list[int] = field(default_factory=list)
+
+    def add(self, event: Json) -> None:
+        kind, round = event.get("event"), _integer(event.get("round"))
+        if kind == "start":
+            self.start = event
+        elif kind == "round":
+            self.rounds[round] = event
+        elif kind == "eval":
+            self.evaluations[round] = event
+        elif kind == "agreement":
+            self.agreement = event
+        elif kind == "end":
+            self.end = event
+        elif kind == "warning":
+            self.warnings.append(str(event.get("message", "")))
+        elif kind == "resume":
+            # Rounds after the checkpoint were lost with the process and are trained again.
+            self.rounds = {r: e for r, e in self.rounds.items() if r < round}
+            self.evaluations = {r: e for r, e in self.evaluations.items() if r <= round}
+            self.agreement = self.end = None
+            self.resumes.append(round)
+
+
+def read_run(run_dir: Path) -> Run:
+    """Read a run folder.
+
+    A last line that is half-written is left out; any other line that cannot be read is left out with a warning.
+
+    Args:
+        run_dir: folder with events.jsonl and, once the run has ended, summary.json.
+    Returns:
+        The run so far.
+    Raises:
+        CheckpointError: the folder holds no run, or cannot be read.
+    """
+    log = _read_log(run_dir)
+    if log.start is None:
+        raise CheckpointError(
+            f"{run_dir}: got no run (no events.jsonl with a start event); expected a folder that `peertune run` wrote"
+        )
+    summary = _read_summary(run_dir, log)
+    start, end = log.start, log.end or {}
+    rounds = tuple(_round(log.rounds[r]) for r in sorted(log.rounds))
+    metrics = _mapping(end.get("metrics")) or _mapping(summary.get("metrics"))
+    model = _mapping(start.get("model"))
+    return Run(
+        config=_mapping(start.get("config")) or _mapping(summary.get("config")),
+        versions={str(k): str(v) for k, v in _mapping(start.get("versions")).items()},
+        notes=tuple(str(n) for n in _list(start.get("notes"))),
+        warnings=tuple(log.warnings),
+        parameters=_integer(model.get("parameters")),
+        trained=_integer(model.get("trained")),
+        frozen=tuple(str(n) for n in _list(model.get("frozen"))),
+        blocks=tuple(_block(i, _mapping(b)) for i, b in enumerate(_list(start.get("blocks")))),
+        holdings=tuple(_holding(_mapping(p)) for p in _list(start.get("peers"))),
+        edges=tuple((_integer(e[0]), _integer(e[1])) for e in _list(start.get("edges")) if len(_list(e)) == 2),
+        weights=tuple(
+            tuple(_number(w) or 0.0 for w in _list(row))
+            for row in _list(start.get("weights")) or _list(summary.get("weights"))
+        ),
+        lambda2=_number(start.get("lambda2")),
+        planned_rounds=_integer(start.get("rounds")),
+        rounds=rounds,
+        evaluations=_evaluations(log, metrics, rounds[-1].round + 1 if rounds else 0),
+        final_peers=tuple(_metrics(p) for p in _list(metrics.get("peers"))),
+        bytes_sent=(
+            _values(summary.get("bytes_sent_per_peer"))
+            or _values((log.agreement or {}).get("bytes_sent"))
+            or (rounds[-1].bytes_sent if rounds else ())
+        ),
+        agreement_hops=_integer(log.agreement.get("hops")) if log.agreement else None,
+        started=_number(start.get("time")),
+        wall_s=_first(end.get("wall_s"), summary.get("wall_s"), rounds[-1].wall_s if rounds else None),
+        peak_memory_bytes=_integer(_first(end.get("peak_memory_bytes"), summary.get("peak_memory_bytes"))) or None,
+        resumes=tuple(log.resumes),
+        finished=log.end is not None,
+    )
+
+
+def _read_log(run_dir: Path) -> _Log:
+    log, unreadable = _Log(), 0
+    try:
+        lines = (run_dir / "events.jsonl").read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return log
+    except OSError as error:
+        raise CheckpointError(
+            f"{run_dir}: events.jsonl cannot be read ({error.strerror}); expected a run folder"
+        ) from None
+    for index, line in enumerate(lines):
+        if not line.strip():
+            continue
+        try:
+            event = json.loads(line)
+        except (ValueError, RecursionError):
+            unreadable += index + 1 < len(lines)  # the piece after the last line end is still being written
+            continue
+        if isinstance(event, dict):
+            log.add(event)
+    if unreadable:
+        log.warnings.append(f"{unreadable} unreadable line{'s' * (unreadable > 1)} of events.jsonl left out")
+    return log
+
+
+def _read_summary(run_dir: Path, log: _Log) -> Json:
+    # While a resumed run goes on, the summary of an earlier end would be stale.
+    path = run_dir / "summary.json"
+    if log.end is None or not path.is_file():
+        return {}
+    try:
+        return _mapping(json.loads(path.read_bytes()))
+    except (OSError, ValueError, RecursionError):
+        log.warnings.append("summary.json could not be read; the numbers are those of events.jsonl")
+        return {}
+
+
+def _evaluations(log: _Log, metrics: Json, rounds_done: int) -> tuple[Evaluation, ...]:
+    """Evaluations in order of rounds; the first and the last may be known only from the end of the run."""
+    found = {
+        r: Evaluation(
+            round=r,
+            average_model=_metrics(e.get("average_model")),
+            peers=tuple(_metrics(p) for p in _list(e.get("peers"))),
+        )
+        for r, e in log.evaluations.items()
+    }
+    for round, name in ((0, "before"), (rounds_done, "average_model")):
+        values = _metrics(metrics.get(name))
+        if values and round not in found:
+            found[round] = Evaluation(round=round, average_model=values, peers=())
+    return tuple(found[r] for r in sorted(found))
+
+
+def _round(event: Json) -> Round:
+    block = _number(event.get("block"))
+    return Round(
+        round=_integer(event.get("round")),
+        block=int(block) if block is not None and block >= 0 else None,
+        loss=_values(event.get("loss")),
+        consensus_distance=_number(event.get("consensus_distance")),
+        bytes_sent=_values(event.get("bytes_sent")),
+        epochs=_values(event.get("epochs")),
+        wall_s=_number(event.get("wall_s")),
+    )
+
+
+def _block(position: int, block: Json) -> Block:
+    return Block(
+        index=_integer(block.get("index", position)),
+        name=str(block.get("name", f"block {position}")),
+        parameters=_integer(block.get("parameters")),
+        tensors=_integer(block.get("tensors")),
+    )
+
+
+def _holding(peer: Json) -> Holding:
+    counts = {name: _integer(peer.get(name)) for name in ("samples", "sequences", "tokens", "cut", "dropped")}
+    classes = {str(k): _integer(v) for k, v in _mapping(peer.get("classes")).items()}
+    return Holding(classes=classes, **counts)
+
+
+def _metrics(value: object) -> dict[str, float]:
+    pairs = ((str(k), _number(v)) for k, v in _mapping(value).items())
+    return {k: v for k, v in pairs if v is not None}
+
+
+def _values(value: object) -> Values:
+    return tuple(_number(v) for v in _list(value))
+
+
+def _number(value: object) -> float | None:
+    """A finite number, or None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _first(*values: object) -> float | None:
+    return next((n for n in map(_number, values) if n is not None), None)
+
+
+def _integer(value: object) -> int:
+    number = _number(value)
+    return int(number) if number is not None else 0
+
+
+def _list(value: object) -> Sequence[Any]:
+    return value if isinstance(value, (list, tuple)) else ()
+
+
+def _mapping(value: object) -> Json:
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,146 @@
+"""A run's folder: who may use it, its events, its summary. Everything a run leaves behind is named here.
+
+    DIR/recipe.json      the resolved recipe, versions
+    DIR/events.jsonl     one line an event, readable while the run goes on
+    DIR/checkpoints/     see checkpoint.py
+    DIR/summary.json     written last
+    DIR/model/           the exported model
+    DIR/report.html      see report/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peertune.errors import CheckpointError, StorageError
+
+FREE_KEYS = {"run.out", "run.log_every", "run.checkpoint_every", "eval.every", "eval.max_samples"}
+"""Keys that a resumed run may change: they do not touch what is computed."""
+
+
+class RunFolder:
+    """Paths and small files of one run. Creates nothing until `create`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe, self.events, self.summary = path / "recipe.json", path / "events.jsonl", path / "summary.json"
+        self.checkpoints, self.model = path / "checkpoints", path / "model"
+
+    @property
+    def holds_run(self) -> bool:
+        return self.recipe.exists() or self.events.exists() or self.summary.exists()
+
+    def check(self, config: Mapping[str, Any], resume: bool) -> None:
+        """Refuse a folder that cannot be used, before anything is loaded.
+
+        Raises:
+            CheckpointError: it lies under a file, is not writable, holds a run and `resume` is False, or holds a run of
+                another recipe.
+        """
+        place = self.path
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        if not place.is_dir():
+            raise CheckpointError(f"run.out: got {str(self.path)!r}, but {place} is a file; name a folder")
+        if not os.access(place, os.W_OK):
+            raise CheckpointError(f"run.out: got {str(self.path)!r}, but {place} is not writable; name another folder")
+        if not self.holds_run:
+            return
+        if not resume:
+            raise CheckpointError(f"run.out: {self.path} already holds a run; go on with --resume, or name another folder with --out")
+        try:
+            before = flatten(json.loads(self.recipe.read_text(encoding="utf-8"))["config"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{self.recipe}: damaged or missing: {error}; start anew in another folder with --out") from error
+        now = flatten(config)
+        for key in sorted((before.keys() | now.keys()) - FREE_KEYS):
+            if before.get(key) != now.get(key):
+                raise CheckpointError(
+                    f"{self.path}: holds a run with {key} = {json.dumps(before.get(key))}, got {json.dumps(now.get(key))};"
+                    " resume with the same recipe, or name another folder with --out"
+                )
+
+    def require_space(self, num_bytes: int) -> None:
+        """Raises CheckpointError where the disk has less than `num_bytes` free for the checkpoints foreseen."""
+        place = self.path
+        while not place.exists():
+            place = place.parent
+        free = shutil.disk_usage(place).free
+        if free < num_bytes:
+            raise CheckpointError(
+                f"run.out: {self.path} has {free / 1e6:.0f} MB free, the run's checkpoints and model need about"
+                f" {num_bytes / 1e6:.0f} MB; free some space or name another folder with --out"
+            )
+
+    def create(self, recipe: Mapping[str, Any]) -> None:
+        """Make the folder, with the resolved recipe in it."""
+        with storage_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            _replace(self.recipe, json.dumps(recipe, indent=1))
+
+    def rewind(self, round: int) -> None:
+        """Drop the events of rounds that will be run again: those after the first `round` rounds, and any end."""
+        if not self.events.exists():
+            return
+        kept = []
+        for line in self.events.read_text(encoding="utf-8").splitlines():
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue  # the half-written last line of a run that was killed
+            kind, at = event.get("event"), event.get("round", 0)
+            if kind in ("agreement", "end") or (kind == "round" and at >= round) or (kind != "round" and at > round):
+                continue
+            kept.append(line + "\n")
+        with storage_errors(self.path):
+            _replace(self.events, "".join(kept) if round > 0 else "")
+
+    def event(self, event: str, **fields: Any) -> None:
+        """Append one event."""
+        with storage_errors(self.path), self.events.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"event": event, "time": round(time.time(), 3), **fields}) + "\n")
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        with storage_errors(self.path):
+            _replace(self.summary, json.dumps(summary, indent=1))
+
+
+class storage_errors:
+    """Context in which an operating-system error means that the disk refused a write."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
+            raise StorageError(f"{self._path}: cannot write: {error.strerror or error}; free some space and go on with --resume") from error
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one mapping of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file aside and rename it into place."""
+    aside = path.with_name(path.name + ".partial")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)

@@ -1,0 +1,52 @@
+"""N virtual peers in one process on one device, in lock-step: the exchange is a mailbox in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from peertune.exchange import Hop, Inbox, Payload
+
+
+class Mailbox:
+    """Where one hop's payloads lie until everyone has read them."""
+
+    def __init__(self) -> None:
+        self.payloads: dict[int, Payload] = {}
+
+    def endpoint(self, peer: int) -> SimulatedExchange:
+        """The exchange of one peer."""
+        return SimulatedExchange(self, peer)
+
+
+class SimulatedExchange:
+    """Implements `peertune.exchange.Exchange` for one peer."""
+
+    def __init__(self, mailbox: Mailbox, peer: int) -> None:
+        self._mailbox = mailbox
+        self._peer = peer
+        self._bytes_sent = 0
+
+    def start(self, round: int, hop: Hop, out: Payload | None) -> None:
+        if out is None:
+            self._mailbox.payloads.pop(self._peer, None)
+            return
+        self._mailbox.payloads[self._peer] = out
+        size = sum(tensor.numel() * tensor.element_size() for tensor in out.values())
+        self._bytes_sent += size * len(hop.targets(self._peer))
+
+    def finish(self, round: int, hop: Hop) -> Inbox | None:
+        weights = hop.sources(self._peer)
+        if not weights:
+            return None
+        return Inbox(weights, {source: self._mailbox.payloads[source] for source in weights})
+
+    @property
+    def bytes_sent(self) -> int:
+        return self._bytes_sent
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"bytes_sent": self._bytes_sent}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._bytes_sent = int(state["bytes_sent"])
