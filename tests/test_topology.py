@@ -277,6 +277,7 @@ def test_one_way_edges_count_once_and_listening_is_not_being_heard() -> None:
     assert topology.neighbors(1) == (2,) and topology.targets(1) == (0, 2)
     np.testing.assert_allclose(topology.stationary, [0, 1 / 3, 2 / 3], atol=1e-12)
     assert topology.second_eigenvalue == pytest.approx(0.5, abs=1e-12)
+    assert Topology("mine", 2, np.array([[1, 0], [0.5, 0.5]])).edges == [(0, 1)]
 
 
 def test_weights_are_a_read_only_copy() -> None:

@@ -110,6 +110,10 @@ class RunFolder:
         with storage_errors(self.path):
             _replace(self.summary, json.dumps(summary, indent=1))
 
+    def read_summary(self) -> dict[str, Any]:
+        return dict(json.loads(self.summary.read_text(encoding="utf-8")))
+
+
 
 class storage_errors:
     """Context in which an operating-system error means that the disk refused a write."""
@@ -123,6 +127,14 @@ class storage_errors:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError):
             raise StorageError(f"{self._path}: cannot write: {error.strerror or error}; free some space and go on with --resume") from error
+
+
+def save_model(folder: Path, module: Any, tokenizer: Any) -> None:
+    """Write a model and its tokenizer in the format that `from_pretrained` loads."""
+    with storage_errors(folder):
+        module.config.use_cache = True
+        module.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

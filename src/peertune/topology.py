@@ -109,8 +109,8 @@ class Topology:
     @cached_property
     def second_eigenvalue(self) -> float:
         """lambda_2: second largest modulus of an eigenvalue of W; 0 for one peer, 1 if W does not connect the peers."""
-        # W - 1 pi' has W's eigenvalues with one 1 replaced by 0: the largest that is left is the one wanted.
-        rest = self.weights - self.stationary
+        # As W 1 = 1, W - 11'/N has W's eigenvalues with one 1 replaced by 0; the largest left is the one wanted.
+        rest = self.weights - 1.0 / self.num_peers
         symmetric = np.array_equal(self.weights, self.weights.T)
         values = np.linalg.eigvalsh(rest) if symmetric else np.linalg.eigvals(rest)
         return float(np.abs(values).max())

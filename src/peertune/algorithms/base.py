@@ -11,6 +11,7 @@ from torch import Tensor
 
 from peertune.config import AlgorithmConfig
 from peertune.exchange import Hop, Inbox, Payload
+from peertune.model.blocks import Block
 from peertune.optim import MasterWeights
 from peertune.peer import Peer
 from peertune.topology import Topology
@@ -40,8 +41,13 @@ class Algorithm(ABC):
 
     def __init__(self, peer: Peer, config: AlgorithmConfig) -> None:
         self.peer = peer
+        self.blocks = self.arrange(peer.blocks)
         parameters = dict(peer.model.module.named_parameters())
         self.masters = MasterWeights({n: parameters[n] for block in peer.blocks for n in block.parameters})
+
+    def arrange(self, blocks: list[Block]) -> list[Block]:
+        """The blocks this method trains in turn, made of the model's partition."""
+        return blocks
 
     @property
     @abstractmethod

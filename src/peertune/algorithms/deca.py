@@ -61,7 +61,7 @@ class Deca(Algorithm):
 
     def make_calendar(self, config: BlockwiseConfig) -> Calendar:
         return Calendar(
-            num_blocks=len(self.peer.blocks),
+            num_blocks=len(self.blocks),
             outer_rounds=config.outer_rounds,
             inner_steps=config.inner_steps,
             gossip_every=config.gossip_every,
@@ -99,7 +99,7 @@ class Deca(Algorithm):
         self.moments = {}
         for name in self.active:
             self.masters.release(name)
-        self.active = self.peer.model.activate(self.peer.blocks[block])
+        self.active = self.peer.model.activate(self.blocks[block])
         for name in self.active:
             self.masters.activate(name)
 
@@ -190,7 +190,7 @@ class Deca(Algorithm):
     def shared_names(self, round: int | None = None) -> Sequence[str]:
         if round is None:
             return super().shared_names()
-        return self.peer.blocks[self.calendar.at(round).block].parameters
+        return self.blocks[self.calendar.at(round).block].parameters
 
     def state_dict(self, round: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, plain = super().state_dict(round)

@@ -8,22 +8,18 @@ from dataclasses import replace
 
 from peertune.algorithms.deca import Deca
 from peertune.algorithms.turns import BlockwiseConfig, Calendar
-from peertune.config import AlgorithmConfig
 from peertune.model.blocks import Block
-from peertune.peer import Peer
 
 
 class Dpsgd(Deca):
     Config = BlockwiseConfig
 
-    def __init__(self, peer: Peer, config: AlgorithmConfig) -> None:
-        self.num_turns = len(peer.blocks)
-        everything = Block(0, "all", tuple(name for block in peer.blocks for name in block.parameters), 0)
-        super().__init__(replace(peer, blocks=[everything]), config)
+    def arrange(self, blocks: list[Block]) -> list[Block]:
+        return [Block(0, "all", tuple(name for block in blocks for name in block.parameters), 0)]
 
     def make_calendar(self, config: BlockwiseConfig) -> Calendar:
         """One turn of T x B x R steps: the moments are never set back."""
-        steps = config.outer_rounds * self.num_turns * config.inner_steps
+        steps = config.outer_rounds * len(self.peer.blocks) * config.inner_steps
         return replace(super().make_calendar(config), outer_rounds=1, inner_steps=steps)
 
     def is_boundary(self, round: int) -> bool:

@@ -1,12 +1,13 @@
 """The way of the data: `load_table` -> `partition` over the peers -> `render` into samples -> `Batches`.
 
-Reading order: load, partition, render, batches. `stdlib` is the demo's corpus.
+Reading order: load, partition, render (with chat and tokens below it), batches. `stdlib` is the demo's corpus.
 """
 
 from peertune.data.batches import Batch, Batches, UnionBatches, collate
+from peertune.data.chat import plain_template
 from peertune.data.load import Table, load_table
 from peertune.data.partition import describe_partition, partition
-from peertune.data.render import Rendered, Sample, find_labels, label_tokens, plain_template, render
+from peertune.data.render import Rendered, Sample, find_labels, label_tokens, render
 
 __all__ = [
     "Batch",

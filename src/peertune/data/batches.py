@@ -70,9 +70,7 @@ class Batches:
         DataError: there is no sample.
     """
 
-    def __init__(
-        self, samples: Sequence[Sample], batch_size: int, *, seed: int, pad_id: int, pad_to: int = 0
-    ) -> None:
+    def __init__(self, samples: Sequence[Sample], batch_size: int, *, seed: int, pad_id: int, pad_to: int = 0) -> None:
         if not samples:
             raise DataError("data: a peer has no sample to learn from; lower run.num_peers or raise model.max_length")
         self.samples = samples

@@ -6,6 +6,7 @@ and counts it.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import difflib
 import gzip
@@ -68,7 +69,7 @@ def load_table(sources: str | list[str], config: DataSection, *, base: Path | No
         else:
             located, origin = _open(name, config, base), []
         before = len(rows)
-        rows.extend(_check(row, where, config) for where, row in located)
+        rows += [_check(row, where, config) for where, row in located]
         if len(rows) == before:
             raise DataError(f"{name}: is empty; expected at least one row")
         source.extend(origin or [index] * (len(rows) - before))
@@ -280,10 +281,8 @@ def _objects(row: Row, where: str, key: str, config: DataSection) -> list[Row]:
     """A field that holds a list of objects, or its JSON text as CSV files have it."""
     value = _value(row, where, key, config)
     if isinstance(value, str):
-        try:
+        with contextlib.suppress(json.JSONDecodeError):  # reported below as text where a list was expected
             value = json.loads(value) if value.strip() else []
-        except json.JSONDecodeError:
-            pass  # reported below as text where a list was expected
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         got = _type(value) if not isinstance(value, list) else "a list that does not hold objects only"
         raise DataError(f"{where}: field {getattr(config, key)!r} is {got}, expected a list of objects (data.{key})")
@@ -296,13 +295,16 @@ def _messages(row: Row, where: str, config: DataSection) -> list[Row]:
     for number, message in enumerate(_objects(row, where, "messages_field", config), 1):
         place = f"{where}, message {number}"
         if not isinstance(message.get("role"), str):
-            raise DataError(f"{place}: no text in field 'role' (it has {', '.join(message)}), expected role and content")
+            raise DataError(
+                f"{place}: no text in field 'role' (it has {', '.join(message)}), expected role and content"
+            )
         content = message.get("content")
         if isinstance(content, list):
             parts = [part.get("text") if isinstance(part, dict) else part for part in content]
-            if not all(isinstance(part, str) for part in parts):
+            texts = [part for part in parts if isinstance(part, str)]
+            if len(texts) < len(parts):
                 raise DataError(f"{place}: content has a part that is not text, expected text only")
-            content = "".join(parts)
+            content = "".join(texts)
         if content is not None and not isinstance(content, str):
             raise DataError(f"{place}: content is {_type(content)}, expected text")
         # Arrow gives every message all keys that any message has; templates test for presence
@@ -315,9 +317,12 @@ def _check_encodable(text: str, where: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise DataError(f"{where}: holds half of a surrogate pair, which is no character; write the file anew") from None
+        raise DataError(
+            f"{where}: holds half of a surrogate pair, which is no character; write the file anew"
+        ) from None
 
 
 def _type(value: Any) -> str:
-    names = {type(None): "null", bool: "a boolean", int: "an integer", float: "a number", str: "text"}
-    return names.get(type(value)) or {list: "a list", dict: "an object"}.get(type(value), type(value).__name__)
+    names: dict[type, str] = {bool: "a boolean", int: "an integer", float: "a number", str: "text"}
+    names |= {type(None): "null", list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)

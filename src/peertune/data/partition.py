@@ -53,7 +53,8 @@ def partition(rows: Rows, source: Sequence[int], num_peers: int, config: DataSec
         )
     if 0 < config.max_samples < part.min_size:
         raise DataError(
-            f"data.max_samples: got {config.max_samples}, expected 0 or at least data.partition.min_size = {part.min_size}"
+            f"data.max_samples: got {config.max_samples}, expected 0 or no less than "
+            f"data.partition.min_size = {part.min_size}"
         )
     rng = numpy_rng(seed, "partition")
     if part.kind == "iid":
@@ -113,8 +114,8 @@ def _require_column(rows: Rows, config: DataSection) -> str:
     fields = ", ".join(map(str, rows[0]))
     if not column:
         raise DataError(
-            f"data.partition.kind: {config.partition.kind!r} needs a field to split by and the rows (with {fields}) have "
-            "neither labels nor 'client'; name one with data.partition.column, or use kind 'iid' or 'quantity'"
+            f"data.partition.kind: {config.partition.kind!r} needs a field to split by and the rows (with {fields}) "
+            "have neither labels nor 'client'; name one with data.partition.column, or use kind 'iid' or 'quantity'"
         )
     for index, row in enumerate(rows):
         if column not in row:
@@ -155,8 +156,8 @@ def _whole_groups(groups: Mapping[str, Indices], num_peers: int, column: str) ->
     """Largest group first, each to the peer that holds the fewest rows so far."""
     if len(groups) < num_peers:
         raise DataError(
-            f"data.partition.column: field {column!r} has {len(groups)} values for {num_peers} peers, expected one a peer "
-            f"at least; lower run.num_peers to {len(groups)}"
+            f"data.partition.column: field {column!r} has {len(groups)} values for {num_peers} peers, expected at "
+            f"least one a peer; lower run.num_peers to {len(groups)}"
         )
     held: list[list[Indices]] = [[] for _ in range(num_peers)]
     loads = [0] * num_peers

@@ -42,7 +42,7 @@ def agree(round: int, members: Sequence[Member], topology: Topology) -> int:
         The number of hops it took.
     """
     hops = agreement(topology)
-    for block in members[0].algorithm.peer.blocks:
+    for block in members[0].algorithm.blocks:
         names = [name for name in members[0].algorithm.shared_names() if name in set(block.parameters)]
 
         def outgoing(member: Member, hop: Hop, names: list[str] = names) -> Payload:

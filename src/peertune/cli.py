@@ -1,0 +1,246 @@
+"""The `peertune` command: reads arguments, calls the library, prints what it says. No logic of its own.
+
+Exit codes: 0 done; 1 a run stopped, resumable; 2 something given cannot be used; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import peertune
+from peertune.errors import PeertuneError
+
+EPILOG = """\
+examples:
+  peertune demo                                     eight peers, three minutes, a report to look at
+  peertune run recipe.toml --out runs/first         carry out a recipe
+  peertune run recipe.toml --set algorithm.lr=1e-4 --set topology.kind=ring --out runs/second
+  peertune run recipe.toml --out runs/first --resume
+  peertune eval runs/first/model --data test.jsonl --task classification
+"""
+
+
+class Bars:
+    """Shows a run's progress on standard error."""
+
+    def __init__(self, console: Console, label: str = "training") -> None:
+        self._console = console
+        self._label = label
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[loss]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Bars:
+        self._bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bars.stop()
+
+    def note(self, message: str) -> None:
+        self._console.print(f"note: {message}", style="dim", markup=False, highlight=False, soft_wrap=True)
+
+    def rounds(self, done: int, total: int, loss: float | None) -> None:
+        if self._task is None:
+            self._task = self._bars.add_task(self._label, total=total, loss="")
+        self._bars.update(self._task, completed=done, loss="" if loss is None else f"loss {loss:.3f}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    options = _parser().parse_args(arguments)
+    console = Console(stderr=True)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        _quiet_libraries()
+        options.command(options, console)
+    except PeertuneError as error:
+        console.print(f"peertune: error: {error}", markup=False, highlight=False, soft_wrap=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        console.print("peertune: interrupted; go on with --resume", markup=False)
+        return 130
+    return 0
+
+
+def _run(options: argparse.Namespace, console: Console) -> None:
+    from peertune.algorithms import METHODS
+    from peertune.config import load_recipe
+
+    overrides = list(options.set)
+    if options.out is not None:
+        overrides.append(f"run.out={json.dumps(options.out)}")
+    config, notes = load_recipe(options.recipe, overrides, METHODS)
+    from peertune.run import run
+
+    with Bars(console) as bars:
+        summary = run(config, base=Path(options.recipe).parent, notes=notes, resume=options.resume, progress=bars)
+    out = Path(config.run.out)
+    Console().print(_summary_table(summary))
+    _print_paths(out)
+
+
+def _demo(options: argparse.Namespace, console: Console) -> None:
+    from peertune.demo import demo
+
+    def bars(label: str) -> Bars:
+        return Bars(console, label)
+
+    table = demo(Path(options.out), bars)
+    Console().print(table)
+    _print_paths(Path(options.out) / "deca")
+
+
+def _report(options: argparse.Namespace, console: Console) -> None:
+    from peertune.report import write_report
+
+    print(write_report(Path(options.folder)))
+
+
+def _export(options: argparse.Namespace, console: Console) -> None:
+    from peertune.export import export
+
+    export(Path(options.folder), Path(options.to))
+    print(f"{options.to}: load it with {_loading(Path(options.to))}")
+
+
+def _eval(options: argparse.Namespace, console: Console) -> None:
+    from peertune.export import evaluate_model
+
+    metrics = evaluate_model(
+        options.model, options.data, options.task, max_samples=options.max_samples, max_length=options.max_length
+    )
+    print(json.dumps(metrics))
+
+
+def _summary_table(summary: dict[str, Any]) -> Table:
+    """What a run achieved, a row a metric."""
+    metrics = summary["metrics"]
+    table = Table(title=f"{summary['algorithm']}, {len(summary['bytes_sent_per_peer'])} peers, {summary['rounds']} rounds")
+    for column in ("held-out", "before", "average model", "peers' own, mean", "worst peer"):
+        table.add_column(column, justify="left" if column == "held-out" else "right")
+    for name, value in metrics["average_model"].items():
+        own = [peer[name] for peer in metrics["peers"]]
+        worst = max(own) if name in ("loss", "perplexity") else min(own)
+        table.add_row(
+            name, *(f"{v:.4f}" for v in (metrics["before"][name], value, sum(own) / len(own), worst))
+        )
+    sent = summary["bytes_sent_per_peer"]
+    table.caption = (
+        f"sent by a peer: {sum(sent) / len(sent) / 1e6:,.1f} MB on average, {max(sent) / 1e6:,.1f} MB at most;"
+        f" peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB; {summary['wall_s']:.0f} s"
+    )
+    return table
+
+
+def _print_paths(out: Path) -> None:
+    print(f"report: {out / 'report.html'}")
+    print(f"model:  {out / 'model'}")
+    print(f"load it with: {_loading(out / 'model')}")
+
+
+def _loading(folder: Path) -> str:
+    return f"transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+
+
+def _quiet_libraries() -> None:
+    """Our own bars and messages replace those of the libraries below us."""
+    from datasets.utils.logging import disable_progress_bar
+    from transformers.utils import logging
+
+    disable_progress_bar()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _keys_help() -> str:
+    """All keys of a recipe with defaults and what they mean, from the sections' own docstrings."""
+    from peertune.algorithms import METHODS
+    from peertune.config import RunConfig, Section
+
+    lines = ["keys of a recipe (set in the TOML file or with --set):"]
+
+    def show(section: type[Section], prefix: str) -> None:
+        lines.append(f"\n  [{prefix}]")
+        for name, field in section.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+                continue
+            default = json.dumps(field.default, default=str)
+            lines.append(f"    {name} = {default}".ljust(38) + " ".join((field.description or "").split()))
+        for name, field in section.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+                show(field.annotation, f"{prefix}.{name}")
+
+    for name, field in RunConfig.model_fields.items():
+        section = field.annotation if name != "algorithm" else METHODS["deca"]
+        assert isinstance(section, type)
+        show(section, name)
+    return "\n".join(lines)
+
+
+class _RunHelp(argparse.Action):
+    """`peertune run --help` with all keys; made only when asked for, as it loads the methods."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        parser.epilog = _keys_help()
+        parser.print_help()
+        parser.exit()
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="peertune", description=peertune.__doc__, epilog=EPILOG, formatter_class=raw, allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"peertune {peertune.__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="carry out a recipe", formatter_class=raw, add_help=False, allow_abbrev=False)
+    run.add_argument("-h", "--help", action=_RunHelp, nargs=0, help="show this, and every key of a recipe")
+    run.add_argument("recipe", metavar="RECIPE.toml")
+    run.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override a key; repeatable")
+    run.add_argument("--out", metavar="DIR", help="folder of the run (run.out)")
+    run.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in that folder")
+    run.set_defaults(command=_run)
+
+    demo = commands.add_parser("demo", help="DECA on eight peers with Python's own standard library, in minutes")
+    demo.add_argument("--out", default="peertune-demo", metavar="DIR")
+    demo.set_defaults(command=_demo)
+
+    report = commands.add_parser("report", help="write a run's HTML page anew, also while the run goes on")
+    report.add_argument("folder", metavar="DIR")
+    report.set_defaults(command=_report)
+
+    export = commands.add_parser("export", help="write a run's average model as a folder that from_pretrained loads")
+    export.add_argument("folder", metavar="DIR")
+    export.add_argument("--to", required=True, metavar="DIR")
+    export.set_defaults(command=_export)
+
+    evaluate = commands.add_parser("eval", help="metrics of a model on a data file, as one JSON line")
+    evaluate.add_argument("model", metavar="MODEL", help="folder or hub name")
+    evaluate.add_argument("--data", required=True, metavar="FILE")
+    evaluate.add_argument("--task", required=True, choices=["text", "classification", "instruction", "chat"])
+    evaluate.add_argument("--max-samples", type=int, default=0, metavar="N", help="rows at most; 0: all")
+    evaluate.add_argument("--max-length", type=int, default=256, metavar="N", help="tokens of a sequence at most")
+    evaluate.set_defaults(command=_eval)
+    return parser
+
+

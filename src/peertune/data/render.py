@@ -1,0 +1,218 @@
+"""Rows to token sequences, with a mask of the tokens to be predicted.
+
+- text: documents, each followed by the end token, packed into sequences of max_length.
+- classification: text, "\\n" text_b where there is one, "\\nLabel:" and " " label; the label is to be predicted.
+- instruction, chat: the model's chat template; what the assistant says is to be predicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peertune.config import DataSection
+from peertune.data.chat import ChatRenderer
+from peertune.data.tokens import Tokens, bos_tokens, encode
+from peertune.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Rows = Sequence[Mapping[str, Any]]
+
+_CUE = "\nLabel:"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sequence."""
+
+    input_ids: NDArray[np.int32]
+    """[length]"""
+    loss_mask: NDArray[np.bool_]
+    """[length], True where that token is a target to predict; never at position 0"""
+    label: int = -1
+    """Index into the labels (classification)."""
+    prompt_length: int = 0
+    """Tokens before the label or before the assistant's last turn; 0 for text."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """The samples of some rows, and what became of the rows."""
+
+    samples: list[Sample]
+    num_rows: int
+    num_cut: int
+    """Rows that were longer than max_length and lost a part. Text is packed, not cut."""
+    num_dropped: int
+    """Rows with nothing to learn from: an empty text or answer, or no room for one."""
+    num_tokens: int
+    num_target_tokens: int
+
+
+def find_labels(rows: Rows, config: DataSection) -> list[str]:
+    """The classes of a data set: its distinct labels, sorted. Rows without a label do not count.
+
+    Raises:
+        DataError: there are fewer than two.
+    """
+    labels = sorted({_label(row, config) for row in rows} - {""})
+    if len(labels) < 2:
+        got = f"only the class {labels[0]!r}" if labels else "no label at all"
+        raise DataError(
+            f"data.train: got {got} in field {config.label_field!r} of {len(rows)} rows, expected at least two "
+            "classes; name the right field with data.label_field"
+        )
+    return labels
+
+
+def label_tokens(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> list[list[int]]:
+    """Token ids of " " + label as they follow "Label:", for each label.
+
+    Raises:
+        DataError: a label has no token, or two labels have the same ones.
+    """
+    cue, *joined = encode(tokenizer, ["Label:", *(f"Label: {label}" for label in labels)])
+    # encoded alone, a label would get a second leading space from tokenizers that put one before every text
+    alone = encode(tokenizer, [f" {label}" for label in labels])
+    tokens: list[list[int]] = []
+    for both, single in zip(joined, alone, strict=True):
+        follows = len(both) > len(cue) and bool((both[: len(cue)] == cue).all())
+        tokens.append((both[len(cue) :] if follows else single).tolist())
+    for index, ids in enumerate(tokens):
+        if not ids or ids in tokens[:index]:
+            other = f"the same tokens as {labels[tokens.index(ids)]!r}" if ids else "no token"
+            raise DataError(f"data: the model's tokenizer gives label {labels[index]!r} {other}; rename the label")
+    return tokens
+
+
+def render(
+    rows: Rows,
+    config: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    labels: Sequence[str] = (),
+) -> Rendered:
+    """Turn rows into samples of at most max_length tokens.
+
+    Args:
+        rows: rows as `load_table` gives them.
+        config: the task and the names of its fields.
+        tokenizer: the model's.
+        max_length: longest sample, tokens.
+        labels: the training rows' classes (classification); empty: those of `rows`.
+    Returns:
+        The samples, in the order of the rows, and counts.
+    Raises:
+        DataError: a label that is not among `labels`, a conversation that the chat template refuses, or rows of which
+            none leaves a token to be predicted.
+    """
+    if config.task == "text":
+        samples, num_cut, num_dropped = _pack(rows, config, tokenizer, max_length)
+    elif config.task == "classification":
+        samples, num_cut, num_dropped = _classify(rows, config, tokenizer, max_length, labels)
+    else:
+        samples, num_cut, num_dropped = _converse(rows, config, tokenizer, max_length)
+    if not samples:
+        raise DataError(
+            f"data: none of {len(rows)} rows leaves a token to predict within model.max_length = {max_length}: they "
+            "are empty or too long; raise model.max_length, or check the fields' names under [data]"
+        )
+    num_tokens = sum(len(sample.input_ids) for sample in samples)
+    num_targets = sum(int(sample.loss_mask.sum()) for sample in samples)
+    return Rendered(samples, len(rows), num_cut, num_dropped, num_tokens, num_targets)
+
+
+def _pack(
+    rows: Rows, config: DataSection, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[list[Sample], int, int]:
+    documents = [row[config.text_field] for row in rows if (row[config.text_field] or "").strip()]
+    bos = bos_tokens(tokenizer)
+    eos = np.array([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id], dtype=np.int32)
+    pieces = [piece for ids in encode(tokenizer, documents) for piece in (bos, ids, eos)]
+    stream = np.concatenate([*pieces, np.empty(0, dtype=np.int32)])
+    samples = []
+    for start in range(0, len(stream) - 1, max_length):
+        ids = stream[start : start + max_length]
+        if len(ids) >= 2:
+            samples.append(Sample(ids, np.arange(len(ids)) > 0))
+    return samples, 0, len(rows) - len(documents)
+
+
+def _classify(
+    rows: Rows, config: DataSection, tokenizer: PreTrainedTokenizerBase, max_length: int, labels: Sequence[str]
+) -> tuple[list[Sample], int, int]:
+    labels = labels or find_labels(rows, config)
+    index_of = {label: index for index, label in enumerate(labels)}
+    targets = [np.array(ids, dtype=np.int32) for ids in label_tokens(tokenizer, labels)]
+    bos, [cue] = bos_tokens(tokenizer), encode(tokenizer, [_CUE])
+    # room for the longest label, whichever the row has: the cut must not tell the label, and any label must be scorable
+    room = max_length - len(bos) - len(cue) - max(map(len, targets))
+    texts = encode(tokenizer, [row[config.text_field] or "" for row in rows])
+    seconds = [row.get(config.text_b_field) for row in rows]
+    pairs = encode(tokenizer, ["\n" + second if second else "" for second in seconds])
+    samples, num_cut = [], 0
+    for number, (row, text, pair) in enumerate(zip(rows, texts, pairs, strict=True), 1):
+        name = _label(row, config)
+        if name and name not in index_of:
+            known = ", ".join(labels[:20]) + (", ..." if len(labels) > 20 else "")
+            raise DataError(
+                f"data: row {number} has label {name!r}, expected one of the training rows' labels: {known}; correct "
+                "it, or add training rows with that label"
+            )
+        if not name or not (row[config.text_field] or "").strip() or room < 1:
+            continue
+        # the longer of the two is cut first
+        left_pair = min(len(pair), max(room // 2, room - len(text)))
+        left_text = min(len(text), room - left_pair)
+        num_cut += left_pair < len(pair) or left_text < len(text)
+        prompt = np.concatenate([bos, text[:left_text], pair[:left_pair], cue])
+        samples.append(_sample(prompt, targets[index_of[name]], index_of[name]))
+    return samples, num_cut, len(rows) - len(samples)
+
+
+def _sample(prompt: Tokens, target: Tokens, label: int) -> Sample:
+    ids = np.concatenate([prompt, target])
+    return Sample(ids, np.arange(len(ids)) >= len(prompt), label, len(prompt))
+
+
+def _converse(
+    rows: Rows, config: DataSection, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[list[Sample], int, int]:
+    renderer = ChatRenderer(tokenizer)
+    named = ((f"row {number}", row) for number, row in enumerate(rows, 1))
+    found = [renderer.transcribe(*_conversation(row, config), where) for where, row in named]
+    transcripts = [transcript for transcript in found if transcript is not None]
+    samples, num_cut = [], 0
+    for transcript, (ids, turns) in zip(transcripts, renderer.tokenize(transcripts), strict=True):
+        if too_long := len(ids) > max_length:
+            ids, turns = renderer.shorten(transcript, ids, turns, max_length)
+        mask = np.zeros(len(ids), dtype=np.bool_)
+        for start, end in turns:
+            mask[start:end] = True
+        mask[:1] = False  # the first token has nothing before it to be predicted from
+        if mask.any():
+            num_cut += too_long
+            samples.append(Sample(ids, mask, -1, turns[-1][0]))
+    return samples, num_cut, len(rows) - len(samples)
+
+
+def _conversation(row: Mapping[str, Any], config: DataSection) -> tuple[list[dict[str, Any]], Sequence[Any] | None]:
+    if config.task == "chat":
+        return row[config.messages_field], row.get(config.tools_field)
+    parts = [row[config.instruction_field], row.get(config.input_field)]
+    request = "\n".join(part for part in parts if part and part.strip())
+    answer = row[config.output_field] or ""
+    if not request or not answer.strip():
+        return [], None
+    return [{"role": "user", "content": request}, {"role": "assistant", "content": answer}], None
+
+
+def _label(row: Mapping[str, Any], config: DataSection) -> str:
+    value = row.get(config.label_field)
+    return "" if value is None else str(value).strip()

@@ -1,0 +1,270 @@
+"""The half of the page that says what came out: headline, loss, held-out metrics, consensus distance, traffic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from peertune.report import series
+from peertune.report.charts import LEGEND_MAX, NUM_COLORS, Band, Line, line_chart, peer_color
+from peertune.report.events import Metrics, Run
+from peertune.report.text import NONE, count, duration, esc, memory, number, percent, plural, short_count, signed, traffic
+
+METHODS = {"deca": "DECA", "badam": "BAdam", "dpsgd": "D-PSGD", "fedavg": "FedAvg", "local": "Local training", "pooled": "Pooled training"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """How a held-out metric is named, printed and compared."""
+
+    title: str
+    unit: str
+    share: bool
+    """A share of 1, larger is better; else a plain number, smaller is better."""
+
+    def show(self, value: float | None) -> str:
+        return percent(value) if self.share else number(value)
+
+    def gain(self, before: float, after: float) -> str:
+        change = after - before
+        return signed(change, f"{abs(change) * 100:.1f} points" if self.share else number(abs(change)))
+
+
+METRICS = {
+    "accuracy": Metric(title="accuracy", unit="%", share=True),
+    "exact_match": Metric(title="exact match", unit="%", share=True),
+    "macro_f1": Metric(title="macro F1", unit="%", share=True),
+    "loss": Metric(title="loss", unit="nats", share=False),
+    "perplexity": Metric(title="perplexity", unit="", share=False),
+}
+"""In the order in which one of them is the headline."""
+
+
+def card(id: str, title: str, body: str, *, wide: bool = True, lead: str = "") -> str:
+    """A titled box of the page. `title`, `lead` and `body` are HTML."""
+    intro = f'<p class="lead">{lead}</p>' if lead else ""
+    return f'<section id="{id}" class="card{" wide" if wide else ""}"><h2>{title}</h2>{intro}{body}</section>'
+
+
+def empty(text: str) -> str:
+    """What stands where there is nothing to show yet."""
+    return f'<p class="empty">{esc(text)}</p>'
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
+    """A table of HTML cells, the first column left-aligned; long ones scroll."""
+    top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def setting(run: Run, section: str, key: str) -> object:
+    """One value of the resolved recipe; None where it has none."""
+    part = run.config.get(section)
+    return part.get(key) if isinstance(part, Mapping) else None
+
+
+def title(run: Run) -> str:
+    """The method and its number of peers, as HTML."""
+    name = str(setting(run, "algorithm", "name") or "run")
+    return f"{esc(METHODS.get(name, name), 40)}, {plural(run.num_peers, 'peer')}"
+
+
+def header(run: Run) -> str:
+    """Method, model, data, when, and how far the run is."""
+    facts = [esc(setting(run, "model", "path") or "model", 80)]
+    if run.parameters:
+        facts.append(f"{short_count(run.parameters)} parameters")
+    facts += [esc(value, 60) for value in (setting(run, "data", "task"), setting(run, "data", "train")) if value]
+    if setting(run, "run", "seed") is not None:
+        facts.append(f"seed {esc(setting(run, 'run', 'seed'), 20)}")
+    if run.started is not None and 0 <= run.started < 2**34:
+        facts.append(f"{datetime.fromtimestamp(run.started, UTC):%Y-%m-%d %H:%M} UTC")
+    planned = max(run.planned_rounds, run.rounds_done)
+    if run.finished:
+        state = '<span class="pill done">finished</span>'
+    else:
+        share = run.rounds_done / planned if planned else 0.0
+        state = (
+            f'<span class="pill">{percent(share, 0)} of {plural(planned, "round")}</span>'
+            f'<span class="progress"><i style="width:{share * 100:.1f}%"></i></span>'
+        )
+    if run.warnings:
+        state += f'<a class="pill warn" href="#notes">{plural(len(run.warnings), "warning")}</a>'
+    dots = " <b>·</b> ".join(f"<span>{fact}</span>" for fact in facts)
+    return f'<header><div class="brand">peertune</div><h1>{title(run)} {state}</h1><p class="facts">{dots}</p></header>'
+
+
+def headline(run: Run) -> str:
+    """Cards with the numbers one asks for first."""
+    boxes: list[str] = []
+    names = _metric_names(run)
+    models = [e.average_model for e in run.evaluations]
+    if names:
+        name, metric = names[0], METRICS.get(names[0]) or _plain(names[0])
+        seen = [m[name] for m in models if name in m]
+        first, last = seen[0], seen[-1]
+        what = f"Held-out {esc(metric.title)}, average model"
+        if len(seen) == 1:
+            boxes.append(_box(what, metric.show(first), "before training" if not run.rounds else "one evaluation"))
+        else:
+            span = f"{metric.show(first)} <em>→</em> {metric.show(last)}"
+            boxes.append(_box(what, span, "before → after" if run.finished else "before → so far"))
+            boxes.append(_box("Gain", metric.gain(first, last), _second_metric(names, models)))
+    else:
+        losses = [series.mean(r.loss) for r in run.rounds]
+        boxes.append(_box("Training loss, mean of peers", number(losses[-1]) if losses else NONE, "no held-out metric yet"))
+    most, average = max((b for b in run.bytes_sent if b is not None), default=None), series.mean(run.bytes_sent)
+    same = most is None or average is None or most - average <= 0.01 * most
+    boxes += [
+        _box("Sent per peer", traffic(average), "each" if same else f"mean; at most {traffic(most)}"),
+        _box("Peak memory", memory(run.peak_memory_bytes), "whole run" if run.peak_memory_bytes else "known at the end"),
+        _box("Wall time", duration(run.wall_s), f"{_per_round(run)} a round"),
+        _box("Rounds", count(run.rounds_done), f"of {count(run.planned_rounds)} planned"),
+    ]
+    return f'<div id="summary" class="boxes">{"".join(boxes)}</div>'
+
+
+def loss(run: Run) -> str:
+    """Training loss per peer and its mean."""
+    rounds = run.rounds
+    size = series.bin_size(len(rounds))
+    curves = [series.downsample(c, size) for c in series.columns([r.loss for r in rounds])]
+    window = series.window_of(len(curves[0])) if curves else 1
+    curves = [series.smooth(c, window) for c in curves]
+    x = [v for v in series.downsample([r.round + 1 for r in rounds], size) if v is not None]
+    lines, band = peer_lines(curves, "mean of peers")
+    chart = line_chart(x, lines, band=band, y_title="training loss (nats)", show=number, tall=True)
+    smoothing = f" Curves are moving averages over {plural(size * window, 'logged round')}." if size * window > 1 else ""
+    lead = f"Each peer's loss on its own data.{smoothing}"
+    return card("loss", "Training loss", chart or empty("No round has been logged yet."), lead=lead)
+
+
+def heldout(run: Run) -> str:
+    """Held-out metrics of the average model and of the peers' own models, over rounds and as a table."""
+    names = _metric_names(run)
+    if not names:
+        reason = "No evaluation yet." if not run.finished else "Nothing was evaluated: the recipe has no held-out data."
+        return card("heldout", "Held-out metrics", empty(reason))
+    charts = [_metric_chart(run, name) for name in _charted(names)]
+    first, last = run.evaluations[0].average_model, run.evaluations[-1].average_model
+    peers = run.final_peers or next((e.peers for e in reversed(run.evaluations) if e.peers), ())
+    rows = [["before training", *(_cell(n, first) for n in names)]] if run.evaluations[0].round == 0 else []
+    if len(run.evaluations) > 1 or not rows:
+        when = "average model" if run.finished else f"average model, round {count(run.evaluations[-1].round)}"
+        rows.append([f"<b>{when}</b>", *(f"<b>{_cell(n, last)}</b>" for n in names)])
+    if len(peers) > 1:
+        for label, reduce in (("mean of peers", series.mean), ("lowest peer", _least), ("highest peer", _most)):
+            rows.append([label, *(_cell(n, {n: v}) if (v := reduce(_known(peers, n))) is not None else NONE for n in names)])
+    summary = table(["model", *(esc((METRICS.get(n) or _plain(n)).title, 30) for n in names)], rows)
+    lead = "The average model is what the run exports; a peer's model is what that peer holds, on the same held-out rows."
+    return card("heldout", "Held-out metrics", f'<div class="row">{"".join(charts)}<div>{summary}</div></div>', lead=lead)
+
+
+def consensus(run: Run) -> str:
+    """Consensus distance over rounds, logarithmic."""
+    size = series.bin_size(len(run.rounds))
+    measured = series.downsample([r.consensus_distance for r in run.rounds], size)
+    x = [v for v in series.downsample([r.round + 1 for r in run.rounds], size) if v is not None]
+    lines = [Line(name="consensus distance", values=measured, color="var(--accent)", style="mean", dots=len(x) <= 40)]
+    chart = line_chart(x, lines, y_title="consensus distance (weight units, log)", log=True, show=_three_digits)
+    reason = "One peer: nothing to disagree about." if run.num_peers == 1 else "Not measured yet, or zero throughout."
+    lead = "How far the peers' weights are from their average."
+    return card("consensus", "Consensus distance", chart or empty(reason), wide=False, lead=lead)
+
+
+def sent(run: Run) -> str:
+    """Cumulative bytes each peer has sent."""
+    size = series.bin_size(len(run.rounds))
+    logged = run.rounds[::-1][::size][::-1]  # keeps the last, and totals are never averaged
+    x, rows = [float(r.round + 1) for r in logged], [r.bytes_sent for r in logged]
+    if run.agreement_hops is not None and run.bytes_sent and rows:
+        x, rows = [*x, x[-1] + 1], [*rows, run.bytes_sent]
+    lines, band = peer_lines(series.columns(rows), "mean of peers")
+    chart = line_chart(x, lines, band=band, y_title="sent since the start (bytes)", from_zero=True, show=traffic)
+    lead = "What each peer has put on the wire, payload and header."
+    if run.agreement_hops is not None:
+        lead += f" The last step is the final agreement, {plural(run.agreement_hops, 'hop')}."
+    return card("traffic", "Traffic", chart or empty("Nothing has been sent yet."), wide=False, lead=lead)
+
+
+def peer_lines(curves: Sequence[series.Column], mean_name: str, dots: bool = False) -> tuple[list[Line], Band | None]:
+    """Curves of N peers: named lines up to 8; beyond that their range, with faint lines up to 32. Always their mean."""
+    num = len(curves)
+    if num == 1:
+        return [Line(name="peer 0", values=curves[0], color=peer_color(0), style="mean", dots=dots)], None
+    few = num <= LEGEND_MAX
+    lines = [
+        Line(name=f"peer {i}", values=c, color=peer_color(i), style="peer" if few else "faint", dots=dots and few, listed=few)
+        for i, c in enumerate(curves if num <= NUM_COLORS else [])
+    ]
+    lines.append(Line(name=mean_name, values=series.across(curves, series.mean), style="mean", dots=dots))
+    band = Band(name=f"range of {num} peers", low=series.across(curves, min), high=series.across(curves, max))
+    return lines, None if few else band
+
+
+def _metric_chart(run: Run, name: str) -> str:
+    metric = METRICS.get(name) or _plain(name)
+    x = [float(e.round) for e in run.evaluations]
+    num = max(len(e.peers) for e in run.evaluations)
+    rows = [[p.get(name) for p in e.peers] or [None] * num for e in run.evaluations]
+    lines, band = peer_lines(series.columns(rows), "mean of peers", dots=len(x) <= 40) if num > 1 else ([], None)
+    average = [e.average_model.get(name) for e in run.evaluations]
+    lines.append(Line(name="average model", values=average, color="var(--accent)", style="star", dots=len(x) <= 40))
+    unit = f" ({metric.unit})" if metric.unit else ""
+    return line_chart(x, lines, band=band, y_title=f"held-out {metric.title}{unit}", x_title="rounds done", show=metric.show)
+
+
+def _metric_names(run: Run) -> list[str]:
+    """Metrics of the average model that were measured, headline first."""
+    found = {name: None for e in run.evaluations for name in e.average_model}
+    return [n for n in METRICS if n in found] + [n for n in found if n not in METRICS]
+
+
+def _charted(names: Sequence[str]) -> list[str]:
+    """At most two: the headline and the loss; perplexity is the loss again."""
+    return [n for n in names if n in (names[0], "loss")]
+
+
+def _second_metric(names: Sequence[str], models: Sequence[Metrics]) -> str:
+    for name in names[1:]:
+        seen = [m[name] for m in models if name in m]
+        if len(seen) > 1:
+            metric = METRICS.get(name) or _plain(name)
+            return f"{esc(metric.title, 30)} {metric.show(seen[0])} → {metric.show(seen[-1])}"
+    return "of the average model"
+
+
+def _per_round(run: Run) -> str:
+    return duration(run.wall_s / run.rounds_done) if run.wall_s is not None and run.rounds_done else NONE
+
+
+def _box(label: str, value: str, note: str) -> str:
+    return f'<div class="box"><div class="label">{label}</div><div class="value">{value}</div><div class="note">{note}</div></div>'
+
+
+def _plain(name: str) -> Metric:
+    return Metric(title=name.replace("_", " "), unit="", share=False)
+
+
+def _cell(name: str, metrics: Metrics) -> str:
+    return (METRICS.get(name) or _plain(name)).show(metrics.get(name))
+
+
+def _known(peers: Sequence[Metrics], name: str) -> list[float]:
+    return [p[name] for p in peers if name in p]
+
+
+def _three_digits(value: float | None) -> str:
+    return number(value, 3)
+
+
+def _least(values: Sequence[float]) -> float | None:
+    return min(values, default=None)
+
+
+def _most(values: Sequence[float]) -> float | None:
+    return max(values, default=None)
+
+

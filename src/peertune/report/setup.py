@@ -1,0 +1,243 @@
+"""The half of the page that says what went in: graph, data, blocks, recipe, versions, notes."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from peertune.report.charts import SIZE, Axis, round_axis
+from peertune.report.events import Holding, Json, Run
+from peertune.report.graph import graph_svg, heat_map
+from peertune.report.results import card, empty, setting, table
+from peertune.report.text import count, duration, esc, number, percent, plural, short_count, traffic
+
+MAX_CLASSES = 12
+"""More classes than this share the last colour as "other"."""
+
+
+def graph(run: Run) -> str:
+    """The graph, its mixing matrix and its spectral gap."""
+    if run.num_peers == 1 or not (run.edges or run.weights):
+        reason = "One peer: no graph." if run.num_peers == 1 else "The run has no graph: peers train alone or not at all."
+        return card("graph", "Graph and mixing matrix", empty(reason))
+    kind = esc(str(setting(run, "topology", "kind") or "graph").replace("_", " "), 40)
+    facts = [kind, plural(run.num_peers, "peer"), plural(len({tuple(sorted(e)) for e in run.edges}), "edge")]
+    if run.weights and setting(run, "topology", "weights"):
+        facts.append(f"{esc(setting(run, 'topology', 'weights'), 40)} weights")
+    gap = ""
+    if run.lambda2 is not None:
+        gap = (
+            f"<b>λ<sub>2</sub> = {number(run.lambda2, 4)}</b>, spectral gap <b>1 − |λ<sub>2</sub>| = "  # noqa: RUF001
+            f"{number(1 - abs(run.lambda2), 4)}</b>: a round of mixing shrinks the peers' disagreement to at most "
+            f"{percent(abs(run.lambda2))}."
+        )
+    drawn = graph_svg(run.num_peers, run.edges, run.weights)
+    parts = [f"<figure>{drawn}<figcaption>Width of an edge: its weight. {gap}</figcaption></figure>"]
+    if run.weights:
+        largest = max(max(row, default=0.0) for row in run.weights)
+        scale = f'<span class="scale">0<i></i>{number(largest, 3)}</span>'
+        parts.append(
+            f"<figure>{heat_map(run.weights)}<figcaption>Mixing matrix W: row i holds the weights peer i gives to "
+            f"itself and to its neighbors. {scale}</figcaption></figure>"
+        )
+    return card("graph", "Graph and mixing matrix", f'<div class="row pair">{"".join(parts)}</div>', lead=", ".join(facts))
+
+
+def data(run: Run) -> str:
+    """Who holds which data: a bar of classes a peer, beside the counts."""
+    if not run.holdings:
+        return card("data", "Who holds which data", empty("The run has not said who holds what."))
+    colors = _class_colors(run.holdings)
+    largest = max((_size(h) for h in run.holdings), default=0) or 1
+    epochs = run.rounds[-1].epochs if run.rounds else ()
+    lost = [name for name in ("cut", "dropped") if any(getattr(h, name) for h in run.holdings)]
+    rows = []
+    for peer, held in enumerate(run.holdings):
+        done = epochs[peer] if peer < len(epochs) else None
+        total = run.bytes_sent[peer] if peer < len(run.bytes_sent) else None
+        rows.append(
+            [
+                f'<i class="dot" style="--c:var(--s{peer % 32})"></i>{peer}',
+                _bar(held, colors, largest),
+                count(held.samples),
+                count(held.sequences),
+                short_count(held.tokens),
+                *(count(getattr(held, name)) for name in lost),
+                number(done, 3),
+                traffic(total),
+            ]
+        )
+    head = ["peer", "samples by class" if colors else "samples", "samples", "sequences", "tokens", *lost, "epochs", "sent"]
+    total_samples = sum(h.samples for h in run.holdings)
+    lead = f"{plural(total_samples, 'sample')} over {plural(len(run.holdings), 'peer')}; none leaves its peer."
+    kind = setting(run, "data", "partition")
+    if isinstance(kind, Mapping) and kind.get("kind"):
+        alpha = f", α = {esc(kind.get('alpha'), 20)}" if kind.get("kind") in ("dirichlet", "quantity") else ""  # noqa: RUF001
+        lead += f" Partition: {esc(kind.get('kind'), 40)}{alpha}."
+    dense = " dense" if len(rows) > 24 else ""
+    return card("data", "Who holds which data", _class_legend(run.holdings, colors) + table(head, rows, f"data{dense}"), lead=lead)
+
+
+def blocks(run: Run) -> str:
+    """The blocks, and the rounds in which each was trained."""
+    if not run.blocks:
+        return card("blocks", "Block timeline", empty("No blocks: every round trains all that is trained."))
+    turns = _turns(run)
+    axis = round_axis(0, max(run.planned_rounds, run.rounds_done, 1))
+    trained = sum(b.parameters for b in run.blocks) or 1
+    rounds: Counter[int] = Counter()
+    for turn in turns:
+        rounds[turn.block] += turn.end - turn.start
+    rows = [
+        [
+            str(block.index),
+            f'<span class="name" title="{esc(block.name)}">{esc(block.name, 48)}</span>',
+            short_count(block.parameters),
+            percent(block.parameters / trained),
+            count(block.tensors),
+            count(rounds[block.index]),
+            _strip([t for t in turns if t.block == block.index], axis),
+        ]
+        for block in run.blocks
+    ]
+    ticks = "".join(f'<span style="left:{axis.place(t) * 100:.2f}%">{count(t)}</span>' for t in axis.ticks)
+    head = ["block", "name", "parameters", "share", "tensors", "rounds", f'<div class="when">{ticks}<b>round</b></div>']
+    lead = f"{plural(len(run.blocks), 'block')} of {short_count(trained)} trained parameters; the bars mark the rounds of a block's turns."
+    if run.frozen:
+        shown = ", ".join(f"<code>{esc(name, 80)}</code>" for name in run.frozen[:6])
+        more = f" and {count(len(run.frozen) - 6)} more" if len(run.frozen) > 6 else ""
+        lead += f" Frozen: {shown}{more}."
+    return card("blocks", "Block timeline", table(head, rows, f"blocks{' dense' if len(rows) > 24 else ''}"), lead=lead)
+
+
+def recipe(run: Run) -> str:
+    """The resolved recipe, as TOML would say it."""
+    body = f'<pre class="toml">{"".join(_toml(run.config, ""))}</pre>' if run.config else empty("No recipe was recorded.")
+    return card("recipe", "Resolved recipe", body, wide=False)
+
+
+def notes(run: Run) -> str:
+    """Warnings, notes, how the run went, versions."""
+    facts = []
+    if run.wall_s is not None:
+        facts.append(f"{duration(run.wall_s)} of wall time.")
+    facts += [f"Resumed at round {count(r)}." for r in run.resumes]
+    if not run.finished:
+        facts.append("The run has not ended: this page shows it so far.")
+    items = [f'<li class="warn">{esc(text)}</li>' for text in run.warnings]
+    items += [f"<li>{esc(text)}</li>" for text in (*run.notes, *facts)]
+    listed = f'<ul class="notes">{"".join(items)}</ul>' if items else empty("Nothing to note.")
+    pairs = "".join(f"<div><dt>{esc(k, 40)}</dt><dd>{esc(v, 60)}</dd></div>" for k, v in run.versions.items())
+    versions = f'<h3 id="versions">Versions</h3><dl>{pairs}</dl>' if pairs else ""
+    return card("notes", "Notes and warnings", listed + versions, wide=False)
+
+
+@dataclass
+class _Turn:
+    """Rounds start to end - 1, all of one block."""
+
+    block: int
+    start: int
+    end: int
+
+
+def _turns(run: Run) -> list[_Turn]:
+    """Logged rounds joined to runs of one block; a round that was not logged belongs to the one logged before it."""
+    turns: list[_Turn] = []
+    for i, logged in enumerate(run.rounds):
+        if logged.block is None:
+            continue
+        end = run.rounds[i + 1].round if i + 1 < len(run.rounds) else logged.round + 1
+        if turns and turns[-1].block == logged.block and turns[-1].end == logged.round:
+            turns[-1].end = end
+        else:
+            turns.append(_Turn(logged.block, logged.round, end))
+    return turns
+
+
+def _strip(turns: Sequence[_Turn], axis: Axis) -> str:
+    d = "".join(
+        f"M{axis.place(t.start) * SIZE:.1f} 0h{max(0.8, (axis.place(t.end) - axis.place(t.start)) * SIZE):.1f}V10H{axis.place(t.start) * SIZE:.1f}z"
+        for t in turns
+    )
+    shown = "; ".join(f"{count(t.start + 1)} to {count(t.end)}" for t in turns[:4]) + ("; …" if len(turns) > 4 else "")
+    tip = f'data-tip="rounds {shown}"' if turns else 'data-tip="not trained yet"'
+    return f'<svg class="strip" {tip} viewBox="0 0 {SIZE} 10" preserveAspectRatio="none" aria-hidden="true"><path d="{d}"/></svg>'
+
+
+def _size(held: Holding) -> int:
+    return max(held.samples, sum(held.classes.values()))
+
+
+def _class_colors(holdings: Sequence[Holding]) -> dict[str, str]:
+    """A colour a class, the most frequent first; those beyond the limit share one."""
+    totals = _totals(holdings)
+    keep = MAX_CLASSES if len(totals) <= MAX_CLASSES else MAX_CLASSES - 1
+    return {name: f"var(--k{i})" if i < keep else "var(--other)" for i, (name, _) in enumerate(totals)}
+
+
+def _totals(holdings: Sequence[Holding]) -> list[tuple[str, int]]:
+    totals: Counter[str] = Counter()
+    for held in holdings:
+        totals.update(held.classes)
+    return sorted(totals.items(), key=lambda item: (-item[1], item[0]))
+
+
+def _bar(held: Holding, colors: Mapping[str, str], largest: int) -> str:
+    parts: list[tuple[str, int, str]] = [(name, held.classes[name], c) for name, c in colors.items() if held.classes.get(name)]
+    named = [part for part in parts if part[2] != "var(--other)"]
+    rest = sum(n for _, n, c in parts if c == "var(--other)")
+    shown = [*named, ("other", rest, "var(--other)")] if rest else named
+    shown = shown or ([("samples", held.samples, "var(--accent)")] if held.samples else [])
+    size = _size(held) or 1
+    pieces = "".join(
+        f'<i style="width:{n / largest * 100:.2f}%;background:{color}" '
+        f'data-tip="{esc(name, 60)}: {count(n)} ({percent(n / size)})"></i>'
+        for name, n, color in shown
+    )
+    return f'<div class="bar">{pieces}</div>'
+
+
+def _class_legend(holdings: Sequence[Holding], colors: Mapping[str, str]) -> str:
+    if not colors:
+        return ""
+    totals = _totals(holdings)
+    named = [(n, t) for n, t in totals if colors[n] != "var(--other)"]
+    entries = [
+        f'<span title="{esc(name)}"><i class="key box" style="--c:{colors[name]}"></i><bdi>{esc(name, 36)}</bdi> '
+        f"<small>{count(total)}</small></span>"
+        for name, total in named
+    ]
+    others = totals[len(named) :]
+    if others:
+        label = f"{count(len(others))} other classes"
+        entries.append(
+            f'<span><i class="key box" style="--c:var(--other)"></i>{label} <small>{count(sum(t for _, t in others))}</small></span>'
+        )
+    return f'<div class="legend top">{"".join(entries)}</div>'
+
+
+def _toml(section: Json, prefix: str) -> list[str]:
+    lines = [
+        f'<span class="k">{esc(key, 80)}</span> = {_value(value)}\n'
+        for key, value in section.items()
+        if not isinstance(value, Mapping) and value is not None
+    ]
+    if lines and prefix:
+        lines.insert(0, f'<span class="s">[{esc(prefix, 120)}]</span>\n')
+    if lines:
+        lines.append("\n")
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            lines += _toml(value, f"{prefix}.{key}" if prefix else str(key))
+    return lines
+
+
+def _value(value: object) -> str:
+    kind = "t" if isinstance(value, str) else "n"
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return f'<span class="{kind}">{esc(text, 600)}</span>'
+
+

@@ -1,0 +1,215 @@
+"""DECA against a NumPy reference written from the formulas alone, on quadratic losses over a graph."""
+
+from types import SimpleNamespace
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from peertune.algorithms.deca import Deca, DecaConfig, Discrepancy
+from peertune.algorithms.dpsgd import Dpsgd
+from peertune.algorithms.local import Local
+from peertune.algorithms.turns import BlockwiseConfig
+from peertune.config import TopologySection
+from peertune.model.blocks import Block
+from peertune.runtimes import Member, agree, play_round
+from peertune.runtimes.simulation import Mailbox
+from peertune.topology import Topology, build_topology
+
+NUM_PEERS, SIZE = 5, 6
+
+
+def gradient(peer: int, step: int, theta: np.ndarray) -> np.ndarray:
+    """Of peer i's loss 1/2 ||C_i theta - y_i||^2 with noise that depends on the step; theta is [2 SIZE]."""
+    rng = np.random.default_rng(100 + peer)
+    c, y = rng.normal(size=(2 * SIZE, 2 * SIZE)) / 2, rng.normal(size=2 * SIZE)
+    noise = np.random.default_rng(1000 * peer + step).normal(size=2 * SIZE) / 10
+    return c.T @ (c @ theta - y) + noise
+
+
+class QuadraticPeer:
+    """Stands in for a `Peer` whose model has two blocks, "a" and "b", and the loss of `gradient`."""
+
+    def __init__(self, index: int) -> None:
+        start = torch.tensor(np.random.default_rng(7).normal(size=(2, SIZE)), dtype=torch.float32)
+        self.index, self.seed = index, 0
+        self.module = nn.ParameterDict({"a": nn.Parameter(start[0].clone()), "b": nn.Parameter(start[1].clone())})
+        self.blocks = [Block(0, "a", ("a",), 0), Block(1, "b", ("b",), 1)]
+        self.model = SimpleNamespace(module=self.module, activate=self.activate, device=torch.device("cpu"))
+
+    def activate(self, block: Block) -> dict[str, nn.Parameter]:
+        return {name: self.module[name] for name in block.parameters}
+
+    def backward(self, step: int, num_batches: int) -> Tensor:
+        theta = np.concatenate([self.module[n].detach().double().numpy() for n in "ab"])
+        grad = gradient(self.index, step, theta)
+        for name, part in zip("ab", np.split(grad, 2), strict=True):
+            self.module[name].grad = torch.tensor(part, dtype=torch.float32)
+        return torch.tensor(0.0)
+
+
+def simulate(method: type, config: Any, topology: Topology, rounds: int | None = None) -> list[Member]:
+    mailbox = Mailbox()
+    members = []
+    for index in range(topology.num_peers):
+        peer: Any = QuadraticPeer(index)
+        members.append(Member(method(peer, config), mailbox.endpoint(index)))
+    for round in range(rounds or members[0].algorithm.num_rounds):
+        play_round(round, members, topology)
+    return members
+
+
+def weights_of(members: list[Member]) -> np.ndarray:
+    return np.array([np.concatenate([m.algorithm.shared(n).double().numpy() for n in "ab"]) for m in members])
+
+
+def reference(w: np.ndarray, c: DecaConfig) -> np.ndarray:
+    """The formulas of arXiv 2606.03209 as PAPERS quotes them, for all peers at once, in float64. Returns [N, 2 SIZE]."""
+    n = len(w)
+    theta = np.tile(np.random.default_rng(7).normal(size=(2, SIZE)).astype(np.float32).astype(float).reshape(-1), (n, 1))
+    (a1, a2), (b1, b2), lr, h_steps = c.alphas, c.betas, c.lr, c.gossip_every
+    step = 0
+    for _t in range(c.outer_rounds):
+        for k in range(2):
+            block = slice(k * SIZE, (k + 1) * SIZE)
+            m, v = np.zeros((n, SIZE)), np.zeros((n, SIZE))
+            weight_m = weight_v = 0.0
+            anchor, since = theta[:, block].copy(), 0
+            for r in range(c.inner_steps):
+                g = np.array([gradient(i, step, theta[i]) for i in range(n)])[:, block]
+                m_half, v_half = a1 * m + (1 - a1) * g, a2 * v + (1 - a2) * g * g
+                half_m, half_v = a1 * weight_m + 1 - a1, a2 * weight_v + 1 - a2
+                c1, c2 = (1 - a1 ** (r + 1), 1 - a2 ** (r + 1)) if c.bias_correction == "count" else (half_m, half_v)
+                denom = np.sqrt(v_half / c2) + c.eps
+                theta[:, block] -= lr * (m_half / c1) / denom
+                step, since = step + 1, since + 1
+                if c.discrepancy != "trivial":
+                    m, v, weight_m, weight_v = m_half, v_half, half_m, half_v
+                if since < h_steps and r + 1 < c.inner_steps:
+                    continue
+                theta[:, block] = w @ theta[:, block]
+                d = anchor - theta[:, block]
+                if c.discrepancy == "paper":
+                    m, v = b1 * m - (1 - b1) * d, b2 * v + (1 - b2) * d * d
+                elif c.discrepancy == "descent":
+                    m, v = b1 * m + (1 - b1) * d, b2 * v + (1 - b2) * d * d
+                elif c.discrepancy == "descent_scaled":
+                    m = b1 * m + (1 - b1) * d / (lr * since) * denom
+                elif c.discrepancy == "trivial":
+                    unit = d / np.linalg.norm(d, axis=1, keepdims=True)
+                    m, v = b1 * m + (1 - b1) * unit, b2 * v + (1 - b2) * unit * unit
+                if c.discrepancy != "none":
+                    weight_m = b1 * weight_m + 1 - b1
+                if c.discrepancy not in ("none", "descent_scaled"):
+                    weight_v = b2 * weight_v + 1 - b2
+                anchor, since = theta[:, block].copy(), 0
+    return theta
+
+
+@pytest.mark.parametrize("bias_correction", ["count", "weight"])
+@pytest.mark.parametrize("gossip_every", [1, 3])
+@pytest.mark.parametrize("discrepancy", get_args(Discrepancy))
+def test_equals_the_numpy_reference(discrepancy: Any, gossip_every: int, bias_correction: Any) -> None:
+    config = DecaConfig(
+        lr=0.02, outer_rounds=2, inner_steps=7, gossip_every=gossip_every, discrepancy=discrepancy,
+        bias_correction=bias_correction, betas=(0.8, 0.95),
+    )
+    topology = build_topology(TopologySection(kind="ring"), NUM_PEERS, 0)
+    members = simulate(Deca, config, topology)
+    expected = reference(np.array(topology.weights), config)
+    np.testing.assert_allclose(weights_of(members), expected, rtol=0, atol=2e-5)
+
+
+def test_the_discrepancies_differ() -> None:
+    topology = build_topology(TopologySection(kind="ring"), NUM_PEERS, 0)
+    ends = [weights_of(simulate(Deca, DecaConfig(lr=0.02, outer_rounds=1, inner_steps=6, discrepancy=d), topology)) for d in get_args(Discrepancy)]
+    for i, one in enumerate(ends):
+        for other in ends[:i]:
+            assert np.abs(one - other).max() > 1e-4
+
+
+def topology_of(weights: np.ndarray) -> Topology:
+    return Topology("edges", len(weights), weights)
+
+
+def test_local_is_deca_with_the_identity() -> None:
+    alone = simulate(Local, BlockwiseConfig(lr=0.02, outer_rounds=2, inner_steps=5), build_topology(TopologySection(), NUM_PEERS, 0))
+    identity = simulate(Deca, DecaConfig(lr=0.02, outer_rounds=2, inner_steps=5, discrepancy="none"), topology_of(np.eye(NUM_PEERS)))
+    np.testing.assert_array_equal(weights_of(alone), weights_of(identity))
+    assert [m.exchange.bytes_sent for m in alone] == [0] * NUM_PEERS
+
+
+def test_dpsgd_is_gossip_of_all_blocks_with_lasting_moments() -> None:
+    config = BlockwiseConfig(lr=0.02, outer_rounds=2, inner_steps=3, gossip_every=2)
+    topology = build_topology(TopologySection(kind="ring"), NUM_PEERS, 0)
+    members = simulate(Dpsgd, config, topology)
+    theta = np.tile(np.random.default_rng(7).normal(size=(2, SIZE)).astype(np.float32).astype(float).reshape(-1), (NUM_PEERS, 1))
+    m = v = np.zeros_like(theta)
+    for step in range(12):  # T x B x R
+        g = np.array([gradient(i, step, theta[i]) for i in range(NUM_PEERS)])
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        theta = theta - 0.02 * m / (1 - 0.9 ** (step + 1)) / (np.sqrt(v / (1 - 0.999 ** (step + 1))) + 1e-8)
+        if step % 2 == 1:
+            theta = np.array(topology.weights) @ theta
+    np.testing.assert_allclose(weights_of(members), theta, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["ring", "star", "complete", "exponential", "bipartite"])
+def test_agreement_is_exact_and_its_traffic_is_counted(kind: Any) -> None:
+    topology = build_topology(TopologySection(kind=kind), NUM_PEERS, 0)
+    members = simulate(Local, BlockwiseConfig(lr=0.02, outer_rounds=1, inner_steps=5), topology)
+    before = weights_of(members)
+    hops = agree(0, members, topology)
+    after = weights_of(members)
+    assert (after == after[0]).all(), "every peer must hold the very same bits"
+    np.testing.assert_allclose(after[0], topology.stationary @ before, rtol=0, atol=1e-6)
+    assert hops == 2 * topology.tree_depth
+    # A tree has N - 1 edges; each carries the whole model (2 SIZE float32) once up and once down.
+    assert sum(m.exchange.bytes_sent for m in members) == 2 * (NUM_PEERS - 1) * 2 * SIZE * 4
+
+
+def test_gossip_traffic_is_the_block_to_every_neighbor() -> None:
+    topology = build_topology(TopologySection(kind="star"), NUM_PEERS, 0)
+    members = simulate(Deca, DecaConfig(lr=0.02, outer_rounds=1, inner_steps=5, gossip_every=2), topology)
+    rounds = 2 * 3  # two blocks, ceil(5 / 2) rounds each
+    assert [m.exchange.bytes_sent for m in members] == [rounds * SIZE * 4 * degree for degree in (4, 1, 1, 1, 1)]
+
+
+def mean_distance(theta: np.ndarray) -> float:
+    return float(np.linalg.norm(theta - theta.mean(0)))
+
+
+def test_mixing_keeps_the_mean_and_contracts_by_lambda_2() -> None:
+    topology = build_topology(TopologySection(kind="erdos_renyi"), NUM_PEERS, 3)
+    config = DecaConfig(lr=0.05, outer_rounds=1, inner_steps=1, discrepancy="none")
+    alone = weights_of(simulate(Local, BlockwiseConfig(lr=0.05, outer_rounds=1, inner_steps=1), topology, 1))
+    mixed = weights_of(simulate(Deca, config, topology, 1))
+    np.testing.assert_allclose(mixed.mean(0), alone.mean(0), atol=1e-6)
+    assert mean_distance(mixed) <= topology.second_eigenvalue * mean_distance(alone) + 1e-6
+    assert mean_distance(alone) > 1e-3
+
+
+@pytest.mark.parametrize("round", [1, 2, 3, 4])
+def test_a_resumed_peer_goes_on_bitwise(round: int) -> None:
+    """Rounds 2 and 4 end a turn, 1 and 3 lie inside one."""
+    topology = build_topology(TopologySection(kind="ring"), NUM_PEERS, 0)
+    config = DecaConfig(lr=0.02, outer_rounds=1, inner_steps=4, gossip_every=2)
+    whole = simulate(Deca, config, topology)
+    half = simulate(Deca, config, topology, round)
+    states = [m.algorithm.state_dict(round) for m in half]
+    mailbox = Mailbox()
+    fresh: list[Member] = []
+    for index, (tensors, plain) in enumerate(states):
+        peer: Any = QuadraticPeer(index)
+        algorithm = Deca(peer, config)
+        algorithm.load_state_dict({n: t.clone() for n, t in tensors.items()}, plain, round)
+        fresh.append(Member(algorithm, mailbox.endpoint(index)))
+    for r in range(round, whole[0].algorithm.num_rounds):
+        play_round(r, fresh, topology)
+    np.testing.assert_array_equal(weights_of(fresh), weights_of(whole))
+    ends_turn = round % 2 == 0
+    assert any("exp_avg" in name for name in states[0][0]) != ends_turn
+
+

@@ -1,0 +1,64 @@
+"""Layers import only from layers above them in this list; a folder counts as one layer."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "src" / "peertune"
+LAYERS = [
+    "errors",
+    "config",
+    "seeds",
+    "memory",
+    "topology",
+    "exchange",
+    "data",
+    "model",
+    "optim",
+    "peer",
+    "algorithms",
+    "runtimes",
+    "checkpoint",
+    "run_folder",
+    "evaluate",
+    "report",
+    "run",
+    "export",
+    "demo",
+    "cli",
+    "__main__",
+]
+
+
+def layer_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports_of(path: Path) -> set[str]:
+    """Layers a file imports, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("peertune."):
+            found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.ImportFrom) and node.module == "peertune":
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.Import):
+            found.update(a.name.split(".")[1] for a in node.names if a.name.startswith("peertune."))
+    return found
+
+
+def test_layers_import_only_from_layers_above() -> None:
+    wrong = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        layer = layer_of(path)
+        if layer == "__init__":
+            continue
+        assert layer in LAYERS, f"{path.name}: give the new layer a place in LAYERS"
+        for other in imports_of(path):
+            if other != layer and LAYERS.index(other) > LAYERS.index(layer):
+                wrong.append(f"{path.relative_to(PACKAGE)} imports {other}")
+    assert not wrong, wrong
+
+
+def test_every_layer_exists() -> None:
+    names = {p.stem for p in PACKAGE.iterdir() if p.suffix == ".py" or (p.is_dir() and (p / "__init__.py").exists())}
+    assert set(LAYERS) == names - {"__init__"}

@@ -1,0 +1,89 @@
+"""The block's Adam against torch's, and master weights bit by bit."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from peertune.config import AlgorithmConfig
+from peertune.optim import MasterWeights, Moments, adam_step, join_bfloat16, learning_rate, split_bfloat16
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**31 - 1), st.floats(-30, 30))
+def test_split_joins_back_bit_by_bit(seed: int, scale: float) -> None:
+    master = torch.randn(1000, generator=torch.Generator().manual_seed(seed)) * 2.0**scale
+    high, low = torch.empty(1000, dtype=torch.bfloat16), torch.empty(1000, dtype=torch.int16)
+    split_bfloat16(master, high, low)
+    assert torch.equal(join_bfloat16(high, low), master)
+    assert ((high.float() - master).abs() <= master.abs() * 2**-8).all()
+
+
+def parameter_and_gradients(dtype: torch.dtype, shape: tuple[int, ...], steps: int) -> tuple[nn.Parameter, torch.Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    return nn.Parameter(torch.randn(shape, generator=rng).to(dtype)), torch.randn((steps, *shape), generator=rng).to(dtype)
+
+
+def train(parameter: nn.Parameter, grads: torch.Tensor, lr: float, weight_decay: float = 0.0) -> MasterWeights:
+    masters = MasterWeights({"w": parameter})
+    masters.activate("w")
+    moments = Moments.zeros(parameter)
+    for step, grad in enumerate(grads, 1):
+        parameter.grad = grad
+        adam_step(
+            masters, "w", moments, lr=lr, alphas=(0.9, 0.999), corrections=(1 - 0.9**step, 1 - 0.999**step), eps=1e-8,
+            weight_decay=weight_decay,
+        )
+    return masters
+
+
+@pytest.mark.parametrize("shape", [(7,), (300, 300)])  # the second spans several chunks
+def test_equals_torch_adamw_bitwise_in_float32(shape: tuple[int, ...]) -> None:
+    ours, grads = parameter_and_gradients(torch.float32, shape, 6)
+    theirs = nn.Parameter(ours.detach().clone())
+    decay = 0.1 if len(shape) > 1 else 0.0  # ours never decays vectors
+    optimiser = torch.optim.AdamW([theirs], lr=1e-3, weight_decay=decay, foreach=False)
+    for grad in grads:
+        theirs.grad = grad
+        optimiser.step()
+    train(ours, grads, 1e-3, weight_decay=0.1)
+    assert torch.equal(ours, theirs)
+
+
+def test_bfloat16_keeps_float32_progress() -> None:
+    """Steps far below half a unit in bfloat16's last place add up as they do in float32."""
+    ours, grads = parameter_and_gradients(torch.bfloat16, (50, 50), 40)
+    full = nn.Parameter(ours.detach().float())
+    masters = train(ours, grads, 1e-6)
+    train(full, grads.float(), 1e-6)
+    assert torch.equal(masters.snapshot("w"), full.detach())
+    assert not torch.equal(masters.snapshot("w"), ours.detach().float())
+
+
+def test_remainder_survives_a_release() -> None:
+    ours, grads = parameter_and_gradients(torch.bfloat16, (50,), 3)
+    masters = train(ours, grads, 1e-6)
+    before = masters.snapshot("w")
+    masters.release("w")
+    masters.activate("w")
+    assert torch.equal(masters.snapshot("w"), before)
+
+
+def test_write_then_snapshot_is_exact_in_both_types() -> None:
+    value = torch.randn(4, 4, generator=torch.Generator().manual_seed(1))
+    for dtype in (torch.float32, torch.bfloat16):
+        masters = MasterWeights({"w": nn.Parameter(torch.zeros(4, 4, dtype=dtype))})
+        masters.write("w", value)
+        assert torch.equal(masters.snapshot("w"), value)
+
+
+def test_learning_rate_schedules() -> None:
+    config = AlgorithmConfig(lr=1.0, warmup_steps=4, schedule="linear")
+    assert [learning_rate(config, s, 8) for s in range(8)] == [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25]
+    config = AlgorithmConfig(lr=2.0, schedule="cosine")
+    assert learning_rate(config, 0, 10) == 2.0
+    assert math.isclose(learning_rate(config, 5, 10), 1.0)
+    assert learning_rate(AlgorithmConfig(lr=3.0), 9, 10) == 3.0
