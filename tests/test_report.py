@@ -96,7 +96,8 @@ def synthetic_events(
             "notes": ["Tied embeddings are frozen (model.train_embeddings = untied)."],
             "model": {"parameters": 4_213_760, "trained": 3_150_000, "frozen": ["model.embed_tokens.weight"]},
             "blocks": [
-                {"index": i, "name": name, "parameters": 740_000 - 17_000 * i, "tensors": 9} for i, name in enumerate(blocks)
+                {"index": i, "name": name, "parameters": 740_000 - 17_000 * i, "tensors": 9}
+                for i, name in enumerate(blocks)
             ],
             "peers": [
                 {
@@ -130,11 +131,15 @@ def synthetic_events(
                 "outer_round": turn // max(1, len(blocks)),
                 "block": turn % max(1, len(blocks)),
                 "inner_step": r % inner_steps,
-                "loss": [2.8 - 2 * progress + 0.06 * p / num_peers + 0.09 * float(rng.normal()) for p in range(num_peers)],
+                "loss": [
+                    2.8 - 2 * progress + 0.06 * p / num_peers + 0.09 * float(rng.normal()) for p in range(num_peers)
+                ],
                 "lr": 5e-5,
                 "grad_norm": [1.0] * num_peers,
                 "consensus_distance": (
-                    0.002 * (1 + r % inner_steps) ** 0.5 * math.exp(0.2 * float(rng.normal())) if num_peers > 1 else None
+                    0.002 * (1 + r % inner_steps) ** 0.5 * math.exp(0.2 * float(rng.normal()))
+                    if num_peers > 1
+                    else None
                 ),
                 "bytes_sent": list(sent),
                 "epochs": [8 * (r + 1) / samples[p] for p in range(num_peers)],
@@ -143,11 +148,15 @@ def synthetic_events(
         )
         if (r + 1) % 40 == 0 and r + 1 < num_rounds:
             peers = [metrics(progress, True) for _ in range(num_peers)] if num_peers > 1 else None
-            events.append({"event": "eval", "time": time, "round": r + 1, "average_model": metrics(progress), "peers": peers})
+            events.append(
+                {"event": "eval", "time": time, "round": r + 1, "average_model": metrics(progress), "peers": peers}
+            )
     final = {"before": metrics(0), "average_model": metrics(1), "peers": [metrics(1, True) for _ in range(num_peers)]}
     if num_peers > 1:
         events.append({"event": "agreement", "time": time, "hops": 4, "bytes_sent": [s + 12_600_000 for s in sent]})
-    events.append({"event": "end", "time": time, "metrics": final, "wall_s": 0.4 * num_rounds, "peak_memory_bytes": 734_003_200})
+    events.append(
+        {"event": "end", "time": time, "metrics": final, "wall_s": 0.4 * num_rounds, "peak_memory_bytes": 734_003_200}
+    )
     return events
 
 
@@ -156,3 +165,316 @@ def save(run_dir: Path, events: Events, tail: str = "") -> Path:
     lines = "".join(json.dumps(event) + "\n" for event in events)
     (run_dir / "events.jsonl").write_text(lines + tail, encoding="utf-8")
     return run_dir
+
+
+class Page(HTMLParser):
+    """What the tests ask of a page: balanced tags, ids, texts, every attribute that could load something."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.source = path.read_text(encoding="utf-8")
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.tags: Counter[str] = Counter()
+        self.loads: list[str] = []
+        self.classes: Counter[str] = Counter()
+        self.points: list[dict[str, Any]] = []
+        self.texts: dict[str, str] = {}
+        self.feed(self.source)
+        self.close()
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        values = {name: value or "" for name, value in attrs}
+        self.ids += [values["id"]] if "id" in values else []
+        self.classes.update(values.get("class", "").split())
+        self.loads += [v for k, v in values.items() if k in ("src", "href", "srcset", "action", "xlink:href")]
+        assert not [name for name in values if name.startswith("on")], "event handlers belong to the script"
+        if "data-points" in values:
+            self.points.append(json.loads(values["data-points"]))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.texts[self.ids[-1] if self.ids else ""] = self.texts.get(self.ids[-1] if self.ids else "", "") + data
+
+
+def report(run_dir: Path, events: Events, tail: str = "") -> Page:
+    path = write_report(save(run_dir, events, tail))
+    assert path == run_dir / "report.html"
+    page = Page(path)
+    assert set(SECTIONS) | {"summary"} <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
+    assert all(re.fullmatch(r"#[a-z]+", target) for target in page.loads), page.loads
+    assert not re.findall(r"https?://|url\(|@import", page.source)
+    return page
+
+
+def test_shows_a_finished_run(tmp_path: Path) -> None:
+    page = report(tmp_path, synthetic_events())
+    summary = page.texts["summary"].replace(text.THIN, " ")
+    for part in ("27.0 % → 88.0 %", "+61.0 points", "700 MiB", "1 min 36 s", "240"):
+        assert part in summary
+    assert "finished" in page.texts[""]
+    assert page.tags["svg"] == 4 + 1 + 1 + len(BLOCKS) + 1, "four charts, loss of the held-out rows, graph, W, strips"
+    assert page.classes["empty"] == 0
+    assert "λ2 = 0.7430" in page.texts["graph"] and "0.2570" in page.texts["graph"]
+    assert all(label in page.texts["data"] for label in LABELS)
+    assert all(block in page.texts["blocks"] for block in BLOCKS)
+    assert 'path = "tiny"' in page.texts["recipe"] and "[data.partition]" in page.texts["recipe"]
+    assert "Tied embeddings are frozen" in page.texts["notes"] and "2.13.0" in page.texts["versions"]
+
+
+def test_loss_chart_holds_every_peer_and_the_mean(tmp_path: Path) -> None:
+    events = synthetic_events(num_peers=3, num_rounds=5)
+    losses = [e["loss"] for e in events if e["event"] == "round"]
+    chart = report(tmp_path, events).points[0]
+    assert [row["name"] for row in chart["rows"]] == ["peer 0", "peer 1", "peer 2", "mean of peers"]
+    assert chart["label"] == ["1", "2", "3", "4", "5"]
+    for peer in range(3):
+        assert chart["rows"][peer]["text"] == [text.number(row[peer]) for row in losses]
+    assert chart["rows"][3]["text"] == [text.number(sum(row) / 3) for row in losses]
+
+
+def test_traffic_ends_with_the_agreement(tmp_path: Path) -> None:
+    events = synthetic_events(num_peers=2, num_rounds=4)
+    agreed = next(e for e in events if e["event"] == "agreement")["bytes_sent"]
+    traffic = report(tmp_path, events).points[-1]
+    assert traffic["label"][-1] == "5"
+    assert [row["text"][-1] for row in traffic["rows"][:2]] == [text.traffic(b) for b in agreed]
+
+
+def test_summary_has_the_last_word_on_bytes(tmp_path: Path) -> None:
+    events = synthetic_events(num_peers=2, num_rounds=4)
+    (tmp_path / "summary.json").write_text(json.dumps({"bytes_sent_per_peer": [5_000, 5_000]}), encoding="utf-8")
+    assert f"5{text.THIN}kB" in report(tmp_path, events).texts["summary"]
+    (tmp_path / "summary.json").write_text('{"bytes', encoding="utf-8")
+    page = report(tmp_path, events)
+    assert "summary.json could not be read" in page.texts["notes"]
+    assert f"5{text.THIN}kB" not in page.texts["summary"]
+
+
+def test_hostile_strings_stay_text(tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>"
+    quote = "\"'><img src=x onerror=alert(2)>"
+    events = synthetic_events(labels=(evil, quote, "\ud800 lone", "nul\x00"), blocks=(evil, quote))
+    start = events[0]
+    start["notes"].append(evil)
+    start["versions"][evil] = quote
+    start["config"]["model"]["path"] = quote
+    start["config"]["algorithm"]["name"] = evil
+    start["config"][evil] = {evil: evil}
+    start["model"]["frozen"] = [evil]
+    events[1]["average_model"] = {evil: 1.0, "accuracy": 0.3}
+    events.append({"event": "warning", "time": 0.0, "message": quote})
+    page = report(tmp_path, events)
+    assert page.tags["script"] == 1 and page.tags["img"] == 0
+    assert evil in page.texts["data"] and evil in page.texts["notes"] and quote in page.texts["blocks"]
+    assert "1 warning" in page.texts[""]
+
+
+def test_a_run_in_progress(tmp_path: Path) -> None:
+    events = synthetic_events()
+    page = report(tmp_path / "started", events[:1])
+    assert "0\u202f% of 240 rounds" in page.texts[""]
+    assert "No round has been logged yet." in page.texts["loss"]
+    assert "No evaluation yet." in page.texts["heldout"]
+    page = report(
+        tmp_path / "halfway",
+        [e for e in events if e.get("round", 0) < 120 and e["event"] in ("start", "eval", "round")],
+    )
+    assert "50\u202f% of 240 rounds" in page.texts[""]
+    assert "before → so far" in page.texts["summary"]
+    assert "known at the end" in page.texts["summary"]
+
+
+def test_a_half_written_last_line_is_left_out_silently(tmp_path: Path) -> None:
+    events = synthetic_events(num_peers=2, num_rounds=6)[:6]
+    whole = report(tmp_path, events)
+    assert report(tmp_path, events, tail='{"event": "round", "roun').source == whole.source
+
+
+def test_a_broken_line_in_the_middle_is_reported(tmp_path: Path) -> None:
+    page = report(
+        tmp_path, synthetic_events(num_peers=2, num_rounds=6)[:6], tail='{"event": "rou\n[1]\n{"event": "checkpoint"}\n'
+    )
+    assert "1 unreadable line of events.jsonl left out" in page.texts["notes"]
+
+
+def test_rounds_lost_by_a_kill_are_not_shown(tmp_path: Path) -> None:
+    events = synthetic_events(num_peers=2, num_rounds=8)
+    rounds = [e for e in events if e["event"] == "round"]
+    again = {**rounds[4], "loss": [7.0, 7.0]}
+    run = read_run(save(tmp_path, [events[0], *rounds[:7], {"event": "resume", "time": 0.0, "round": 4}, again]))
+    assert [r.round for r in run.rounds] == [0, 1, 2, 3, 4]
+    assert run.rounds[-1].loss == (7.0, 7.0)
+    assert run.resumes == (4,) and not run.finished
+
+
+def test_one_peer_has_no_graph(tmp_path: Path) -> None:
+    page = report(tmp_path, synthetic_events(num_peers=1, num_rounds=20))
+    assert "One model: no graph." in page.texts["graph"]
+    assert "nothing to disagree about" in page.texts["consensus"]
+    assert page.classes["graph"] == 0 and page.points[0]["rows"][0]["name"] == "model"
+
+
+def test_pooled_training_has_one_model_on_the_data_of_many(tmp_path: Path) -> None:
+    events = synthetic_events(num_peers=4, num_rounds=6)
+    for event in events:
+        for key in ("loss", "bytes_sent", "epochs", "grad_norm"):
+            event[key] = event[key][:1] if key in event else []
+    events[0] |= {"edges": [], "weights": [[1.0]], "lambda2": 0.0}
+    page = report(tmp_path, events)
+    assert "One model: no graph." in page.texts["graph"]
+    assert "over 4 peers" in page.texts["data"]
+
+
+def test_many_peers_and_rounds_stay_readable(tmp_path: Path) -> None:
+    events = synthetic_events(num_peers=64, num_rounds=450, labels=[f"intent_{i}" for i in range(30)])
+    page = report(tmp_path, events)
+    loss = page.points[0]
+    assert [row["name"] for row in loss["rows"]] == ["mean of peers", "range of 64 peers"]
+    assert len(loss["at"]) <= series.MAX_POINTS and loss["at"] == sorted(loss["at"])
+    assert "19 other classes" in page.texts["data"]
+    assert page.classes["band"] >= 2 and page.classes["faint"] == 0
+    assert len(page.source) < 1_000_000
+
+
+def test_a_hub_stands_in_the_middle(tmp_path: Path) -> None:
+    events = synthetic_events(num_peers=3, num_rounds=2)
+    events[0]["edges"] = [[0, 3], [1, 3], [2, 3]]
+    page = report(tmp_path, events)
+    assert "hub" in page.texts["graph"] and 'cx="200.0" cy="200.0"' in page.source
+
+
+def test_unknown_values_are_gaps(tmp_path: Path) -> None:
+    events = synthetic_events(num_peers=2, num_rounds=5)
+    rounds = [e for e in events if e["event"] == "round"]
+    rounds[1]["loss"] = [None, 1.0]
+    rounds[2]["loss"] = [float("nan"), float("inf")]
+    rounds[3]["loss"] = [None]
+    rounds[4]["consensus_distance"] = None
+    rounds[0]["consensus_distance"] = 0.0
+    first, second, mean = report(tmp_path, events).points[0]["rows"]
+    assert first["text"][1:4] == [text.NONE] * 3
+    assert second["text"][1:4] == ["1.000", text.NONE, text.NONE]
+    assert mean["text"][1] == "1.000"
+
+
+@pytest.mark.parametrize("content", [None, "", "{}\n", '{"event": "round", "round": 0}\n', "not json\n"])
+def test_a_folder_without_a_run_is_refused(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "events.jsonl").write_text(content, encoding="utf-8")
+    with pytest.raises(CheckpointError, match="got no run"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+@given(
+    low=st.floats(-1e6, 1e6),
+    span=st.floats(0, 1e6),
+)
+def test_linear_ticks_span_the_values(low: float, span: float) -> None:
+    axis = charts.linear_axis(low, low + span)
+    slack = 1e-6 * (axis.high - axis.low)
+    assert axis.low <= low + slack and axis.high >= low + span - slack
+    assert 2 <= len(axis.ticks) <= 9
+    assert list(axis.ticks) == sorted(set(axis.ticks))
+
+
+@given(low=st.floats(1e-12, 1e3), factor=st.floats(1, 1e9))
+def test_log_ticks_span_the_values(low: float, factor: float) -> None:
+    axis = charts.log_axis(low, low * factor)
+    assert -1e-3 <= axis.place(low) <= axis.place(low * factor) <= 1 + 1e-3
+    assert 2 <= len(axis.ticks) <= 9
+
+
+@given(values=st.lists(st.none() | st.floats(-10, 10), max_size=300), window=st.sampled_from([1, 3, 9]))
+def test_smoothing_keeps_gaps_and_the_range(values: list[float | None], window: int) -> None:
+    smoothed = series.smooth(values, window)
+    assert [v is None for v in smoothed] == [v is None for v in values]
+    known = [v for v in values if v is not None]
+    assert all(min(known) - 1e-9 <= v <= max(known) + 1e-9 for v in smoothed if v is not None)
+    size = series.bin_size(len(values), 50)
+    assert len(series.downsample(values, size)) <= 50
+
+
+def test_numbers_read_well() -> None:
+    thin = text.THIN
+    assert [text.number(v) for v in (0.31493, 86.213, 1234567.0, 0.0, 2.5e-7)] == [
+        "0.3149", "86.21", f"1{thin}234{thin}567", "0", f"2.50e{text.MINUS}7",
+    ]  # fmt: skip
+    assert [text.traffic(v) for v in (0, 999, 999_999, 1.06e9)] == [
+        f"0{thin}B",
+        f"999{thin}B",
+        f"1{thin}MB",
+        f"1.06{thin}GB",
+    ]
+    assert [text.duration(v) for v in (1.41, 181, 3960)] == [
+        f"1.41{thin}s",
+        f"3{thin}min 1{thin}s",
+        f"1{thin}h 6{thin}min",
+    ]
+    axis = charts.linear_axis(0.5, 3.0)
+    assert charts.tick_texts(axis, text.number) == ["0.5", "1.0", "1.5", "2.0", "2.5", "3.0"]
+    assert charts.tick_texts(charts.linear_axis(0.2, 1.0), text.percent)[-1] == f"100{thin}%"
+
+
+def chromium() -> str:
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        if path := shutil.which(name):
+            return path
+    pytest.skip("no browser: looked for chromium, chromium-browser and google-chrome")
+
+
+def browse(page: Path, profile: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    flags = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking")
+    quiet = ("--disable-component-update", "--disable-sync", "--hide-scrollbars", "--enable-logging=stderr")
+    command = [chromium(), *flags, *quiet, f"--user-data-dir={profile}", *options, page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True, timeout=120)
+
+
+def pixels(path: Path) -> tuple[int, int, bytes]:
+    """Width, height and image data, filters included, of a PNG."""
+    raw = path.read_bytes()
+    assert raw[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", raw[16:24])
+
+    def chunks() -> Iterator[bytes]:
+        at = 8
+        while at < len(raw):
+            (length,) = struct.unpack(">I", raw[at : at + 4])
+            if raw[at + 4 : at + 8] == b"IDAT":
+                yield raw[at + 8 : at + 8 + length]
+            at += 12 + length
+
+    return width, height, zlib.decompress(b"".join(chunks()))
+
+
+def test_a_browser_shows_it_without_complaint(tmp_path: Path) -> None:
+    events = synthetic_events(labels=("<script>document.title = 'owned'</script>", "Sports"))
+    page = write_report(save(tmp_path / "run", events))
+    picture = tmp_path / "picture.png"
+    shot = browse(page, tmp_path / "profile", "--window-size=1280,2600", f"--screenshot={picture}")
+    assert "CONSOLE" not in shot.stderr
+    width, height, data = pixels(picture)
+    assert (width, height) == (1280, 2600)
+    assert len(zlib.compress(data)) > 60_000 and len(set(data)) > 100, (
+        "an empty page has few shades and compresses to little"
+    )
+
+    dumped = browse(page, tmp_path / "profile", "--dump-dom")
+    assert "CONSOLE" not in dumped.stderr
+    for section in SECTIONS:
+        assert f'id="{section}"' in dumped.stdout
+    assert "<title>DECA, 8 peers · peertune</title>" in dumped.stdout
+    assert dumped.stdout.count("<script>") == 1

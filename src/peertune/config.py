@@ -50,6 +50,8 @@ class ModelSection(Section):
     """A local folder, a hub name, or "tiny": the 2 MB base that ships with the package."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type the weights are held in; with bfloat16 the active block has float32 masters. Exchange is float32 always."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """Attention kernels of transformers; on a CPU in bfloat16, "eager" is the faster one for short sequences."""
     max_length: Annotated[int, Field(ge=8)] = 256
     """Longest sequence, tokens; longer text is cut or packed."""
     trust_remote_code: bool = False

@@ -96,7 +96,7 @@ def label_scores(model: LanguageModel, samples: Sequence[Sample], pad_id: int, l
             use_cache=True,
         )
         assert past is not None
-        past.crop(prompts.shape[1])
+        past.crop(1 - len(label))
         for t in range(len(label) - 1):
             scores[:, j] += _logits(model, step.last_hidden_state[:, t])[:, label[t + 1]]
     return scores.double().cpu()

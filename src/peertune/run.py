@@ -348,8 +348,8 @@ class Simulation:
         total = 0.0
         for name in self.method.shared_names(round):
             peers = torch.stack([member.algorithm.shared(name) for member in self.members])
-            total += float(peers.var(0, correction=0).sum())
-        return math.sqrt(total)
+            total += float(torch.linalg.vector_norm(peers - peers.mean(0))) ** 2
+        return math.sqrt(total / len(self.members))
 
     def _bytes_sent(self) -> list[int]:
         return [member.exchange.bytes_sent for member in self.members]

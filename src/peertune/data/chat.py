@@ -104,7 +104,7 @@ class ChatRenderer:
             # white space after the end token is the template's, no generation reaches it
             said = text[start:end].rstrip()
             turns.append((start, start + len(said) if said.endswith(self._end_tokens) else end))
-        return Transcript(where, kept, tools, text, turns)
+        return Transcript(where, kept, tools, text[: turns[-1][1]], turns)
 
     def tokenize(self, transcripts: Sequence[Transcript]) -> list[tuple[Tokens, list[Span]]]:
         """Token ids of each transcript, int32 [length], and the tokens [start, end) of its assistant turns."""

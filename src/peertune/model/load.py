@@ -52,7 +52,9 @@ def load_model(config: ModelSection, device: torch.device, base: Path | None = N
     from transformers import AutoModelForCausalLM
 
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
-    model: nn.Module = _from_pretrained(AutoModelForCausalLM, config, base, dtype=dtype).to(device)
+    model: nn.Module = _from_pretrained(AutoModelForCausalLM, config, base, dtype=dtype, attn_implementation=config.attention).to(
+        device
+    )
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and positions < config.max_length:
         raise ModelError(f"model.max_length: got {config.max_length}, but {config.path!r} has {positions} positions")

@@ -1,4 +1,7 @@
-"""A run's events as one self-contained HTML page. Reading order: events, series, text, charts, graph, results, setup, page."""
+"""A run's events as one self-contained HTML page.
+
+Reading order: events, series, text, charts, graph, results, setup, page.
+"""
 
 from peertune.report.page import write_report
 

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from peertune.report.series import Column
-from peertune.report.text import NONE, count, esc, number
+from peertune.report.text import MINUS, NONE, THIN, count, esc, number
 
 SIZE = 1000  # units of the SVG in both directions
 NUM_COLORS = 32
 LEGEND_MAX = 8
+_FRACTION = re.compile(r"\.\d+")
+_DIGITS = re.compile(r"\d+")
+_NUMERALS = f"0123456789.{THIN}{MINUS}"
 
 
 def peer_color(peer: int) -> str:
@@ -105,10 +109,11 @@ def line_chart(
     grid = "".join(f'<path class="grid" d="M0 {_down(y_axis.place(t)):.1f}H{SIZE}"/>' for t in y_axis.ticks)
     return (
         f'<div class="chart{" tall" if tall else ""}"><div class="y-title">{esc(y_title)}</div>'
-        f'<div class="frame"><div class="y-ticks">{_ticks(y_axis, "bottom", show)}</div>'
+        f'<div class="frame"><div class="y-ticks">{place_ticks(y_axis, "bottom", tick_texts(y_axis, show))}</div>'
         f'<div class="plot" data-points="{esc(_hover(x, across, lines, curves, band, edges, show), 10**9)}">'
         f'<svg viewBox="0 0 {SIZE} {SIZE}" preserveAspectRatio="none" role="img" aria-label="{esc(y_title)}">'
-        f'{grid}{"".join(shapes)}</svg></div><div class="x-ticks">{_ticks(x_axis, "left", count)}</div></div>'
+        f"{grid}{''.join(shapes)}</svg></div>"
+        f'<div class="x-ticks">{place_ticks(x_axis, "left", [count(t) for t in x_axis.ticks])}</div></div>'
         f'<div class="x-title">{esc(x_title)}</div>{_legend(lines, band)}</div>'
     )
 
@@ -190,9 +195,32 @@ def _area(across: Sequence[float], low: Column, high: Column, axis: Axis) -> str
     return "".join(parts)
 
 
-def _ticks(axis: Axis, side: str, show: Callable[[float], str]) -> str:
-    places = [(tick, axis.place(tick) * 100) for tick in axis.ticks]
-    return "".join(f'<span style="{side}:{place:.2f}%">{show(tick)}</span>' for tick, place in places)
+def tick_texts(axis: Axis, show: Callable[[float | None], str]) -> list[str]:
+    """Texts of the ticks without zeros that no tick needs: "1.0", "1.5", "2.0" or "1", "2", "3"."""
+    shown = [_FRACTION.sub(lambda m: m[0].rstrip("0").rstrip("."), show(tick)) for tick in axis.ticks]
+    units = {text.lstrip(_NUMERALS) for tick, text in zip(axis.ticks, shown, strict=True) if tick}
+    if axis.log or len(units) > 1:
+        return shown
+    longest = max((len(m[0]) for m in map(_FRACTION.search, shown) if m), default=0)
+    return [_pad(text, longest) for text in shown] if longest else shown
+
+
+def place_ticks(axis: Axis, side: str, texts: Sequence[str], long: int = 4) -> str:
+    """Tick texts as spans, placed by percent from `side`; at the right end those over `long` characters hang left."""
+    spans = []
+    for tick, text in zip(axis.ticks, texts, strict=True):
+        place = axis.place(tick) * 100
+        end = ' class="end"' if side == "left" and place > 97 and len(text) > long else ""
+        spans.append(f'<span{end} style="{side}:{place:.2f}%">{text}</span>')
+    return "".join(spans)
+
+
+def _pad(text: str, length: int) -> str:
+    """The number at the start of `text` with a fraction of `length` characters, the point included."""
+    if (fraction := _FRACTION.search(text)) is not None:
+        return text[: fraction.end()] + "0" * (length - len(fraction[0])) + text[fraction.end() :]
+    digits = _DIGITS.search(text)
+    return text if digits is None else f"{text[: digits.end()]}.{'0' * (length - 1)}{text[digits.end() :]}"
 
 
 def _legend(lines: Sequence[Line], band: Band | None) -> str:

@@ -1,4 +1,4 @@
-"""Reading a run folder: events.jsonl, which may still be growing, and summary.json, which exists once a run has ended."""
+"""Reading a run folder: events.jsonl, which may still be growing, and the summary.json of a run that has ended."""
 
 from __future__ import annotations
 
@@ -89,6 +89,11 @@ class Run:
     @property
     def num_peers(self) -> int:
         return len(self.holdings) or len(self.weights) or max((len(r.loss) for r in self.rounds), default=1)
+
+    @property
+    def num_models(self) -> int:
+        """One a peer, but for pooled training: one model on the data of all peers."""
+        return max((len(r.loss) for r in self.rounds), default=0) or len(self.weights) or self.num_peers
 
     @property
     def rounds_done(self) -> int:
@@ -232,10 +237,11 @@ def _evaluations(log: _Log, metrics: Json, rounds_done: int) -> tuple[Evaluation
         )
         for r, e in log.evaluations.items()
     }
-    for round, name in ((0, "before"), (rounds_done, "average_model")):
+    final_peers = tuple(_metrics(p) for p in _list(metrics.get("peers")))
+    for round, name, peers in ((0, "before", ()), (rounds_done, "average_model", final_peers)):
         values = _metrics(metrics.get(name))
         if values and round not in found:
-            found[round] = Evaluation(round=round, average_model=values, peers=())
+            found[round] = Evaluation(round=round, average_model=values, peers=peers)
     return tuple(found[r] for r in sorted(found))
 
 

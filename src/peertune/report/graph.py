@@ -46,7 +46,8 @@ def graph_svg(num_peers: int, edges: Sequence[tuple[int, int]], weights: Matrix)
         tip = f"{node_name(node, num_peers)}: {degree[node]} neighbor{'s' * (degree[node] != 1)}"
         label = str(node) if node < num_peers else "hub"
         font = size * (0.95 if len(label) < 3 else 0.75)
-        parts.append(f'<g data-node="{node}" data-tip="{tip}"><circle cx="{x:.1f}" cy="{y:.1f}" r="{size:.1f}" fill="{color}"/>')
+        circle = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{size:.1f}" fill="{color}"/>'
+        parts.append(f'<g data-node="{node}" data-tip="{tip}">{circle}')
         if size > 9:
             parts.append(f'<text x="{x:.1f}" y="{y:.1f}" font-size="{font:.1f}">{label}</text>')
         parts.append("</g>")
@@ -62,23 +63,25 @@ def heat_map(weights: Matrix) -> str:
     shades: dict[int, list[str]] = {}
     parts: list[str] = []
     gap = side * 0.06
+    inner = side - 2 * gap
     for i, row in enumerate(weights):
         for j, weight in enumerate(row):
             shade = math.ceil(SHADES * weight / largest) if weight > 0 else 0
-            square = f"M{j * side + gap:.1f} {i * side + gap:.1f}h{side - 2 * gap:.1f}v{side - 2 * gap:.1f}h-{side - 2 * gap:.1f}z"
+            square = f"M{j * side + gap:.1f} {i * side + gap:.1f}h{inner:.1f}v{inner:.1f}h-{inner:.1f}z"
             if size <= TIPS_MAX:
                 tip = f"W[{i}, {j}] = {number(weight, 3)}"
                 parts.append(f'<path data-tip="{tip}" d="{square}"{_fill(shade)}/>')
             else:
                 shades.setdefault(shade, []).append(square)
     parts += [f'<path d="{"".join(squares)}"{_fill(shade)}/>' for shade, squares in sorted(shades.items())]
+    font = min(64.0, side / 3.4)
     if size <= 8:
         for i, row in enumerate(weights):
             for j, weight in enumerate(row):
                 if weight:
                     strong = ' class="strong"' if weight > 0.55 * largest else ""
                     x, y = (j + 0.5) * side, (i + 0.5) * side
-                    parts.append(f'<text{strong} x="{x:.0f}" y="{y:.0f}" font-size="{min(40.0, side / 3.4):.0f}">{weight:.2f}</text>')
+                    parts.append(f'<text{strong} x="{x:.0f}" y="{y:.0f}" font-size="{font:.0f}">{weight:.2f}</text>')
     title = f"Mixing matrix W, {size} by {size}"
     return f'<svg class="heat" viewBox="0 0 {CELLS} {CELLS}" role="img" aria-label="{title}">{"".join(parts)}</svg>'
 
@@ -94,7 +97,8 @@ def _fill(shade: int) -> str:
 def _place(node: int, num_peers: int) -> tuple[float, float]:
     if node >= num_peers:
         return CENTER, CENTER
-    angle = 2 * math.pi * node / num_peers - math.pi / 2
+    first = math.pi if num_peers == 2 else -math.pi / 2  # two peers stand side by side
+    angle = first + 2 * math.pi * node / num_peers
     return CENTER + RADIUS * math.cos(angle), CENTER + RADIUS * math.sin(angle)
 
 

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from peertune.report import series
 from peertune.report.charts import LEGEND_MAX, NUM_COLORS, Band, Line, line_chart, peer_color
 from peertune.report.events import Metrics, Run
-from peertune.report.text import NONE, count, duration, esc, memory, number, percent, plural, short_count, signed, traffic
+from peertune.report.text import (
+    count,
+    duration,
+    esc,
+    memory,
+    number,
+    percent,
+    plural,
+    short_count,
+    signed,
+    traffic,
+)
 
-METHODS = {"deca": "DECA", "badam": "BAdam", "dpsgd": "D-PSGD", "fedavg": "FedAvg", "local": "Local training", "pooled": "Pooled training"}
+METHODS = {
+    "deca": "DECA",
+    "badam": "BAdam",
+    "dpsgd": "D-PSGD",
+    "fedavg": "FedAvg",
+    "local": "Local training",
+    "pooled": "Pooled training",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +91,12 @@ def title(run: Run) -> str:
 
 def header(run: Run) -> str:
     """Method, model, data, when, and how far the run is."""
-    facts = [esc(setting(run, "model", "path") or "model", 80)]
+    facts = [esc(_brief(setting(run, "model", "path") or "model"), 80)]
     if run.parameters:
         facts.append(f"{short_count(run.parameters)} parameters")
-    facts += [esc(value, 60) for value in (setting(run, "data", "task"), setting(run, "data", "train")) if value]
+    facts += [
+        esc(_brief(value), 60) for value in (setting(run, "data", "task"), setting(run, "data", "train")) if value
+    ]
     if setting(run, "run", "seed") is not None:
         facts.append(f"seed {esc(setting(run, 'run', 'seed'), 20)}")
     if run.started is not None and 0 <= run.started < 2**34:
@@ -102,7 +122,7 @@ def headline(run: Run) -> str:
     names = _metric_names(run)
     models = [e.average_model for e in run.evaluations]
     if names:
-        name, metric = names[0], METRICS.get(names[0]) or _plain(names[0])
+        name, metric = names[0], _metric(names[0])
         seen = [m[name] for m in models if name in m]
         first, last = seen[0], seen[-1]
         what = f"Held-out {esc(metric.title)}, average model"
@@ -113,14 +133,14 @@ def headline(run: Run) -> str:
             boxes.append(_box(what, span, "before → after" if run.finished else "before → so far"))
             boxes.append(_box("Gain", metric.gain(first, last), _second_metric(names, models)))
     else:
-        losses = [series.mean(r.loss) for r in run.rounds]
-        boxes.append(_box("Training loss, mean of peers", number(losses[-1]) if losses else NONE, "no held-out metric yet"))
+        last_loss = series.mean(run.rounds[-1].loss) if run.rounds else None
+        boxes.append(_box("Training loss, mean of peers", number(last_loss), "no held-out metric yet"))
     most, average = max((b for b in run.bytes_sent if b is not None), default=None), series.mean(run.bytes_sent)
     same = most is None or average is None or most - average <= 0.01 * most
     boxes += [
         _box("Sent per peer", traffic(average), "each" if same else f"mean; at most {traffic(most)}"),
-        _box("Peak memory", memory(run.peak_memory_bytes), "whole run" if run.peak_memory_bytes else "known at the end"),
-        _box("Wall time", duration(run.wall_s), f"{_per_round(run)} a round"),
+        _box("Peak memory", memory(run.peak_memory_bytes), "whole run" if run.finished else "known at the end"),
+        _box("Wall time", duration(run.wall_s), _per_round(run)),
         _box("Rounds", count(run.rounds_done), f"of {count(run.planned_rounds)} planned"),
     ]
     return f'<div id="summary" class="boxes">{"".join(boxes)}</div>'
@@ -136,8 +156,9 @@ def loss(run: Run) -> str:
     x = [v for v in series.downsample([r.round + 1 for r in rounds], size) if v is not None]
     lines, band = peer_lines(curves, "mean of peers")
     chart = line_chart(x, lines, band=band, y_title="training loss (nats)", show=number, tall=True)
-    smoothing = f" Curves are moving averages over {plural(size * window, 'logged round')}." if size * window > 1 else ""
-    lead = f"Each peer's loss on its own data.{smoothing}"
+    lead = "Each peer's loss on its own data." if run.num_models > 1 else "The model's loss on its batches."
+    if size * window > 1:
+        lead += f" Curves are moving averages over {plural(size * window, 'logged round')}."
     return card("loss", "Training loss", chart or empty("No round has been logged yet."), lead=lead)
 
 
@@ -156,10 +177,14 @@ def heldout(run: Run) -> str:
         rows.append([f"<b>{when}</b>", *(f"<b>{_cell(n, last)}</b>" for n in names)])
     if len(peers) > 1:
         for label, reduce in (("mean of peers", series.mean), ("lowest peer", _least), ("highest peer", _most)):
-            rows.append([label, *(_cell(n, {n: v}) if (v := reduce(_known(peers, n))) is not None else NONE for n in names)])
-    summary = table(["model", *(esc((METRICS.get(n) or _plain(n)).title, 30) for n in names)], rows)
-    lead = "The average model is what the run exports; a peer's model is what that peer holds, on the same held-out rows."
-    return card("heldout", "Held-out metrics", f'<div class="row">{"".join(charts)}<div>{summary}</div></div>', lead=lead)
+            rows.append([label, *(_metric(n).show(reduce(_known(peers, n))) for n in names)])
+    summary = table(["model", *(esc(_metric(n).title, 30) for n in names)], rows)
+    lead = (
+        "The average model is what the run exports; a peer's model is what that peer ends with. All see the same rows."
+    )
+    beside, below = (f"<div>{summary}</div>", "") if len(names) <= 3 else ("", summary)
+    body = f'<div class="row">{"".join(charts)}{beside}</div>{below}'
+    return card("heldout", "Held-out metrics", body, lead=lead)
 
 
 def consensus(run: Run) -> str:
@@ -168,9 +193,9 @@ def consensus(run: Run) -> str:
     measured = series.downsample([r.consensus_distance for r in run.rounds], size)
     x = [v for v in series.downsample([r.round + 1 for r in run.rounds], size) if v is not None]
     lines = [Line(name="consensus distance", values=measured, color="var(--accent)", style="mean", dots=len(x) <= 40)]
-    chart = line_chart(x, lines, y_title="consensus distance (weight units, log)", log=True, show=_three_digits)
-    reason = "One peer: nothing to disagree about." if run.num_peers == 1 else "Not measured yet, or zero throughout."
-    lead = "How far the peers' weights are from their average."
+    chart = line_chart(x, lines, y_title="consensus distance (L2 norm, log)", log=True, show=_three_digits)
+    reason = "One model: nothing to disagree about." if run.num_models == 1 else "Not measured yet, or zero throughout."
+    lead = "How far the peers' trained weights are from their average."
     return card("consensus", "Consensus distance", chart or empty(reason), wide=False, lead=lead)
 
 
@@ -181,22 +206,25 @@ def sent(run: Run) -> str:
     x, rows = [float(r.round + 1) for r in logged], [r.bytes_sent for r in logged]
     if run.agreement_hops is not None and run.bytes_sent and rows:
         x, rows = [*x, x[-1] + 1], [*rows, run.bytes_sent]
+    if not any(series.mean(row) for row in rows):
+        return card("traffic", "Traffic", empty("Nothing has been sent."), wide=False)
     lines, band = peer_lines(series.columns(rows), "mean of peers")
     chart = line_chart(x, lines, band=band, y_title="sent since the start (bytes)", from_zero=True, show=traffic)
-    lead = "What each peer has put on the wire, payload and header."
+    lead = "What each peer has put on the wire."
     if run.agreement_hops is not None:
-        lead += f" The last step is the final agreement, {plural(run.agreement_hops, 'hop')}."
-    return card("traffic", "Traffic", chart or empty("Nothing has been sent yet."), wide=False, lead=lead)
+        lead += f" Last: the final agreement, {plural(run.agreement_hops, 'hop')}."
+    return card("traffic", "Traffic", chart, wide=False, lead=lead)
 
 
 def peer_lines(curves: Sequence[series.Column], mean_name: str, dots: bool = False) -> tuple[list[Line], Band | None]:
     """Curves of N peers: named lines up to 8; beyond that their range, with faint lines up to 32. Always their mean."""
     num = len(curves)
     if num == 1:
-        return [Line(name="peer 0", values=curves[0], color=peer_color(0), style="mean", dots=dots)], None
+        return [Line(name="model", values=curves[0], color=peer_color(0), style="mean", dots=dots)], None
     few = num <= LEGEND_MAX
+    style = "peer" if few else "faint"
     lines = [
-        Line(name=f"peer {i}", values=c, color=peer_color(i), style="peer" if few else "faint", dots=dots and few, listed=few)
+        Line(name=f"peer {i}", values=c, color=peer_color(i), style=style, dots=dots and few, listed=few)
         for i, c in enumerate(curves if num <= NUM_COLORS else [])
     ]
     lines.append(Line(name=mean_name, values=series.across(curves, series.mean), style="mean", dots=dots))
@@ -204,16 +232,24 @@ def peer_lines(curves: Sequence[series.Column], mean_name: str, dots: bool = Fal
     return lines, None if few else band
 
 
+def _brief(value: object) -> str:
+    """A model or data source without the folders it lies in; the recipe has them."""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_brief(v) for v in value)
+    name = str(value).replace("\\", "/").rstrip("/")
+    return name.rpartition("/")[2] if name.startswith(("/", ".", "~")) or name[1:2] == ":" else name
+
+
 def _metric_chart(run: Run, name: str) -> str:
-    metric = METRICS.get(name) or _plain(name)
+    metric = _metric(name)
     x = [float(e.round) for e in run.evaluations]
     num = max(len(e.peers) for e in run.evaluations)
     rows = [[p.get(name) for p in e.peers] or [None] * num for e in run.evaluations]
     lines, band = peer_lines(series.columns(rows), "mean of peers", dots=len(x) <= 40) if num > 1 else ([], None)
     average = [e.average_model.get(name) for e in run.evaluations]
     lines.append(Line(name="average model", values=average, color="var(--accent)", style="star", dots=len(x) <= 40))
-    unit = f" ({metric.unit})" if metric.unit else ""
-    return line_chart(x, lines, band=band, y_title=f"held-out {metric.title}{unit}", x_title="rounds done", show=metric.show)
+    y_title = f"held-out {metric.title}" + (f" ({metric.unit})" if metric.unit else "")
+    return line_chart(x, lines, band=band, y_title=y_title, x_title="rounds done", show=metric.show)
 
 
 def _metric_names(run: Run) -> list[str]:
@@ -231,25 +267,29 @@ def _second_metric(names: Sequence[str], models: Sequence[Metrics]) -> str:
     for name in names[1:]:
         seen = [m[name] for m in models if name in m]
         if len(seen) > 1:
-            metric = METRICS.get(name) or _plain(name)
+            metric = _metric(name)
             return f"{esc(metric.title, 30)} {metric.show(seen[0])} → {metric.show(seen[-1])}"
     return "of the average model"
 
 
 def _per_round(run: Run) -> str:
-    return duration(run.wall_s / run.rounds_done) if run.wall_s is not None and run.rounds_done else NONE
+    if run.wall_s is None or not run.rounds_done:
+        return "no round yet"
+    return f"{duration(run.wall_s / run.rounds_done)} a round"
 
 
 def _box(label: str, value: str, note: str) -> str:
-    return f'<div class="box"><div class="label">{label}</div><div class="value">{value}</div><div class="note">{note}</div></div>'
+    parts = (("label", label), ("value", value), ("note", note))
+    return f'<div class="box">{"".join(f"<div class={kind}>{text}</div>" for kind, text in parts)}</div>'
 
 
-def _plain(name: str) -> Metric:
-    return Metric(title=name.replace("_", " "), unit="", share=False)
+def _metric(name: str) -> Metric:
+    """A metric by name; one that is not known here is a plain number."""
+    return METRICS.get(name) or Metric(title=name.replace("_", " "), unit="", share=False)
 
 
 def _cell(name: str, metrics: Metrics) -> str:
-    return (METRICS.get(name) or _plain(name)).show(metrics.get(name))
+    return _metric(name).show(metrics.get(name))
 
 
 def _known(peers: Sequence[Metrics], name: str) -> list[float]:
@@ -266,5 +306,3 @@ def _least(values: Sequence[float]) -> float | None:
 
 def _most(values: Sequence[float]) -> float | None:
     return max(values, default=None)
-
-

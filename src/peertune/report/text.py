@@ -102,5 +102,5 @@ def signed(value: float, text: str) -> str:
 
 
 def plural(value: float, noun: str) -> str:
-    """"1 peer", "8 peers"."""
+    """ "1 peer", "8 peers"."""
     return f"{count(value)} {noun}{'' if value == 1 else 's'}"

@@ -1,0 +1,51 @@
+"""What all tests share: real data where there is some, a tokenizer that needs none, no network, no chance."""
+
+import os
+from pathlib import Path
+
+# Read when the libraries are imported, which is later.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from hypothesis import settings
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+settings.register_profile("repeatable", deadline=None, derandomize=True, database=None, max_examples=50)
+settings.load_profile("repeatable")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real test data and models."""
+    folder = Path(os.environ.get("PEERTUNE_TEST_DATA") or Path(__file__).parents[2] / "shared")
+    if not (folder / "data").is_dir():
+        pytest.skip(f"no test data in {folder}; set PEERTUNE_TEST_DATA to the folder that holds data/ and models/")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def english(shared: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of english-4m: byte-level BPE, puts <s> before a text, has a chat template that ignores tools."""
+    return AutoTokenizer.from_pretrained(shared / "models" / "english-4m")
+
+
+@pytest.fixture
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """A new tokenizer of one token a byte, that puts <s> before a text and has no chat template."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    specials = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    core = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(specials + letters)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        additional_special_tokens=specials[3:],
+    )

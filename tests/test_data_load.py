@@ -1,0 +1,234 @@
+"""Loading: each format gives the same rows, and what is wrong is named with file and line."""
+
+import csv
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from peertune.config import DataSection
+from peertune.data import load_table
+from peertune.errors import DataError
+
+TEXT = DataSection(task="text")
+LABELS = DataSection(task="classification")
+CHAT = DataSection(task="chat")
+ROWS = [{"text": "née, \u2028 ß", "label": "1"}, {"text": 'a "b", c\r\nd', "label": "x"}]
+
+
+def lines(rows: list[Any]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_csv(path: Path) -> None:
+    with path.open("w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.DictWriter(file, ["text", "label"])
+        writer.writeheader()
+        writer.writerows(ROWS)
+
+
+WRITERS: dict[str, Callable[[Path], Any]] = {
+    "a.jsonl": lambda path: path.write_text(lines(ROWS), encoding="utf-8"),
+    "crlf.jsonl": lambda path: path.write_bytes(lines(ROWS).replace("\n", "\r\n").encode()),
+    "a.jsonl.gz": lambda path: path.write_bytes(gzip.compress(lines(ROWS).encode())),
+    "a.json": lambda path: path.write_text(json.dumps(ROWS, indent=1)),
+    "a.csv": write_csv,
+    "a.parquet": lambda path: pq.write_table(pa.Table.from_pylist(ROWS), path),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_formats_agree(name: str, tmp_path: Path) -> None:
+    WRITERS[name](tmp_path / name)
+    table = load_table(str(tmp_path / name), LABELS)
+    assert table.rows == ROWS
+    assert table.source == [0, 0]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_a_text_file_is_one_document(name: str, tmp_path: Path) -> None:
+    raw = b"one\r\n\r\ntwo\n"
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
+    assert load_table(str(tmp_path / name), DataSection(text_field="body")).rows == [{"body": "one\r\n\r\ntwo\n"}]
+
+
+def test_sources_are_told_apart_and_found_beside_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, base = tmp_path / "here", tmp_path / "base"
+    for folder, word in ((here, "here"), (base, "base")):
+        folder.mkdir()
+        (folder / "a.jsonl").write_text(lines([{"text": word}]))
+    (base / "b.jsonl").write_text(lines([{"text": "b"}] * 2))
+    monkeypatch.chdir(here)
+    table = load_table(["a.jsonl", "b.jsonl"], TEXT, base=base)
+    assert [row["text"] for row in table.rows] == ["here", "b", "b"]
+    assert table.source == [0, 1, 1]
+    assert load_table("a.jsonl", TEXT, base=tmp_path / "nowhere").rows == [{"text": "here"}]
+
+
+def test_labels_become_text(tmp_path: Path) -> None:
+    rows = [{"text": "a", "label": label} for label in (1, True, " x ", None)]
+    (tmp_path / "a.jsonl").write_text(lines(rows))
+    assert [row["label"] for row in load_table(str(tmp_path / "a.jsonl"), LABELS).rows] == ["1", "True", "x", ""]
+
+
+def test_messages_are_put_in_order(tmp_path: Path) -> None:
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "tool_calls": None},
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]},
+    ]
+    expected = [{"role": "user", "content": "ab"}, {**messages[1], "content": ""}]
+    (tmp_path / "a.jsonl").write_text(
+        lines([{"messages": messages}, {"messages": json.dumps(messages), "tools": "[{}]"}])
+    )
+    plain, quoted = load_table(str(tmp_path / "a.jsonl"), CHAT).rows
+    assert plain["messages"] == quoted["messages"] == expected
+    assert quoted["tools"] == [{}]
+
+
+def test_long_cells_of_csv_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('text\n"' + "long " * 50_000 + '"\n')
+    limit = csv.field_size_limit()
+    assert len(load_table(str(tmp_path / "a.csv"), TEXT).rows[0]["text"]) == 250_000
+    assert csv.field_size_limit() == limit
+
+
+@pytest.fixture
+def hub_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A local folder in the hub's layout with labels as class numbers."""
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    folder = tmp_path / "org" / "set"
+    (folder / "data").mkdir(parents=True)
+    for split, labels in (("train", [1, 0]), ("test", [1])):
+        made = datasets.Dataset.from_dict({"text": ["t"] * len(labels), "label": labels}, features=features)
+        made.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def test_folder_in_hub_layout(hub_folder: Path) -> None:
+    rows = [{"text": "t", "label": "yes"}, {"text": "t", "label": "no"}]
+    assert load_table(str(hub_folder), LABELS).rows == rows
+    assert load_table(["org/set", "org/set:test"], LABELS).rows == [*rows, rows[0]]
+    with pytest.raises(DataError, match=r"org/set:dev: .*dev"):
+        load_table("org/set:dev", LABELS)
+
+
+def test_names_of_hub_data_sets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+
+    def load(name: str, split: str) -> datasets.Dataset:
+        asked.append((name, split))
+        if name == "org/none":
+            raise datasets.exceptions.DatasetNotFoundError("Dataset 'org/none' doesn't exist\nmore")
+        return datasets.Dataset.from_list([{"text": "t"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.chdir(tmp_path)
+    assert load_table(["org/set", "org/set.v2:test"], TEXT).source == [0, 1]
+    assert asked == [("org/set", "train"), ("org/set.v2", "test")]
+    with pytest.raises(DataError, match=r"org/none:train: no such file, and no data set of that name loads: .* exist$"):
+        load_table("org/none", TEXT)
+
+
+def test_stdlib_rows_come_with_their_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    stdlib = pytest.importorskip("peertune.data.stdlib")
+    asked = []
+
+    def load(split: str) -> tuple[list[dict[str, Any]], list[int]]:
+        asked.append(split)
+        return [{"text": "a", "client": "x"}, {"text": "b", "client": "y"}], [0, 1]
+
+    monkeypatch.setattr(stdlib, "load_stdlib", load)
+    table = load_table("stdlib", DataSection(text_field="body"))
+    assert table.source == [0, 1]
+    assert table.rows[1] == {"body": "b", "text": "b", "client": "y"}
+    assert load_table(["stdlib-test", "stdlib"], TEXT).source == [0, 0, 1, 1]
+    assert asked == ["train", "test", "train"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "section", "message"),
+    [
+        ("a.jsonl", b"", TEXT, "a.jsonl: is empty"),
+        ("a.jsonl", b"\n\r\n", TEXT, "a.jsonl: is empty"),
+        ("a.csv", b"text,label\n", TEXT, "a.csv: is empty"),
+        ("a.txt", b" \n", TEXT, "a.txt: is empty"),
+        ("a.json", b"[]", TEXT, "a.json: is empty"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', TEXT, "a.jsonl:3: broken JSON: Expecting value at column"),
+        ("a.jsonl", b'{"text": "a"}\n["b"]\n', TEXT, "a.jsonl:2: got a list, expected a JSON object"),
+        ("a.json", b'{"text": "a"}', TEXT, "a.json: got an object, expected a list.*jsonl"),
+        ("a.json", b'{"text": "a"}\n{"text": "b"}', TEXT, "a.json:2: broken JSON.*jsonl"),
+        ("a.jsonl", b"[" * 100_000, TEXT, "a.jsonl:1: broken JSON"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": 3}', TEXT, "a.jsonl:2: field 'text' is an integer, expected text"),
+        ("a.jsonl", b'{"txt": "a", "id": 1}', TEXT, r"a.jsonl:1: no field 'text' \(it has txt, id\).*data.text_field"),
+        ("a.jsonl", b'{"text": "a"}', LABELS, "a.jsonl:1: no field 'label'.*data.label_field"),
+        ("a.jsonl", b'{"text": "a", "label": 0.5}', LABELS, "a.jsonl:1: field 'label' is a number"),
+        ("a.jsonl", b'{"text": "a", "label": 1, "text_b": []}', LABELS, "field 'text_b' is a list.*data.text_b_field"),
+        ("a.csv", b"prompt,output\na,b\n", DataSection(task="instruction"), "a.csv:2: no field 'instruction'"),
+        ("a.csv", b'text\n"two\nlines"\nb,c\n', TEXT, "a.csv:4: got 2 cells, expected 1"),
+        ("a.csv", b"text,text\na,b\n", TEXT, "a.csv:1: two columns"),
+        ("a.csv", b'text\n"a\n', TEXT, "a.csv:2: broken CSV"),
+        ("a.txt", b"ok\nfine\n\xe9t\xe9", TEXT, "a.txt:3: not UTF-8 .byte 0xe9."),
+        ("a.jsonl", b'{"text": "\\ud800"}', TEXT, "a.jsonl:1: holds half of a surrogate pair"),
+        ("a.jsonl.gz", b"plain", TEXT, "a.jsonl.gz: not a whole gzip file"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "abcdef"}' * 9)[:-12], TEXT, "a.jsonl.gz: not a whole gzip file"),
+        ("a.parquet", b"PAR1 no", TEXT, "a.parquet: not a readable Parquet file"),
+        ("a.tsv", b"text\n", TEXT, "a.tsv: unknown type of file '.tsv'; expected .jsonl"),
+        ("a.parquet.gz", b"", TEXT, "unknown type of file '.parquet.gz'"),
+        ("a.jsonl", b'{"messages": "hello"}', CHAT, "a.jsonl:1: field 'messages' is text, expected a list of objects"),
+        ("a.jsonl", b'{"messages": ["hi"]}', CHAT, "a list that does not hold objects only"),
+        (
+            "a.jsonl",
+            b'{"messages": [{"from": "x"}]}',
+            CHAT,
+            "a.jsonl:1, message 1: no text in field 'role' .it has from",
+        ),
+        ("a.jsonl", b'{"messages": [{"role": "user", "content": 1}]}', CHAT, "message 1: content is an integer"),
+        ("a.jsonl", b'{"messages": [{"role": "user", "content": [{"image": 1}]}]}', CHAT, "a part that is not text"),
+        ("a.jsonl", b'{"messages": [], "tools": {"a": 1}}', CHAT, "field 'tools' is an object.*data.tools_field"),
+    ],
+)
+def test_refusals_name_file_and_line(
+    name: str, content: bytes, section: DataSection, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        load_table(name, section)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("rows.jsnl", "rows.jsnl: no such file.*did you mean rows.jsonl"),
+        ("data/rows.tsv", "data/rows.tsv: no such file"),
+        ("nothing", "nothing: no such file.*expected .jsonl"),
+        ("", "expected a path"),
+        ([], "expected a path"),
+    ],
+)
+def test_refuses_what_is_not_there(
+    source: str | list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    Path("rows.jsonl").touch()
+    with pytest.raises(DataError, match=message):
+        load_table(source, TEXT, base=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "count"),
+    [("mrpc", "classification", 4075), ("toolchat-glaive", "chat", 233), ("mts-dialog", "instruction", 1199)],
+)
+def test_real_files(name: str, task: str, count: int, shared: Path) -> None:
+    section = DataSection.model_validate({"task": task})
+    assert len(load_table(str(shared / "data" / f"{name}.jsonl.gz"), section).rows) == count
