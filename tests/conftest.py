@@ -35,6 +35,10 @@ def english(shared: Path) -> PreTrainedTokenizerBase:
 
 @pytest.fixture
 def byte_tokenizer() -> PreTrainedTokenizerBase:
+    return make_byte_tokenizer()
+
+
+def make_byte_tokenizer() -> PreTrainedTokenizerBase:
     """A new tokenizer of one token a byte, that puts <s> before a text and has no chat template."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     specials = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
@@ -49,3 +53,29 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
         pad_token="<pad>",
         additional_special_tokens=specials[3:],
     )
+
+
+@pytest.fixture(scope="session")
+def micro_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a Llama of 9,000 random parameters and a tokenizer of one token a byte."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("micro-model")
+    tokenizer = make_byte_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=12,
+        intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=96,
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

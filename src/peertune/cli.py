@@ -191,8 +191,8 @@ def _keys_help() -> str:
 
     for name, field in RunConfig.model_fields.items():
         section = field.annotation if name != "algorithm" else METHODS["deca"]
-        assert isinstance(section, type)
-        show(section, name)
+        if isinstance(section, type) and issubclass(section, Section):
+            show(section, name)
     return "\n".join(lines)
 
 

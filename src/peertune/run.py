@@ -23,6 +23,7 @@ from peertune.algorithms.base import LocalReport
 from peertune.checkpoint import GENERATIONS, CheckpointStore
 from peertune.config import RunConfig
 from peertune.data.batches import Batches, UnionBatches
+from peertune.data.chat import plain_template
 from peertune.data.load import load_table
 from peertune.data.partition import describe_partition, partition
 from peertune.data.render import Rendered, Sample, find_labels, label_tokens, render
@@ -135,6 +136,8 @@ def prepare_data(config: RunConfig, base: Path | None) -> Prepared:
     partition_seed = seed if section.partition.seed is None else section.partition.seed
     parts = partition(table.rows, table.source, config.run.num_peers, section, partition_seed)
     tokenizer = load_tokenizer(config.model, base)
+    if section.task in ("instruction", "chat") and tokenizer.chat_template is None:
+        tokenizer.chat_template = plain_template(tokenizer)  # exported with the model, so that its users render alike
     length = config.model.max_length
     train = []
     for peer, rows in enumerate(parts):
@@ -364,7 +367,7 @@ class Simulation:
 
     def _foreseen_bytes(self) -> int:
         """Disk the checkpoints and the exported model will need: generations kept, one being written, the model."""
-        sizes = {name: p.numel() for name, p in self.average.module.named_parameters()}
+        sizes: dict[str, int] = {name: p.numel() for name, p in self.average.module.named_parameters()}
         trained = sum(sizes[n] for block in self.blocks for n in block.parameters)
         largest = max(sum(sizes[n] for n in block.parameters) for block in self.blocks)
         return (GENERATIONS + 1) * self.num_models * (4 * trained + 8 * largest) + 4 * sum(sizes.values())

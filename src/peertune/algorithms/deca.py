@@ -16,7 +16,7 @@ The formulas are second-hand, from a public transcription; the paper's text was 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -44,7 +44,7 @@ class DecaConfig(BlockwiseConfig):
 
 
 class Deca(Algorithm):
-    Config = DecaConfig
+    Config: ClassVar[type[AlgorithmConfig]] = DecaConfig
 
     def __init__(self, peer: Peer, config: AlgorithmConfig) -> None:
         super().__init__(peer, config)
@@ -83,7 +83,8 @@ class Deca(Algorithm):
             self.begin_turn(turn.block)
             self.moments = {name: Moments.zeros(p) for name, p in self.active.items()}
             self.weights = (0.0, 0.0)
-        if self.discrepancy != "none":
+            self.anchor = {}
+        if self.discrepancy != "none" and not self.anchor:
             self.anchor = {name: self.masters.snapshot(name) for name in self.active}
         self.interval_lr = 0.0
         losses, norms = [], []
@@ -137,13 +138,14 @@ class Deca(Algorithm):
     @torch.no_grad()
     def mix(self, hop: Hop, inbox: Inbox) -> None:
         """theta_{r+1/2} -> theta_{r+1}, then the moments; tensor by tensor, so the mixed block never stands beside itself."""
+        d: dict[str, Tensor] = {}
         for name in self.active:
             mixed = inbox.mean(name)
             self.masters.write(name, mixed)
-            if self.anchor:
-                self.anchor[name].sub_(mixed)
-        self.correct(self.anchor)
-        self.anchor = {}
+            if self.discrepancy != "none":
+                d[name] = self.anchor[name].sub_(mixed)
+                self.anchor[name] = mixed
+        self.correct(d)
 
     def correct(self, d: Mapping[str, Tensor]) -> None:
         """m_{r+1} = b1 m_{r+1/2} + (1 - b1) h, v_{r+1} = b2 v_{r+1/2} + (1 - b2) h h, by `discrepancy`:

@@ -1,236 +1,247 @@
-"""Conversations as tokens, and which of them the assistant said.
-
-Nothing here knows a model's template. Where a turn stands in the text is found by rendering: it starts where the
-conversation before it, with the generation prompt, ends, and ends where the conversation up to it ends, as long as
-both are beginnings of the whole. Where it stands among the tokens is found by comparing tokens in the same way.
-"""
+"""The half of the page that says what went in: graph, data, blocks, recipe, versions, notes."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from jinja2.exceptions import TemplateError
+from peertune.report.charts import SIZE, Axis, place_ticks, round_axis
+from peertune.report.events import Holding, Json, Run
+from peertune.report.graph import graph_svg, heat_map
+from peertune.report.results import card, empty, setting, table
+from peertune.report.text import count, duration, esc, number, percent, plural, short_count, traffic
 
-from peertune.data.tokens import Tokens, bos_tokens, common_length, encode
-from peertune.errors import DataError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-Message = dict[str, Any]
-Span = tuple[int, int]
-
-_PLAIN_TEMPLATE = """\
-{%- set titles = {'system': 'Context', 'user': 'Request', 'assistant': 'Reply', 'tool': 'Tool result'} -%}
-{%- for m in messages -%}
-{{ '### ' + titles.get(m.role, m.role) + ':\\n' + (m.content or '') }}
-{%- if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif -%}
-{{ (eos_token or '') if m.role == 'assistant' else '' }}{{ '\\n\\n' }}
-{%- endfor -%}
-{{ '### Reply:\\n' if add_generation_prompt else '' }}"""
-
-# A template that writes calls as JSON needs their arguments as an object: the JSON text that OpenAI's format has there
-# would be quoted a second time. A template that tests for text handles both.
-_CALLS_AS_JSON = re.compile(r"\b(arguments|function)(['\"]\])?\s*\|\s*tojson")
-
-_MIN_CUT_CHARS = 16
-"""Shorter texts are never cut: they make no room, and could be mistaken for the template's own words."""
+MAX_CLASSES = 12
+"""More classes than this share the last colour as "other"."""
 
 
-@dataclass(frozen=True)
-class Transcript:
-    """A conversation, rendered up to its last assistant turn."""
-
-    where: str
-    """The row's name, for errors."""
-    messages: list[Message]
-    tools: Sequence[Any] | None
-    """Function schemas that the template itself writes out."""
-    text: str
-    turns: list[Span]
-    """Characters [start, end) of each assistant turn with its end token: what is to be learned."""
-
-
-def plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat template for a tokenizer that has none: a heading for each turn, in Markdown."""
-    return ("{{ bos_token }}" if len(bos_tokens(tokenizer)) else "") + _PLAIN_TEMPLATE
-
-
-class ChatRenderer:
-    """Renders conversations with the tokenizer's chat template, or `plain_template` where it has none."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-        own = str(tokenizer.chat_template or "")
-        self._template = None if own else plain_template(tokenizer)
-        self._calls_as_objects = bool(_CALLS_AS_JSON.search(own)) and "is string" not in own
-        self._end_tokens = tuple(str(token) for token in tokenizer.added_tokens_decoder.values())
-
-    def transcribe(self, messages: Sequence[Message], tools: Sequence[Any] | None, where: str) -> Transcript | None:
-        """Render one conversation and find its assistant turns.
-
-        Args:
-            messages: dicts with role and content, calls in `tool_calls`.
-            tools: JSON schemas of functions; written into the system turn where the template leaves them out.
-            where: the row's name, for errors.
-        Returns:
-            The transcript, or None where the assistant says nothing.
-        Raises:
-            DataError: the template refuses the conversation, or an assistant turn cannot be told from what it renders.
-        """
-        spoken = [i for i, m in enumerate(messages) if _says_something(m)]
-        if not spoken:
-            return None
-        kept = [self._prepare(message) for message in messages[: spoken[-1] + 1]]
-        text = self._render(kept, tools, where)
-        if tools and text == self._render(kept, None, where):
-            length = len(kept)
-            kept, text = self._fold_tools(kept, tools, where)
-            spoken = [i + len(kept) - length for i in spoken]
-            tools = None
-        turns: list[Span] = []
-        for i in spoken:
-            opening = self._render(kept[:i], tools, where, generation_prompt=True) if i else ""
-            whole = text if i == len(kept) - 1 else self._render(kept[: i + 1], tools, where)
-            if i and whole.startswith(opening) and text.startswith(whole):
-                start, end = len(opening), len(whole)
-            else:
-                start, end = _search(kept[i], text, opening, whole, turns[-1][1] if turns else 0, where)
-            # white space after the end token is the template's, no generation reaches it
-            said = text[start:end].rstrip()
-            turns.append((start, start + len(said) if said.endswith(self._end_tokens) else end))
-        return Transcript(where, kept, tools, text[: turns[-1][1]], turns)
-
-    def tokenize(self, transcripts: Sequence[Transcript]) -> list[tuple[Tokens, list[Span]]]:
-        """Token ids of each transcript, int32 [length], and the tokens [start, end) of its assistant turns."""
-        texts = encode(self.tokenizer, [t.text for t in transcripts])
-        borders = [[border for turn in t.turns for border in turn] for t in transcripts]
-        prefixes = [t.text[:b] for t, row in zip(transcripts, borders, strict=True) for b in row if b < len(t.text)]
-        encoded = iter(encode(self.tokenizer, prefixes))
-        found = []
-        for transcript, ids, row in zip(transcripts, texts, borders, strict=True):
-            places = [common_length(next(encoded), ids) if b < len(transcript.text) else len(ids) for b in row]
-            found.append((ids, list(zip(places[::2], places[1::2], strict=True))))
-        return found
-
-    def shorten(
-        self, transcript: Transcript, ids: Tokens, turns: list[Span], max_length: int
-    ) -> tuple[Tokens, list[Span]]:
-        """Cut a conversation to max_length tokens, sparing its last assistant turn as long as possible.
-
-        In this order: the oldest exchanges go (a user's message and all up to the next one; system turns stay); the
-        longest texts that are not the assistant's lose their ends, until a quarter of max_length is left before the
-        last assistant turn; the rest loses its end.
-
-        Args:
-            transcript: the conversation.
-            ids, turns: what `tokenize` gave for it.
-            max_length: tokens that may stay.
-        Returns:
-            Token ids, int32 [max_length or fewer], and the tokens [start, end) of the assistant turns left.
-        """
-        while len(ids) > max_length and (recent := _without_oldest(transcript.messages)):
-            shorter = self.transcribe(recent, transcript.tools, transcript.where)
-            assert shorter is not None  # the last message is the assistant's
-            transcript = shorter
-            [(ids, turns)] = self.tokenize([transcript])
-        text, keep = transcript.text, np.ones(len(ids), dtype=np.bool_)
-        others = [m["content"].strip() for m in transcript.messages if m["role"] != "assistant"]
-        for content in sorted(others, key=len, reverse=True):
-            excess = min(int(keep.sum()) - max_length, int(keep[: turns[-1][0]].sum()) - max_length // 4)
-            at = text.find(content)
-            if excess <= 0 or len(content) < _MIN_CUT_CHARS:
-                break
-            if at >= 0:  # a template may change a text, such as escape it
-                before, upto = encode(self.tokenizer, [text[:at], text[: at + len(content)]])
-                start, end = common_length(before, ids), common_length(upto, ids)
-                keep[max(start, end - excess) : end] = False
-        places = np.concatenate([[0], np.cumsum(keep)])
-        left = [(int(places[a]), min(int(places[b]), max_length)) for a, b in turns]
-        return ids[keep][:max_length], [(a, b) for a, b in left if a < b]
-
-    def _prepare(self, message: Message) -> Message:
-        prepared = {**message, "content": message.get("content") or ""}
-        calls = message.get("tool_calls")
-        if self._calls_as_objects and calls:
-            prepared["tool_calls"] = [_with_object(call) for call in calls]
-        return prepared
-
-    def _render(
-        self, messages: list[Message], tools: Sequence[Any] | None, where: str, generation_prompt: bool = False
-    ) -> str:
-        try:
-            text: str = self.tokenizer.apply_chat_template(
-                messages,
-                tools=list(tools) if tools else None,
-                chat_template=self._template,
-                add_generation_prompt=generation_prompt,
-                tokenize=False,
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise DataError(f"{where}: the model's chat template refuses this conversation: {error}") from None
-        return text
-
-    def _fold_tools(self, messages: list[Message], tools: Sequence[Any], where: str) -> tuple[list[Message], str]:
-        """The messages with the tools in their system turn, or in the first turn where the template knows no system."""
-        schemas = (tool.get("function", tool) if isinstance(tool, dict) else tool for tool in tools)
-        lines = [json.dumps(schema, separators=(",", ":"), ensure_ascii=False) for schema in schemas]
-        listing = "Functions that may be called:\n" + "\n".join(lines)
-        first = messages[0]
-        merged = {**first, "content": "\n\n".join(filter(None, [first["content"], listing]))}
-        if first["role"] != "system":
-            with_system = [{"role": "system", "content": listing}, *messages]
-            try:
-                return with_system, self._render(with_system, None, where)
-            except DataError:
-                merged["content"] = "\n\n".join(filter(None, [listing, first["content"]]))
-        return [merged, *messages[1:]], self._render([merged, *messages[1:]], None, where)
+def graph(run: Run) -> str:
+    """The graph, its mixing matrix and its spectral gap."""
+    if run.num_models == 1 or not (run.edges or run.weights):
+        reason = "One model: no graph." if run.num_models == 1 else "The run has no graph: no peer has a neighbor."
+        return card("graph", "Graph and mixing matrix", empty(reason))
+    kind = esc(str(setting(run, "topology", "kind") or "graph").replace("_", " "), 40)
+    facts = [kind, plural(run.num_peers, "peer"), plural(len({tuple(sorted(e)) for e in run.edges}), "edge")]
+    if run.weights and setting(run, "topology", "weights"):
+        facts.append(f"{esc(setting(run, 'topology', 'weights'), 40)} weights")
+    gap = ""
+    if run.lambda2 is not None:
+        gap = (
+            f"<b>λ<sub>2</sub> = {number(run.lambda2, 4)}</b>, spectral gap <b>1 − |λ<sub>2</sub>| = "  # noqa: RUF001
+            f"{number(1 - abs(run.lambda2), 4)}</b>: a round of mixing shrinks the peers' disagreement to at most "
+            f"{percent(abs(run.lambda2))}."
+        )
+    drawn = graph_svg(run.num_peers, run.edges, run.weights)
+    parts = [f"<figure>{drawn}<figcaption>Width of an edge: its weight. {gap}</figcaption></figure>"]
+    if run.weights:
+        largest = max(max(row, default=0.0) for row in run.weights)
+        scale = f'<span class="scale">0<i></i>{number(largest, 3)}</span>'
+        parts.append(
+            f"<figure>{heat_map(run.weights)}<figcaption>Mixing matrix W: row i holds the weights peer i gives to "
+            f"itself and to its neighbors. {scale}</figcaption></figure>"
+        )
+    body = f'<div class="row pair">{"".join(parts)}</div>'
+    return card("graph", "Graph and mixing matrix", body, lead=", ".join(facts))
 
 
-def _says_something(message: Message) -> bool:
-    content = message.get("content") or ""
-    return message["role"] == "assistant" and bool(content.strip() or message.get("tool_calls"))
+def data(run: Run) -> str:
+    """Who holds which data: a bar of classes a peer, beside the counts."""
+    if not run.holdings:
+        return card("data", "Who holds which data", empty("The run has not said who holds what."))
+    colors = _class_colors(run.holdings)
+    largest = max((_size(h) for h in run.holdings), default=0) or 1
+    epochs = run.rounds[-1].epochs if run.rounds else ()
+    lost = [name for name in ("cut", "dropped") if any(getattr(h, name) for h in run.holdings)]
+    rows = []
+    for peer, held in enumerate(run.holdings):
+        # A pooled model counts epochs of the union, not of a peer.
+        done = epochs[peer] if len(epochs) == len(run.holdings) else None
+        total = run.bytes_sent[peer] if len(run.bytes_sent) == len(run.holdings) else None
+        rows.append(
+            [
+                f'<i class="dot" style="--c:var(--s{peer % 32})"></i>{peer}',
+                _bar(held, colors, largest),
+                count(held.samples),
+                count(held.sequences),
+                short_count(held.tokens),
+                *(count(getattr(held, name)) for name in lost),
+                number(done, 3),
+                traffic(total),
+            ]
+        )
+    bars = "by class" if colors else ""
+    head = ["peer", bars, "samples", "sequences", "tokens", *lost, "epochs", "sent"]
+    total_samples = sum(h.samples for h in run.holdings)
+    lead = f"{plural(total_samples, 'sample')} over {plural(len(run.holdings), 'peer')}; none leaves its peer."
+    kind = setting(run, "data", "partition")
+    if isinstance(kind, Mapping) and kind.get("kind"):
+        alpha = f", α = {esc(kind.get('alpha'), 20)}" if kind.get("kind") in ("dirichlet", "quantity") else ""  # noqa: RUF001
+        lead += f" Partition: {esc(kind.get('kind'), 40)}{alpha}."
+    body = _class_legend(run.holdings, colors) + table(head, rows, f"data{_density(rows)}")
+    return card("data", "Who holds which data", body, lead=lead)
 
 
-def _with_object(call: Any) -> Any:
-    """A call whose arguments are an object, where they were its JSON text."""
-    function = call.get("function", call)
-    try:
-        parsed = {**function, "arguments": json.loads(function["arguments"])}
-    except (KeyError, TypeError, json.JSONDecodeError):
-        return call
-    return {**call, "function": parsed} if "function" in call else parsed
+def blocks(run: Run) -> str:
+    """The blocks, and the rounds in which each was trained."""
+    if not run.blocks:
+        return card("blocks", "Block timeline", empty("No blocks: every round trains all that is trained."))
+    turns = _turns(run)
+    axis = round_axis(0, max(run.planned_rounds, run.rounds_done, 1))
+    trained = sum(b.parameters for b in run.blocks) or 1
+    rounds: Counter[int] = Counter()
+    for turn in turns:
+        rounds[turn.block] += turn.end - turn.start
+    rows = [
+        [
+            str(block.index),
+            f'<span class="name" title="{esc(block.name)}">{esc(block.name, 48)}</span>',
+            short_count(block.parameters),
+            percent(block.parameters / trained),
+            count(block.tensors),
+            count(rounds[block.index]),
+            _strip([t for t in turns if t.block == block.index], axis),
+        ]
+        for block in run.blocks
+    ]
+    ticks = place_ticks(axis, "left", [count(t) for t in axis.ticks], long=0)
+    head = ["block", "name", "parameters", "share", "tensors", "rounds", f'<div class="when">{ticks}<b>round</b></div>']
+    lead = f"{plural(len(run.blocks), 'block')}, {short_count(trained)} trained parameters; a bar marks a block's turn."
+    if run.frozen:
+        shown = ", ".join(f"<code>{esc(name, 80)}</code>" for name in run.frozen[:6])
+        more = f" and {count(len(run.frozen) - 6)} more" if len(run.frozen) > 6 else ""
+        lead += f" Frozen: {shown}{more}."
+    return card("blocks", "Block timeline", table(head, rows, f"blocks{_density(rows)}"), lead=lead)
 
 
-def _without_oldest(messages: Sequence[Message]) -> list[Message]:
-    """The messages without the first user's message and what follows up to the next; empty where there is no next."""
-    users = [i for i, m in enumerate(messages) if m["role"] == "user"]
-    return [*messages[: users[0]], *messages[users[1] :]] if len(users) > 1 else []
+def recipe(run: Run) -> str:
+    """The resolved recipe, as TOML would say it."""
+    lines = _toml(run.config, "")
+    body = f'<pre class="toml">{"".join(lines).rstrip()}</pre>' if lines else empty("No recipe was recorded.")
+    return card("recipe", "Resolved recipe", body, wide=False)
 
 
-def _search(message: Message, text: str, opening: str, whole: str, cursor: int, where: str) -> Span:
-    """Find a turn by its words, where a template renders it otherwise once later turns follow.
+def notes(run: Run) -> str:
+    """Warnings, notes, how the run went, versions."""
+    facts = []
+    if run.wall_s is not None:
+        facts.append(f"{duration(run.wall_s)} of wall time.")
+    facts += [f"Resumed at round {count(r)}." for r in run.resumes]
+    if not run.finished:
+        facts.append("The run has not ended: this page shows it so far.")
+    items = [f'<li class="warn">{esc(text)}</li>' for text in run.warnings]
+    items += [f"<li>{esc(text)}</li>" for text in (*run.notes, *facts)]
+    listed = f'<ul class="notes">{"".join(items)}</ul>' if items else empty("Nothing to note.")
+    pairs = "".join(f"<div><dt>{esc(k, 40)}</dt><dd>{esc(v, 60)}</dd></div>" for k, v in run.versions.items())
+    versions = f'<h3 id="versions">Versions</h3><dl>{pairs}</dl>' if pairs else ""
+    return card("notes", "Notes and warnings", listed + versions, wide=False)
 
-    Args:
-        message: the assistant's.
-        text: the whole conversation.
-        opening: the conversation before the turn, with the generation prompt; "" if there is none.
-        whole: the conversation up to the turn.
-        cursor: where the turn before it ended.
-    """
-    # reasoning is left out of turns that lie back
-    said = message["content"].rpartition("</think>")[2].strip()
-    known = bool(opening) and text.startswith(opening)
-    at = text.find(said, len(opening) if known else cursor)
-    closing = whole[whole.rfind(said) + len(said) :]
-    if said and at >= 0 and said in whole and text.startswith(closing, at + len(said)):
-        return (len(opening) if known else at), at + len(said) + len(closing)
-    raise DataError(
-        f"{where}: the model's chat template renders an assistant turn otherwise once later turns follow, so what to "
-        "learn cannot be marked; split such conversations so that each ends with its only assistant turn"
+
+@dataclass
+class _Turn:
+    """Rounds start to end - 1, all of one block."""
+
+    block: int
+    start: int
+    end: int
+
+
+def _turns(run: Run) -> list[_Turn]:
+    """Logged rounds joined to runs of one block; a round that was not logged belongs to the one logged before it."""
+    turns: list[_Turn] = []
+    for i, logged in enumerate(run.rounds):
+        if logged.block is None:
+            continue
+        end = run.rounds[i + 1].round if i + 1 < len(run.rounds) else logged.round + 1
+        if turns and turns[-1].block == logged.block and turns[-1].end == logged.round:
+            turns[-1].end = end
+        else:
+            turns.append(_Turn(logged.block, logged.round, end))
+    return turns
+
+
+def _strip(turns: Sequence[_Turn], axis: Axis) -> str:
+    spans = [(axis.place(t.start) * SIZE, axis.place(t.end) * SIZE) for t in turns]
+    # A turn far shorter than a pixel stays visible.
+    d = "".join(f"M{start:.1f} 0H{max(end, start + 0.8):.1f}V10H{start:.1f}z" for start, end in spans)
+    shown = "; ".join(f"{count(t.start + 1)} to {count(t.end)}" for t in turns[:4]) + ("; …" if len(turns) > 4 else "")
+    tip = f'data-tip="rounds {shown}"' if turns else 'data-tip="not trained yet"'
+    box = f'viewBox="0 0 {SIZE} 10" preserveAspectRatio="none" aria-hidden="true"'
+    return f'<svg class="strip" {tip} {box}><path d="{d}"/></svg>'
+
+
+def _density(rows: Sequence[object]) -> str:
+    return " dense" if len(rows) > 24 else ""
+
+
+def _size(held: Holding) -> int:
+    return max(held.samples, sum(held.classes.values()))
+
+
+def _class_colors(holdings: Sequence[Holding]) -> dict[str, str]:
+    """A colour a class, the most frequent first; those beyond the limit share one."""
+    totals = _totals(holdings)
+    keep = MAX_CLASSES if len(totals) <= MAX_CLASSES else MAX_CLASSES - 1
+    return {name: f"var(--k{i})" if i < keep else "var(--other)" for i, (name, _) in enumerate(totals)}
+
+
+def _totals(holdings: Sequence[Holding]) -> list[tuple[str, int]]:
+    totals: Counter[str] = Counter()
+    for held in holdings:
+        totals.update(held.classes)
+    return sorted(totals.items(), key=lambda item: (-item[1], item[0]))
+
+
+def _bar(held: Holding, colors: Mapping[str, str], largest: int) -> str:
+    parts = [(name, held.classes[name], color) for name, color in colors.items() if held.classes.get(name)]
+    named = [part for part in parts if part[2] != "var(--other)"]
+    rest = sum(n for _, n, c in parts if c == "var(--other)")
+    shown = [*named, ("other", rest, "var(--other)")] if rest else named
+    shown = shown or ([("samples", held.samples, "var(--accent)")] if held.samples else [])
+    size = _size(held) or 1
+    pieces = "".join(
+        f'<i style="width:{n / largest * 100:.2f}%;background:{color}" '
+        f'data-tip="{esc(name, 60)}: {count(n)} ({percent(n / size)})"></i>'
+        for name, n, color in shown
     )
+    return f'<div class="bar">{pieces}</div>'
+
+
+def _class_legend(holdings: Sequence[Holding], colors: Mapping[str, str]) -> str:
+    if not colors:
+        return ""
+    totals = _totals(holdings)
+    named = [(n, t) for n, t in totals if colors[n] != "var(--other)"]
+    entries = [
+        f'<span title="{esc(name)}"><i class="key swatch" style="--c:{colors[name]}"></i><bdi>{esc(name, 36)}</bdi> '
+        f"<small>{count(total)}</small></span>"
+        for name, total in named
+    ]
+    others = totals[len(named) :]
+    if others:
+        label = f"{count(len(others))} other classes <small>{count(sum(total for _, total in others))}</small>"
+        entries.append(f'<span><i class="key swatch" style="--c:var(--other)"></i>{label}</span>')
+    return f'<div class="legend top">{"".join(entries)}</div>'
+
+
+def _toml(section: Json, prefix: str) -> list[str]:
+    lines = [
+        f'<span class="k">{esc(key, 80)}</span> = {_value(value)}\n'
+        for key, value in section.items()
+        if not isinstance(value, Mapping) and value is not None
+    ]
+    if lines and prefix:
+        lines.insert(0, f'<span class="s">[{esc(prefix, 120)}]</span>\n')
+    if lines:
+        lines.append("\n")
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            lines += _toml(value, f"{prefix}.{key}" if prefix else str(key))
+    return lines
+
+
+def _value(value: object) -> str:
+    kind = "t" if isinstance(value, str) else "n"
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return f'<span class="{kind}">{esc(text, 600)}</span>'

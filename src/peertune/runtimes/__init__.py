@@ -6,7 +6,7 @@ A process plays the peers it hosts: all N in simulation, one where every peer is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from peertune.algorithms.base import Algorithm, LocalReport
 from peertune.exchange import Exchange, Hop, Inbox, Payload, agreement
@@ -15,7 +15,8 @@ from peertune.topology import Topology
 __all__ = ["Member", "agree", "play_round"]
 
 
-class Member(NamedTuple):
+@dataclass(frozen=True)
+class Member:
     """One peer hosted by this process."""
 
     algorithm: Algorithm

@@ -1,0 +1,256 @@
+"""Blocks, loss, per-layer behaviour and scoring, over six architectures with tied and untied embeddings."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from peertune.config import ModelSection
+from peertune.data.batches import Batch, collate
+from peertune.data.render import Sample
+from peertune.evaluate import label_scores, label_scores_plainly, macro_f1
+from peertune.errors import ModelError
+from peertune.model.blocks import block_table, find_layers, frozen_names, is_tied, partition_blocks
+from peertune.model.language_model import LanguageModel
+from peertune.model.load import clone_model, load_model
+from tests.shapes import ARCHITECTURES, LAYERS, VOCABULARY, make_model
+
+both = pytest.mark.parametrize("tied", [False, True])
+every = pytest.mark.parametrize("name", ARCHITECTURES)
+
+
+def make_batch(num: int = 3, length: int = 12, seed: int = 0) -> Batch:
+    """Rows of different lengths; the last third of each is the target."""
+    rng = np.random.default_rng(seed)
+    samples = []
+    for i in range(num):
+        n = length - i
+        mask = np.arange(n) >= 2 * n // 3
+        samples.append(Sample(rng.integers(1, VOCABULARY, n).astype(np.int32), mask))
+    batch = collate(samples, pad_id=0, pad_to=length)
+    return Batch(batch.input_ids, batch.attention_mask, batch.loss_mask, tuple(range(num)))
+
+
+@both
+@every
+@pytest.mark.parametrize("layers_per_block", [1, 3, 0])
+def test_blocks_are_disjoint_and_cover_what_is_trained(name: str, tied: bool, layers_per_block: int) -> None:
+    model = make_model(name, tied)
+    blocks = partition_blocks(model, layers_per_block)
+    names = [n for block in blocks for n in block.parameters]
+    assert len(names) == len(set(names))
+    everything = [n for n, _ in model.named_parameters()]
+    frozen = frozen_names(model, blocks)
+    assert sorted(names + frozen) == sorted(everything)
+    assert is_tied(model) == tied
+    embedding = [n for n, p in model.named_parameters() if p is model.get_input_embeddings().weight]
+    assert frozen == (embedding if tied else [])
+    expected = 1 if layers_per_block == 0 else -(-LAYERS // layers_per_block) + (0 if tied else 2)
+    assert len(blocks) == expected
+    assert [b.index for b in blocks] == list(range(expected))
+    table = block_table(model, blocks)
+    assert all(block.name in table for block in blocks)
+
+
+@both
+@pytest.mark.parametrize("train", ["all", "none"])
+def test_embeddings_are_trained_when_asked(train: Any, tied: bool) -> None:
+    model = make_model("llama", tied)
+    blocks = partition_blocks(model, 2, train)
+    frozen = frozen_names(model, blocks)
+    assert frozen == ([] if train == "all" else [n for n, _ in model.named_parameters() if "embed" in n or "lm_head" in n])
+
+
+def test_a_model_without_layers_is_refused() -> None:
+    with pytest.raises(ModelError, match="no list of transformer layers"):
+        find_layers(torch.nn.Linear(2, 2))
+
+
+@both
+@every
+def test_loss_and_gradients_equal_the_models_own(name: str, tied: bool) -> None:
+    module = make_model(name, tied)
+    batch = make_batch()
+    labels = batch.input_ids.masked_fill(~batch.loss_mask, -100)
+    own = module(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
+    own.backward()
+    expected = {n: p.grad.clone() for n, p in module.named_parameters()}
+    module.zero_grad()
+    model = LanguageModel(module, ModelSection())
+    assert model.has_plain_head
+    total, count = model.loss_sum(batch)
+    (total / count).backward()
+    torch.testing.assert_close(total / count, own, rtol=1e-5, atol=1e-5)
+    for n, p in module.named_parameters():
+        torch.testing.assert_close(p.grad, expected[n], rtol=1e-3, atol=1e-5)
+
+
+def test_a_head_that_is_not_plain_is_noticed_and_still_right() -> None:
+    module = make_model("llama")
+    module.lm_head.register_forward_hook(lambda _m, _i, out: out)  # a hook alone changes nothing
+    plain = module.forward
+
+    def capped(*args: Any, **kwargs: Any) -> Any:
+        out = plain(*args, **kwargs)
+        out.logits = torch.tanh(out.logits)
+        return out
+
+    module.forward = capped
+    model = LanguageModel(module, ModelSection())
+    assert not model.has_plain_head
+    batch = make_batch()
+    total, count = model.loss_sum(batch)
+    rows = batch.loss_mask[:, 1:]
+    logits = module(input_ids=batch.input_ids).logits[:, :-1][rows]
+    torch.testing.assert_close(
+        total / count, torch.nn.functional.cross_entropy(logits, batch.input_ids[:, 1:][rows])
+    )
+
+
+def gradients(model: LanguageModel, block: Any, batch: Batch, remember: bool = False) -> dict[str, torch.Tensor]:
+    active = model.activate(block)
+    loss, count = model.loss_sum(batch, remember=remember)
+    (loss / count).backward()
+    return {n: p.grad.clone() for n, p in active.items() if p.grad is not None}
+
+
+@every
+def test_flops_fall_with_the_block_and_only_it_gets_gradients(name: str) -> None:
+    module = make_model(name)
+    blocks = partition_blocks(module, 1)
+    model = LanguageModel(module, ModelSection())
+    batch = make_batch()
+    flops = []
+    for block in blocks[1:-1]:
+        with FlopCounterMode(display=False) as counter:
+            grads = gradients(model, block, batch)
+        assert set(grads) == set(block.parameters)
+        assert [n for n, p in module.named_parameters() if p.grad is not None] == list(grads)
+        flops.append(counter.get_total_flops())
+    assert all(a > b for a, b in zip(flops, flops[1:], strict=False)), flops
+
+
+@every
+def test_the_prefix_cache_changes_no_bit(name: str) -> None:
+    plain, cached = make_model(name), make_model(name)
+    blocks = partition_blocks(plain, 1)
+    without = LanguageModel(plain, ModelSection())
+    with_cache = LanguageModel(cached, ModelSection(prefix_cache=True))
+    batches = [make_batch(seed=seed) for seed in (0, 1)]
+    batches[1] = Batch(batches[1].input_ids, batches[1].attention_mask, batches[1].loss_mask, (7, 8, 9))
+    for sweep in range(2):
+        for block in blocks:
+            for _visit in range(2):
+                for batch in batches:
+                    expected = gradients(without, block, batch)
+                    got = gradients(with_cache, block, batch, remember=True)
+                    for n in expected:
+                        assert torch.equal(got[n], expected[n]), (sweep, block.name, n)
+            with torch.no_grad():  # the block's turn ends: it has changed
+                for module in (plain, cached):
+                    for n, p in module.named_parameters():
+                        if n in block.parameters:
+                            p.add_(0.01)
+
+
+def test_the_prefix_cache_saves_the_prefix() -> None:
+    module = make_model("llama")
+    block = partition_blocks(module, 1)[-2]
+    model = LanguageModel(module, ModelSection(prefix_cache=True))
+    counts = []
+    for _ in range(2):
+        with FlopCounterMode(display=False) as counter:
+            gradients(model, block, make_batch(), remember=True)
+        counts.append(counter.get_total_flops())
+    assert counts[1] < counts[0] / 1.5
+
+
+@every
+def test_recomputing_within_a_budget_changes_no_gradient(name: str) -> None:
+    plain, tight = make_model(name), make_model(name)
+    without = LanguageModel(plain, ModelSection())
+    model = LanguageModel(tight, ModelSection())
+    model.stack._budget = 1  # one byte: everything is recomputed
+    for block in partition_blocks(plain, 1):
+        for _ in range(2):
+            expected, got = gradients(without, block, make_batch()), gradients(model, block, make_batch())
+            for n in expected:
+                torch.testing.assert_close(got[n], expected[n], rtol=1e-5, atol=1e-7)
+
+
+def saved_bytes(model: LanguageModel, block: Any) -> int:
+    """Bytes that a forward pass keeps for the backward pass."""
+    model.activate(block)
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        model.loss_sum(make_batch(8, 48))
+    return sum(kept.values())
+
+
+def test_a_budget_is_kept_and_used() -> None:
+    """Unbounded > half the need > one byte; and the measured need is within the budget."""
+    sizes = []
+    for budget in (0, 1):
+        model = LanguageModel(make_model("llama"), ModelSection())
+        block = partition_blocks(model.module, 1)[1]
+        model.stack._budget = budget
+        gradients(model, block, make_batch(8, 48))  # measures
+        sizes.append(saved_bytes(model, block))
+    half = LanguageModel(make_model("llama"), ModelSection())
+    block = partition_blocks(half.module, 1)[1]
+    half.stack._budget = sizes[0] // 2
+    gradients(half, block, make_batch(8, 48))
+    middle = saved_bytes(half, block)
+    assert sizes[0] > middle > sizes[1]
+
+
+@both
+@every
+def test_label_scores_equal_scoring_each_label_anew(name: str, tied: bool) -> None:
+    model = LanguageModel(make_model(name, tied), ModelSection())
+    model.module.eval()
+    rng = np.random.default_rng(0)
+    samples = []
+    for n in (3, 9, 6):
+        ids = rng.integers(1, VOCABULARY, n).astype(np.int32)
+        samples.append(Sample(ids, np.zeros(n, bool), label=0, prompt_length=n))
+    labels = [[5], [6, 7, 8], [6, 9], [11]]
+    with torch.no_grad():
+        fast = label_scores(model, samples, 0, labels)
+    slow = label_scores_plainly(model, samples, 0, labels)
+    torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-4)
+
+
+def test_macro_f1_by_hand() -> None:
+    truth, predicted = np.array([0, 0, 1, 2]), np.array([0, 1, 1, 1])
+    assert macro_f1(truth, predicted) == pytest.approx((2 / 3 + 2 / 4 + 0) / 3)
+
+
+def test_clones_share_what_is_frozen_and_own_what_is_trained() -> None:
+    module = make_model("llama", tied=True)
+    own = {n for block in partition_blocks(module, 2) for n in block.parameters}
+    clone = clone_model(module, own)
+    originals = dict(module.named_parameters())
+    for n, p in clone.named_parameters():
+        assert (p.data_ptr() == originals[n].data_ptr()) == (n not in own)
+        assert torch.equal(p, originals[n])
+    assert clone.lm_head.weight is clone.model.embed_tokens.weight
+
+
+def test_a_damaged_base_is_refused(tmp_path: Any) -> None:
+    module = make_model("llama")
+    with torch.no_grad():
+        module.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    module.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"up_proj.*NaN"):
+        load_model(ModelSection(path=str(tmp_path), max_length=16), torch.device("cpu"))
+    with pytest.raises(ModelError, match="64 positions"):
+        load_model(ModelSection(path=str(tmp_path), max_length=65), torch.device("cpu"))

@@ -1,0 +1,318 @@
+"""Whole runs in simulation: every method, repeatability, resumption, what is left on disk."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from peertune import checkpoint
+from peertune.algorithms import ALGORITHMS
+from peertune.checkpoint import CheckpointStore
+from peertune.errors import CheckpointError, DivergedError, StorageError
+from peertune.run import run
+from tests.recipes import recipe, tree
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "model" / "model.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def events(out: Path, kind: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == kind]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_method_runs_learns_and_leaves_a_model(name: str, dtype: str, tmp_path: Path, micro_model: Path) -> None:
+    config = recipe(
+        tmp_path, micro_model, model={"dtype": dtype}, algorithm={"name": name, "inner_steps": 8, "gossip_every": 2}
+    )
+    summary = run(config)
+    out = tmp_path / "out"
+    assert json.loads((out / "summary.json").read_text()) == summary
+    models = 1 if name == "pooled" else 4
+    metrics = summary["metrics"]
+    assert metrics["average_model"]["loss"] < metrics["before"]["loss"] - 0.5
+    assert set(metrics["average_model"]) == {"loss", "perplexity", "accuracy", "macro_f1"}
+    assert len(metrics["peers"]) == len(summary["bytes_sent_per_peer"]) == models
+    assert all((sent > 0) == (name in ("deca", "dpsgd")) for sent in summary["bytes_sent_per_peer"])
+    assert summary["config"]["algorithm"]["name"] == summary["algorithm"] == name
+    assert summary["seed"] == 0 and summary["peak_memory_bytes"] > 1e6 and summary["wall_s"] > 0
+    assert len(summary["weights"]) == models and 0 <= summary["lambda2"] <= 1
+    assert [e["round"] for e in events(out, "round")] == list(range(summary["rounds"]))
+    module = AutoModelForCausalLM.from_pretrained(out / "model")
+    assert module.config.vocab_size == len(AutoTokenizer.from_pretrained(out / "model"))
+    assert (out / "report.html").stat().st_size > 10_000
+
+
+def test_deca_sends_each_block_once_a_round_to_each_neighbor_and_the_whole_in_the_end(
+    tmp_path: Path, micro_model: Path
+) -> None:
+    summary = run(recipe(tmp_path, micro_model))
+    start = events(tmp_path / "out", "start")[0]
+    rounds = events(tmp_path / "out", "round")
+    sizes = [block["parameters"] for block in start["blocks"]]
+    gossip = sum(4 * sizes[e["block"]] * 2 for e in rounds)  # float32, two neighbors on a ring
+    assert rounds[-1]["bytes_sent"] == [gossip] * 4
+    assert sum(summary["bytes_sent_per_peer"]) == 4 * gossip + 2 * 3 * 4 * sum(sizes)  # a tree of three edges
+
+
+def test_after_agreement_all_peers_hold_the_exported_weights(tmp_path: Path, micro_model: Path) -> None:
+    """The average model's metrics are those of any peer after agreement, up to the order of a sum."""
+    from peertune import run as module
+
+    held: list[Any] = []
+    original = module.agree
+
+    def spy(round: int, members: Any, topology: Any) -> int:
+        hops = original(round, members, topology)
+        held.extend(dict(m.algorithm.peer.model.module.named_parameters()) for m in members)
+        return hops
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "agree", spy)
+        run(recipe(tmp_path, micro_model))
+    exported = weights(tmp_path / "out")
+    for parameters in held:
+        for name, value in parameters.items():
+            assert torch.equal(value, held[0][name])
+            torch.testing.assert_close(value.detach(), exported[name], rtol=1e-6, atol=1e-7)
+
+
+def test_the_same_recipe_twice_is_bitwise_equal_and_a_seed_is_not(tmp_path: Path, micro_model: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(recipe(tmp_path, micro_model, run={"out": str(tmp_path / name), "seed": seed}))
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
+def test_what_is_logged_and_how_often_it_is_saved_changes_nothing(tmp_path: Path, micro_model: Path) -> None:
+    run(recipe(tmp_path, micro_model))
+    other = {"out": str(tmp_path / "other"), "log_every": 3, "checkpoint_every": 5}
+    run(recipe(tmp_path, micro_model, run=other, eval={"every": 2}))
+    assert same(weights(tmp_path / "out"), weights(tmp_path / "other"))
+    assert len(events(tmp_path / "other", "eval")) > len(events(tmp_path / "out", "eval"))
+
+
+class Killed(BaseException):
+    """Ends a run as a signal would: nothing in the code catches it."""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["deca", "pooled", "dpsgd"])
+def test_a_killed_run_goes_on_bitwise(
+    name: str, dtype: str, tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between two peers' writes, once in mid-turn and once more after the resumption."""
+    options: dict[str, Any] = {"model": {"dtype": dtype}, "algorithm": {"name": name, "discrepancy": "descent_scaled"}}
+    if name != "deca":
+        del options["algorithm"]["discrepancy"]
+    run(recipe(tmp_path, micro_model, run={"out": str(tmp_path / "whole")}, **options))
+    config = recipe(tmp_path, micro_model, run={"checkpoint_every": 3}, **options)
+    save = CheckpointStore.save
+    for last in (3, 9):
+
+        def dying(self: CheckpointStore, peer: int, round: int, *rest: Any, last: int = last) -> None:
+            if round > last and (peer == 2 or name == "pooled"):
+                raise Killed
+            save(self, peer, round, *rest)
+
+        monkeypatch.setattr(CheckpointStore, "save", dying)
+        with pytest.raises(Killed):
+            run(config, resume=last > 3)
+        assert CheckpointStore(tmp_path / "out" / "checkpoints", 1 if name == "pooled" else 4).newest_complete() == last
+    monkeypatch.setattr(CheckpointStore, "save", save)
+    summary = run(config, resume=True)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "out"))
+    assert [e["round"] for e in events(tmp_path / "out", "round")] == list(range(summary["rounds"]))
+    assert [e["round"] for e in events(tmp_path / "out", "resume")] == [3, 9]
+    whole = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    assert summary["metrics"] == whole["metrics"]
+    assert summary["bytes_sent_per_peer"] == whole["bytes_sent_per_peer"]
+
+
+def test_kill_9_and_resume_from_the_command_line(tmp_path: Path, micro_model: Path) -> None:
+    sections: dict[str, Any] = tree(tmp_path, micro_model, algorithm={"outer_rounds": 2, "inner_steps": 12})
+    lines = []
+    for section, keys in sections.items():
+        lines += [f"[{section}]", *(f"{k} = {json.dumps(v)}" for k, v in keys.items())]
+    path = tmp_path / "recipe.toml"
+    path.write_text("\n".join(lines))
+    command = [sys.executable, "-m", "peertune", "run", str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, env=environment, capture_output=True)
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = tmp_path / "out" / "events.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text().count('"checkpoint"') >= 2):
+        pass
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "out" / "summary.json").exists()
+    done = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "resuming after round" in done.stderr, done.stderr
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "out"))
+
+
+class Notes:
+    """A `Progress` that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+    def rounds(self, done: int, total: int, loss: float | None) -> None: ...
+
+
+def test_resume_without_a_checkpoint_starts_from_the_beginning_and_says_so(tmp_path: Path, micro_model: Path) -> None:
+    notes = Notes()
+    run(recipe(tmp_path, micro_model), resume=True, progress=notes)
+    assert any("starting from the beginning" in note for note in notes.notes)
+    again = Notes()
+    run(recipe(tmp_path, micro_model), resume=True, progress=again)
+    assert any("finished already" in note for note in again.notes)
+
+
+def test_a_folder_that_holds_a_run_is_refused(tmp_path: Path, micro_model: Path) -> None:
+    run(recipe(tmp_path, micro_model))
+    before = (tmp_path / "out" / "events.jsonl").read_bytes()
+    with pytest.raises(CheckpointError, match="already holds a run"):
+        run(recipe(tmp_path, micro_model))
+    with pytest.raises(CheckpointError, match=r"algorithm.lr = 0.01, got 0.5"):
+        run(recipe(tmp_path, micro_model, algorithm={"lr": 0.5}), resume=True)
+    assert (tmp_path / "out" / "events.jsonl").read_bytes() == before
+
+
+def interrupt(tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch, after: int = 8) -> None:
+    """A run that dies after the checkpoint of some round."""
+    prune = CheckpointStore.prune
+
+    def dying(self: CheckpointStore) -> None:
+        prune(self)
+        if self.newest_complete() == after:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointStore, "prune", dying)
+        with pytest.raises(Killed):
+            run(recipe(tmp_path, micro_model))
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "json", "foreign"])
+def test_a_damaged_checkpoint_is_refused(
+    damage: str, tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(tmp_path, micro_model, monkeypatch)
+    folder = tmp_path / "out" / "checkpoints" / "peer-001" / "round-00000008"
+    file = folder / "state.safetensors"
+    data = file.read_bytes()
+    if damage == "truncate":
+        file.write_bytes(data[:-10])
+    elif damage == "flip":
+        file.write_bytes(data[:-10] + bytes([data[-10] ^ 1]) + data[-9:])
+    elif damage == "json":
+        (folder / "state.json").write_text("{")
+    else:
+        other = folder.parents[1] / "peer-002" / folder.name
+        for name in ("state.safetensors", "state.json"):
+            (folder / name).write_bytes((other / name).read_bytes())
+    with pytest.raises(CheckpointError, match="peer-001"):
+        run(recipe(tmp_path, micro_model), resume=True)
+
+
+def test_changed_data_is_noticed(tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt(tmp_path, micro_model, monkeypatch)
+    config = recipe(tmp_path, micro_model)
+    lines = (tmp_path / "train.jsonl").read_text().splitlines()
+    (tmp_path / "train.jsonl").write_text("\n".join(lines[:-9]))
+    with pytest.raises(CheckpointError, match="data has changed"):
+        run(config, resume=True)
+
+
+def test_two_generations_are_kept(tmp_path: Path, micro_model: Path) -> None:
+    run(recipe(tmp_path, micro_model, run={"checkpoint_every": 2}))
+    store = CheckpointStore(tmp_path / "out" / "checkpoints", 4)
+    assert [store.rounds(peer) for peer in range(4)] == [[14, 16]] * 4
+
+
+def test_a_disk_that_fills_stops_the_run_resumably(
+    tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(recipe(tmp_path, micro_model, run={"out": str(tmp_path / "whole")}))
+    save, calls = checkpoint.save_file, []
+
+    def full(tensors: Any, path: Path) -> None:
+        calls.append(path)
+        if len(calls) > 6:  # the second generation's third peer
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(StorageError, match=r"No space left.*--resume"):
+        run(recipe(tmp_path, micro_model))
+    store = CheckpointStore(tmp_path / "out" / "checkpoints", 4)
+    assert store.newest_complete() == 4
+    assert not list((tmp_path / "out").rglob("*.partial"))
+    monkeypatch.setattr(checkpoint, "save_file", save)
+    run(recipe(tmp_path, micro_model), resume=True)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "out"))
+
+
+def test_a_run_that_diverges_says_which_peer(tmp_path: Path, micro_model: Path) -> None:
+    with pytest.raises(DivergedError, match=r"peer \d, round \d+.*algorithm.lr"):
+        run(recipe(tmp_path, micro_model, algorithm={"lr": 1e30, "name": "local"}))
+
+
+@pytest.mark.parametrize("task", ["text", "instruction", "chat"])
+def test_the_other_tasks_run(task: str, tmp_path: Path, micro_model: Path) -> None:
+    rows = []
+    for i in range(40):
+        question, answer = f"say {i}", f"it is {i}"
+        rows.append(
+            {
+                "text": {"text": f"{question} {answer}"},
+                "instruction": {"instruction": question, "output": answer},
+                "chat": {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]},
+            }[task]
+        )
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    config = recipe(
+        tmp_path,
+        micro_model,
+        model={"max_length": 90},
+        data={"task": task, "train": str(data), "test": str(data), "partition": {"kind": "iid"}},
+    )
+    metrics = run(config)["metrics"]
+    assert metrics["average_model"]["loss"] < metrics["before"]["loss"]
+    template = AutoTokenizer.from_pretrained(tmp_path / "out" / "model").chat_template
+    assert (template is not None) == (task != "text")
+
+
+def test_pooled_is_one_model_on_the_union_of_the_batches(tmp_path: Path, micro_model: Path) -> None:
+    """With peers of equal batches, the pooled loss of the first step is the mean of the peers' alone."""
+    sections: dict[str, Any] = {"data": {"partition": {"kind": "iid"}}, "algorithm": {"inner_steps": 1}}
+    alone = {**sections, "algorithm": {**sections["algorithm"], "name": "local"}}
+    run(recipe(tmp_path, micro_model, run={"out": str(tmp_path / "alone")}, **alone))
+    pooled = {**sections, "algorithm": {**sections["algorithm"], "name": "pooled"}}
+    run(recipe(tmp_path, micro_model, run={"out": str(tmp_path / "pooled")}, **pooled))
+    first = events(tmp_path / "pooled", "round")[0]["loss"]
+    each = events(tmp_path / "alone", "round")[0]["loss"]
+    # Labels differ in length, so tokens weigh the peers slightly unequally.
+    assert first == pytest.approx([sum(each) / 4], rel=0.02)
