@@ -52,7 +52,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Options:
-    """What may be switched on; each contestant says which it knows."""
+    """What may be switched on. `compile` and `cache` are known to `Limit` and `Peertune` only."""
 
     checkpointing: bool = False
     compile: bool = False
@@ -240,10 +240,11 @@ class Limit(Contestant):
                 self.prefixes[batch.sample_ids] = (self.block, hidden.to("cpu"))
         hidden = decoder.norm(self.run(self.block, len(self.layers), hidden, rotary))
         rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-        loss = FrozenHeadLoss.apply(rows, self.model.lm_head.weight, batch.input_ids[:, 1:].reshape(-1))
-        loss.backward()
+        targets = batch.input_ids[:, 1:].reshape(-1)
+        loss: Tensor = FrozenHeadLoss.apply(rows, self.model.lm_head.weight, targets)  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]
         self.update()
-        return loss.detach()  # type: ignore[no-any-return]
+        return loss.detach()
 
     def run(self, start: int, stop: int, hidden: Tensor, rotary: Any) -> Tensor:
         for layer in self.layers[start:stop]:
@@ -282,7 +283,7 @@ class FrozenHeadLoss(torch.autograd.Function):
         """hidden [rows, hidden], weight [vocabulary, hidden], targets [rows]. Returns a float32 scalar."""
         gradient, total = torch.empty_like(hidden), torch.zeros((), device=hidden.device)
         chunk = max(1, LOGITS_BYTES[hidden.device.type] // (4 * weight.shape[0]))
-        for h, y, out in zip(hidden.split(chunk), targets.split(chunk), gradient.split(chunk), strict=True):
+        for h, y, out in zip(*(t.split(chunk) for t in (hidden, targets, gradient)), strict=True):  # type: ignore[no-untyped-call]
             logits = F.linear(h, weight).float()
             total += F.cross_entropy(logits, y, reduction="sum")
             logits.copy_(logits.softmax(-1)).scatter_add_(1, y[:, None], logits.new_full((len(y), 1), -1.0))

@@ -205,7 +205,7 @@ def peak_bytes(prepare: Callable[[], None], measured: Callable[[], None], device
             with torch.profiler.record_function(marker):
                 measured()
     # The public event list folds allocations into the operators that made them, and so loses their order.
-    results = profile.profiler.kineto_results  # type: ignore[union-attr]
+    results = profile.profiler.kineto_results
     memory: list[tuple[int, int]] = []
     begin = end = 0
     for event in results.events():

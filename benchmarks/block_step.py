@@ -42,7 +42,7 @@ NOTES = (
     "checkpointed: full and LoRA recompute every layer, the others those from the active block upwards",
     "badam's own checkpointing callback crashes on transformers 5; its authors' policy is emulated, non-reentrant",
     "badam, limit: embeddings, head and last norm are frozen; peertune trains the last norm with the last layer",
-    "timings exclude compilation; cached steps have their samples' prefixes at hand; in a sweep they pay to advance them",
+    "timings exclude compilation; cached steps find their samples' prefixes ready, but in sweeps pay to advance them",
     "sweep_* counts switching blocks, sweep_steps_cpu_s leaves it out (badam collects garbage at each switch)",
 )
 

@@ -195,7 +195,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to write the model and its tokenizer to")
     parser.add_argument("--steps", type=int, default=3000, help="training steps of 16 x 256 tokens")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads; another number gives slightly other weights")
+    parser.add_argument(
+        "--threads", type=int, default=2, help="CPU threads; another number gives slightly other weights"
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.use_deterministic_algorithms(True)

@@ -31,7 +31,9 @@ def make_model(name: str, tied: bool = False) -> Any:
     model = hf.AutoModelForCausalLM.from_config(configs[name](), dtype=torch.float32)
     for parameter in model.parameters():
         # Norms start at one and biases at zero; noise makes every parameter matter.
-        nn.init.normal_(parameter, std=0.3) if parameter.ndim > 1 else parameter.data.add_(torch.randn_like(parameter) / 10)
+        nn.init.normal_(parameter, std=0.3) if parameter.ndim > 1 else parameter.data.add_(
+            torch.randn_like(parameter) / 10
+        )
     return model.train()
 
 

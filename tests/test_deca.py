@@ -66,9 +66,11 @@ def weights_of(members: list[Member]) -> np.ndarray:
 
 
 def reference(w: np.ndarray, c: DecaConfig) -> np.ndarray:
-    """The formulas of arXiv 2606.03209 as PAPERS quotes them, for all peers at once, in float64. Returns [N, 2 SIZE]."""
+    """The formulas of arXiv 2606.03209 for all peers at once, in float64. Returns [N, 2 SIZE]."""
     n = len(w)
-    theta = np.tile(np.random.default_rng(7).normal(size=(2, SIZE)).astype(np.float32).astype(float).reshape(-1), (n, 1))
+    theta = np.tile(
+        np.random.default_rng(7).normal(size=(2, SIZE)).astype(np.float32).astype(float).reshape(-1), (n, 1)
+    )
     (a1, a2), (b1, b2), lr, h_steps = c.alphas, c.betas, c.lr, c.gossip_every
     step = 0
     for _t in range(c.outer_rounds):
@@ -113,8 +115,13 @@ def reference(w: np.ndarray, c: DecaConfig) -> np.ndarray:
 @pytest.mark.parametrize("discrepancy", get_args(Discrepancy))
 def test_equals_the_numpy_reference(discrepancy: Any, gossip_every: int, bias_correction: Any) -> None:
     config = DecaConfig(
-        lr=0.02, outer_rounds=2, inner_steps=7, gossip_every=gossip_every, discrepancy=discrepancy,
-        bias_correction=bias_correction, betas=(0.8, 0.95),
+        lr=0.02,
+        outer_rounds=2,
+        inner_steps=7,
+        gossip_every=gossip_every,
+        discrepancy=discrepancy,
+        bias_correction=bias_correction,
+        betas=(0.8, 0.95),
     )
     topology = build_topology(TopologySection(kind="ring"), NUM_PEERS, 0)
     members = simulate(Deca, config, topology)
@@ -124,7 +131,10 @@ def test_equals_the_numpy_reference(discrepancy: Any, gossip_every: int, bias_co
 
 def test_the_discrepancies_differ() -> None:
     topology = build_topology(TopologySection(kind="ring"), NUM_PEERS, 0)
-    ends = [weights_of(simulate(Deca, DecaConfig(lr=0.02, outer_rounds=1, inner_steps=6, discrepancy=d), topology)) for d in get_args(Discrepancy)]
+    ends = [
+        weights_of(simulate(Deca, DecaConfig(lr=0.02, outer_rounds=1, inner_steps=6, discrepancy=d), topology))
+        for d in get_args(Discrepancy)
+    ]
     for i, one in enumerate(ends):
         for other in ends[:i]:
             assert np.abs(one - other).max() > 1e-4
@@ -135,8 +145,12 @@ def topology_of(weights: np.ndarray) -> Topology:
 
 
 def test_local_is_deca_with_the_identity() -> None:
-    alone = simulate(Local, BlockwiseConfig(lr=0.02, outer_rounds=2, inner_steps=5), build_topology(TopologySection(), NUM_PEERS, 0))
-    identity = simulate(Deca, DecaConfig(lr=0.02, outer_rounds=2, inner_steps=5, discrepancy="none"), topology_of(np.eye(NUM_PEERS)))
+    alone = simulate(
+        Local, BlockwiseConfig(lr=0.02, outer_rounds=2, inner_steps=5), build_topology(TopologySection(), NUM_PEERS, 0)
+    )
+    identity = simulate(
+        Deca, DecaConfig(lr=0.02, outer_rounds=2, inner_steps=5, discrepancy="none"), topology_of(np.eye(NUM_PEERS))
+    )
     np.testing.assert_array_equal(weights_of(alone), weights_of(identity))
     assert [m.exchange.bytes_sent for m in alone] == [0] * NUM_PEERS
 
@@ -145,7 +159,9 @@ def test_dpsgd_is_gossip_of_all_blocks_with_lasting_moments() -> None:
     config = BlockwiseConfig(lr=0.02, outer_rounds=2, inner_steps=3, gossip_every=2)
     topology = build_topology(TopologySection(kind="ring"), NUM_PEERS, 0)
     members = simulate(Dpsgd, config, topology)
-    theta = np.tile(np.random.default_rng(7).normal(size=(2, SIZE)).astype(np.float32).astype(float).reshape(-1), (NUM_PEERS, 1))
+    theta = np.tile(
+        np.random.default_rng(7).normal(size=(2, SIZE)).astype(np.float32).astype(float).reshape(-1), (NUM_PEERS, 1)
+    )
     m = v = np.zeros_like(theta)
     for step in range(12):  # T x B x R
         g = np.array([gradient(i, step, theta[i]) for i in range(NUM_PEERS)])
@@ -211,5 +227,3 @@ def test_a_resumed_peer_goes_on_bitwise(round: int) -> None:
     np.testing.assert_array_equal(weights_of(fresh), weights_of(whole))
     ends_turn = round % 2 == 0
     assert any("exp_avg" in name for name in states[0][0]) != ends_turn
-
-

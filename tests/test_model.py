@@ -1,5 +1,6 @@
 """Blocks, loss, per-layer behaviour and scoring, over six architectures with tied and untied embeddings."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from peertune.config import ModelSection
 from peertune.data.batches import Batch, collate
 from peertune.data.render import Sample
-from peertune.evaluate import label_scores, label_scores_plainly, macro_f1
 from peertune.errors import ModelError
+from peertune.evaluate import label_scores, label_scores_plainly, macro_f1
 from peertune.model.blocks import block_table, find_layers, frozen_names, is_tied, partition_blocks
 from peertune.model.language_model import LanguageModel
 from peertune.model.load import clone_model, load_model
@@ -60,7 +61,9 @@ def test_embeddings_are_trained_when_asked(train: Any, tied: bool) -> None:
     model = make_model("llama", tied)
     blocks = partition_blocks(model, 2, train)
     frozen = frozen_names(model, blocks)
-    assert frozen == ([] if train == "all" else [n for n, _ in model.named_parameters() if "embed" in n or "lm_head" in n])
+    assert frozen == (
+        [] if train == "all" else [n for n, _ in model.named_parameters() if "embed" in n or "lm_head" in n]
+    )
 
 
 def test_a_model_without_layers_is_refused() -> None:
@@ -104,9 +107,7 @@ def test_a_head_that_is_not_plain_is_noticed_and_still_right() -> None:
     total, count = model.loss_sum(batch)
     rows = batch.loss_mask[:, 1:]
     logits = module(input_ids=batch.input_ids).logits[:, :-1][rows]
-    torch.testing.assert_close(
-        total / count, torch.nn.functional.cross_entropy(logits, batch.input_ids[:, 1:][rows])
-    )
+    torch.testing.assert_close(total / count, torch.nn.functional.cross_entropy(logits, batch.input_ids[:, 1:][rows]))
 
 
 def gradients(model: LanguageModel, block: Any, batch: Batch, remember: bool = False) -> dict[str, torch.Tensor]:
@@ -129,7 +130,7 @@ def test_flops_fall_with_the_block_and_only_it_gets_gradients(name: str) -> None
         assert set(grads) == set(block.parameters)
         assert [n for n, p in module.named_parameters() if p.grad is not None] == list(grads)
         flops.append(counter.get_total_flops())
-    assert all(a > b for a, b in zip(flops, flops[1:], strict=False)), flops
+    assert all(a > b for a, b in itertools.pairwise(flops)), flops
 
 
 @every

@@ -22,9 +22,13 @@ def test_split_joins_back_bit_by_bit(seed: int, scale: float) -> None:
     assert ((high.float() - master).abs() <= master.abs() * 2**-8).all()
 
 
-def parameter_and_gradients(dtype: torch.dtype, shape: tuple[int, ...], steps: int) -> tuple[nn.Parameter, torch.Tensor]:
+def parameter_and_gradients(
+    dtype: torch.dtype, shape: tuple[int, ...], steps: int
+) -> tuple[nn.Parameter, torch.Tensor]:
     rng = torch.Generator().manual_seed(0)
-    return nn.Parameter(torch.randn(shape, generator=rng).to(dtype)), torch.randn((steps, *shape), generator=rng).to(dtype)
+    return nn.Parameter(torch.randn(shape, generator=rng).to(dtype)), torch.randn((steps, *shape), generator=rng).to(
+        dtype
+    )
 
 
 def train(parameter: nn.Parameter, grads: torch.Tensor, lr: float, weight_decay: float = 0.0) -> MasterWeights:
@@ -34,7 +38,13 @@ def train(parameter: nn.Parameter, grads: torch.Tensor, lr: float, weight_decay:
     for step, grad in enumerate(grads, 1):
         parameter.grad = grad
         adam_step(
-            masters, "w", moments, lr=lr, alphas=(0.9, 0.999), corrections=(1 - 0.9**step, 1 - 0.999**step), eps=1e-8,
+            masters,
+            "w",
+            moments,
+            lr=lr,
+            alphas=(0.9, 0.999),
+            corrections=(1 - 0.9**step, 1 - 0.999**step),
+            eps=1e-8,
             weight_decay=weight_decay,
         )
     return masters

@@ -67,7 +67,9 @@ class CheckpointStore:
 
     def rounds(self, peer: int) -> list[int]:
         """Rounds of a peer's generations, ascending."""
-        return sorted(int(path.name.removeprefix("round-")) for path in self._home(peer).glob("round-*") if path.is_dir())
+        return sorted(
+            int(path.name.removeprefix("round-")) for path in self._home(peer).glob("round-*") if path.is_dir()
+        )
 
     def newest_complete(self) -> int | None:
         """The newest round that every peer has a generation of; None where there is none."""
@@ -84,9 +86,13 @@ class CheckpointStore:
         try:
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             if state["sha256"] != _sha256(folder / "state.safetensors"):
-                raise CheckpointError(f"{folder}: damaged: state.safetensors is not what was written; delete this folder to use an older one")
+                raise CheckpointError(
+                    f"{folder}: damaged: state.safetensors is not what was written; delete this folder to use an older one"
+                )
             if (state["peer"], state["round"]) != (peer, round):
-                raise CheckpointError(f"{folder}: holds peer {state['peer']}, round {state['round']}; expected peer {peer}, round {round}")
+                raise CheckpointError(
+                    f"{folder}: holds peer {state['peer']}, round {state['round']}; expected peer {peer}, round {round}"
+                )
             return load_file(folder / "state.safetensors"), dict(state["state"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             if isinstance(error, CheckpointError):

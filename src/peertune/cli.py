@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -52,7 +51,9 @@ class Bars:
         self._bars.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bars.stop()
 
     def note(self, message: str) -> None:
@@ -134,15 +135,15 @@ def _eval(options: argparse.Namespace, console: Console) -> None:
 def _summary_table(summary: dict[str, Any]) -> Table:
     """What a run achieved, a row a metric."""
     metrics = summary["metrics"]
-    table = Table(title=f"{summary['algorithm']}, {len(summary['bytes_sent_per_peer'])} peers, {summary['rounds']} rounds")
+    table = Table(
+        title=f"{summary['algorithm']}, {len(summary['bytes_sent_per_peer'])} peers, {summary['rounds']} rounds"
+    )
     for column in ("held-out", "before", "average model", "peers' own, mean", "worst peer"):
         table.add_column(column, justify="left" if column == "held-out" else "right")
     for name, value in metrics["average_model"].items():
         own = [peer[name] for peer in metrics["peers"]]
         worst = max(own) if name in ("loss", "perplexity") else min(own)
-        table.add_row(
-            name, *(f"{v:.4f}" for v in (metrics["before"][name], value, sum(own) / len(own), worst))
-        )
+        table.add_row(name, *(f"{v:.4f}" for v in (metrics["before"][name], value, sum(own) / len(own), worst)))
     sent = summary["bytes_sent_per_peer"]
     table.caption = (
         f"sent by a peer: {sum(sent) / len(sent) / 1e6:,.1f} MB on average, {max(sent) / 1e6:,.1f} MB at most;"
@@ -216,7 +217,9 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="carry out a recipe", formatter_class=raw, add_help=False, allow_abbrev=False)
     run.add_argument("-h", "--help", action=_RunHelp, nargs=0, help="show this, and every key of a recipe")
     run.add_argument("recipe", metavar="RECIPE.toml")
-    run.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override a key; repeatable")
+    run.add_argument(
+        "--set", action="append", default=[], metavar="section.key=value", help="override a key; repeatable"
+    )
     run.add_argument("--out", metavar="DIR", help="folder of the run (run.out)")
     run.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in that folder")
     run.set_defaults(command=_run)
@@ -242,5 +245,3 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--max-length", type=int, default=256, metavar="N", help="tokens of a sequence at most")
     evaluate.set_defaults(command=_eval)
     return parser
-
-

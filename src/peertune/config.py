@@ -102,7 +102,9 @@ class DataSection(Section):
 
 
 class TopologySection(Section):
-    kind: Literal["ring", "complete", "erdos_renyi", "star", "torus", "exponential", "bipartite", "edges"] = "erdos_renyi"
+    kind: Literal["ring", "complete", "erdos_renyi", "star", "torus", "exponential", "bipartite", "edges"] = (
+        "erdos_renyi"
+    )
     """The graph. Default: DECA's."""
     p: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Chance of an edge (erdos_renyi). Not in the paper as we have it: ours."""
@@ -256,13 +258,15 @@ def _explain(error: ValidationError, prefix: tuple[str, ...], section: type[Sect
     if len(got) > 80:
         got = got[:77] + "..."
     if problem["type"] == "extra_forbidden":
-        known = ["algorithm." + k for k in section.model_fields] if prefix else keys_of(section)
+        known = [f"algorithm.{k}" for k in section.model_fields] if prefix else keys_of(section)
         siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]]
-        where = f"; [{key.rpartition('.')[0]}] has {', '.join(siblings)}" if siblings else f"; sections: {', '.join(section.model_fields)}"
-        return f"{key}: no such key (got {got}){_nearest(key, known)}{where}"
+        others = f"[{key.rpartition('.')[0]}] has {', '.join(siblings)}" if siblings else ""
+        others = others or f"the sections are {', '.join(section.model_fields)}"
+        return f"{key}: no such key (got {got}){_nearest(key, known)}; {others}".replace("?;", "?")
     if problem["type"] == "literal_error":
-        choices = problem["ctx"]["expected"]
-        return f"{key}: got {got}, expected {choices}{_nearest(str(problem['input']), choices.replace(' or ', ', ').replace(chr(39), '').split(', '))}"
+        choices = str(problem["ctx"]["expected"])
+        words = choices.replace("'", "").replace(" or ", ", ").split(", ")
+        return f"{key}: got {got}, expected {choices}{_nearest(str(problem['input']), words)}"
     return f"{key}: got {got}, expected {_expected(problem)}"
 
 
@@ -277,8 +281,8 @@ def _expected(problem: Any) -> str:
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
+    """A hint at the known key with the same last part, else at the one spelled most alike."""
     known = list(known)
-    close = difflib.get_close_matches(word, known, 1, 0.6) or [
-        k for k in known if k.rpartition(".")[2] == word.rpartition(".")[2]
-    ]
+    close = [k for k in known if "." in k and k.rpartition(".")[2] == word.rpartition(".")[2]]
+    close = close or difflib.get_close_matches(word, known, 1, 0.6)
     return f"; did you mean {close[0]}?" if close else ""

@@ -64,7 +64,9 @@ def comparison(summaries: dict[str, dict[str, Any]]) -> Table:
                 f"{summary['peak_memory_bytes'] / 1e6:.0f} MB",
                 f"{summary['wall_s']:.0f} s",
             )
-        table.add_row(label, f"{metrics['loss']:.3f}", f"{metrics['perplexity']:.2f}", f"{share:.0%}", *cost, style=style)
+        table.add_row(
+            label, f"{metrics['loss']:.3f}", f"{metrics['perplexity']:.2f}", f"{share:.0%}", *cost, style=style
+        )
 
     row("before: the base as shipped", summaries["deca"]["metrics"]["before"], None)
     alone = sorted(summaries["local"]["metrics"]["peers"], key=lambda m: m["loss"])

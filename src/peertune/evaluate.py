@@ -19,7 +19,12 @@ Metrics = dict[str, float]
 
 @torch.no_grad()
 def evaluate(
-    model: LanguageModel, samples: Sequence[Sample], pad_id: int, *, labels: Sequence[Sequence[int]] = (), batch_size: int = 32
+    model: LanguageModel,
+    samples: Sequence[Sample],
+    pad_id: int,
+    *,
+    labels: Sequence[Sequence[int]] = (),
+    batch_size: int = 32,
 ) -> Metrics:
     """Metrics over samples.
 
@@ -55,7 +60,9 @@ def evaluate(
     return metrics
 
 
-def label_scores(model: LanguageModel, samples: Sequence[Sample], pad_id: int, labels: Sequence[Sequence[int]]) -> Tensor:
+def label_scores(
+    model: LanguageModel, samples: Sequence[Sample], pad_id: int, labels: Sequence[Sequence[int]]
+) -> Tensor:
     """log p(label | prompt) for each sample and label, summed over the label's tokens.
 
     The prompt is run once; labels of more than one token continue from its keys and values.

@@ -63,9 +63,7 @@ def export(run: Path, to: Path) -> None:
     save_model(to, module, load_tokenizer(config.model))
 
 
-def evaluate_model(
-    model: str, data: str, task: Task, *, max_samples: int = 0, max_length: int = 256
-) -> Metrics:
+def evaluate_model(model: str, data: str, task: Task, *, max_samples: int = 0, max_length: int = 256) -> Metrics:
     """Metrics of a model folder or hub name on one data file.
 
     For classification the labels are those found in the file.
@@ -83,5 +81,7 @@ def evaluate_model(
     tokenizer = load_tokenizer(chosen)
     samples = render(rows[: max_samples or None], section, tokenizer, max_length, names).samples
     module = load_model(chosen, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    metrics = evaluate(LanguageModel(module, chosen), samples, tokenizer.pad_token_id, labels=label_tokens(tokenizer, names))
+    metrics = evaluate(
+        LanguageModel(module, chosen), samples, tokenizer.pad_token_id, labels=label_tokens(tokenizer, names)
+    )
     return {"samples": len(samples), **metrics}

@@ -113,7 +113,9 @@ class MasterWeights:
         if parameter.dtype != torch.bfloat16:
             return parameter.detach().clone()
         low = self.remainders.get(name)
-        return parameter.detach().float() if low is None else join_bfloat16(parameter.detach(), low.to(parameter.device))
+        return (
+            parameter.detach().float() if low is None else join_bfloat16(parameter.detach(), low.to(parameter.device))
+        )
 
     @torch.no_grad()
     def write(self, name: str, value: Tensor) -> None:
@@ -164,12 +166,17 @@ def adam_step(
     parameter = masters.parameters[name]
     assert parameter.grad is not None
     split = parameter.dtype == torch.bfloat16
-    flat = [parameter.detach().view(-1), parameter.grad.reshape(-1), moments.exp_avg.view(-1), moments.exp_avg_sq.view(-1)]
+    flat = [
+        parameter.detach().view(-1),
+        parameter.grad.reshape(-1),
+        moments.exp_avg.view(-1),
+        moments.exp_avg_sq.view(-1),
+    ]
     if split:
         flat.append(masters.remainders[name].view(-1))
     decay = weight_decay if parameter.ndim > 1 else 0.0
     chunk = CHUNK_CPU if parameter.device.type == "cpu" else CHUNK_GPU
-    for theta, grad, m, v, *low in zip(*(t.split(chunk) for t in flat), strict=True):
+    for theta, grad, m, v, *low in zip(*(torch.split(t, chunk) for t in flat), strict=True):
         if not keep_moments:
             m, v = m.clone(), v.clone()
         adam_moments(m, v, grad.float(), alphas)

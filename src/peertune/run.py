@@ -123,7 +123,9 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"run.device: got {name!r}, expected auto, cpu, or a GPU of this machine such as cuda:0") from error
+        raise ConfigError(
+            f"run.device: got {name!r}, expected auto, cpu, or a GPU of this machine such as cuda:0"
+        ) from error
     return device
 
 
@@ -181,7 +183,7 @@ class Simulation:
         self.blocks = partition_blocks(module, layers, config.model.train_embeddings)
         if is_tied(module) and config.model.train_embeddings == "untied":
             notes.append(
-                "token embedding and output head are one tensor: frozen (model.train_embeddings = \"all\" trains it)"
+                'token embedding and output head are one tensor: frozen (model.train_embeddings = "all" trains it)'
             )
         self.num_models = 1 if method.pools_data else config.run.num_peers
         self.topology = self._topology()

@@ -1,11 +1,11 @@
 """A run's folder: who may use it, its events, its summary. Everything a run leaves behind is named here.
 
-    DIR/recipe.json      the resolved recipe, versions
-    DIR/events.jsonl     one line an event, readable while the run goes on
-    DIR/checkpoints/     see checkpoint.py
-    DIR/summary.json     written last
-    DIR/model/           the exported model
-    DIR/report.html      see report/
+DIR/recipe.json      the resolved recipe, versions
+DIR/events.jsonl     one line an event, readable while the run goes on
+DIR/checkpoints/     see checkpoint.py
+DIR/summary.json     written last
+DIR/model/           the exported model
+DIR/report.html      see report/
 """
 
 from __future__ import annotations
@@ -53,17 +53,21 @@ class RunFolder:
         if not self.holds_run:
             return
         if not resume:
-            raise CheckpointError(f"run.out: {self.path} already holds a run; go on with --resume, or name another folder with --out")
+            raise CheckpointError(
+                f"run.out: {self.path} already holds a run; go on with --resume, or name another folder with --out"
+            )
         try:
             before = flatten(json.loads(self.recipe.read_text(encoding="utf-8"))["config"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{self.recipe}: damaged or missing: {error}; start anew in another folder with --out") from error
+            raise CheckpointError(
+                f"{self.recipe}: damaged or missing: {error}; start anew in another folder with --out"
+            ) from error
         now = flatten(config)
         for key in sorted((before.keys() | now.keys()) - FREE_KEYS):
             if before.get(key) != now.get(key):
                 raise CheckpointError(
-                    f"{self.path}: holds a run with {key} = {json.dumps(before.get(key))}, got {json.dumps(now.get(key))};"
-                    " resume with the same recipe, or name another folder with --out"
+                    f"{self.path}: holds a run with {key} = {json.dumps(before.get(key))},"
+                    f" got {json.dumps(now.get(key))}; resume with the same recipe, or name another folder with --out"
                 )
 
     def require_space(self, num_bytes: int) -> None:
@@ -114,7 +118,6 @@ class RunFolder:
         return dict(json.loads(self.summary.read_text(encoding="utf-8")))
 
 
-
 class storage_errors:
     """Context in which an operating-system error means that the disk refused a write."""
 
@@ -126,7 +129,9 @@ class storage_errors:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError):
-            raise StorageError(f"{self._path}: cannot write: {error.strerror or error}; free some space and go on with --resume") from error
+            raise StorageError(
+                f"{self._path}: cannot write: {error.strerror or error}; free some space and go on with --resume"
+            ) from error
 
 
 def save_model(folder: Path, module: Any, tokenizer: Any) -> None:

@@ -45,7 +45,9 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     lists.sort(key=lambda item: (item[0].count("."), -len(item[1])))
     outer = [item for item in lists if not any(item[0].startswith(name + ".") for name, _ in lists)]
     if not outer or not len(max(outer, key=lambda item: len(item[1]))[1]):
-        raise ModelError(f"{type(model).__name__}: no list of transformer layers found; expected a causal language model")
+        raise ModelError(
+            f"{type(model).__name__}: no list of transformer layers found; expected a causal language model"
+        )
     return max(outer, key=lambda item: len(item[1]))
 
 
@@ -55,7 +57,9 @@ def is_tied(model: nn.Module) -> bool:
     return embedding is not None and head is not None and embedding.weight is head.weight
 
 
-def partition_blocks(model: nn.Module, layers_per_block: int, train_embeddings: TrainEmbeddings = "untied") -> list[Block]:
+def partition_blocks(
+    model: nn.Module, layers_per_block: int, train_embeddings: TrainEmbeddings = "untied"
+) -> list[Block]:
     """Split a causal language model's trained parameters into blocks, in the order of the forward pass.
 
     Args:

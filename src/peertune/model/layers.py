@@ -94,7 +94,9 @@ class LayerStack:
             if self._samples is not None and self.cache is not None and index in (self._start, self.active):
                 if index == self._start and self._start > 0:
                     hidden = self.cache.get(self._samples, hidden)
-                    kwargs, args = ({**kwargs, "hidden_states": hidden}, args) if named else (kwargs, (hidden, *args[1:]))
+                    kwargs, args = (
+                        ({**kwargs, "hidden_states": hidden}, args) if named else (kwargs, (hidden, *args[1:]))
+                    )
                 if index == self.active and self._start < self.active:
                     self.cache.put(self._samples, index, hidden)
             if not torch.is_grad_enabled():

@@ -37,7 +37,9 @@ def load_tokenizer(config: ModelSection, base: Path | None = None) -> Any:
 
     tokenizer = _from_pretrained(AutoTokenizer, config, base)
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"model.path: the tokenizer of {config.path!r} has no end-of-sequence token; set one and save it")
+        raise ModelError(
+            f"model.path: the tokenizer of {config.path!r} has no end-of-sequence token; set one and save it"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -52,9 +54,9 @@ def load_model(config: ModelSection, device: torch.device, base: Path | None = N
     from transformers import AutoModelForCausalLM
 
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
-    model: nn.Module = _from_pretrained(AutoModelForCausalLM, config, base, dtype=dtype, attn_implementation=config.attention).to(
-        device
-    )
+    model: Any = _from_pretrained(
+        AutoModelForCausalLM, config, base, dtype=dtype, attn_implementation=config.attention
+    ).to(device)
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and positions < config.max_length:
         raise ModelError(f"model.max_length: got {config.max_length}, but {config.path!r} has {positions} positions")
@@ -64,13 +66,13 @@ def load_model(config: ModelSection, device: torch.device, base: Path | None = N
         parameter.requires_grad_(False)
         parameter.data = parameter.data.contiguous()
     model.config.use_cache = False
-    return model.train()
+    return model.train()  # type: ignore[no-any-return]
 
 
 def clone_model(model: nn.Module, own: set[str]) -> nn.Module:
     """A second instance that shares all parameters with the first but those named in `own`, which it copies."""
     shared = {id(p): p for name, p in model.named_parameters() if name not in own}
-    return copy.deepcopy(model, memo=shared)  # type: ignore[arg-type]
+    return copy.deepcopy(model, memo=shared)
 
 
 def _from_pretrained(kind: Any, config: ModelSection, base: Path | None, **options: Any) -> Any:
@@ -81,4 +83,6 @@ def _from_pretrained(kind: Any, config: ModelSection, base: Path | None, **optio
         what = "tokenizer" if "Tokenizer" in kind.__name__ else "causal language model"
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         place = "this folder" if Path(source).is_dir() else "no such local folder, and the hub did not give it"
-        raise ModelError(f"model.path: got {config.path!r}, expected a folder or hub name of a {what}; {place}: {reason}") from error
+        raise ModelError(
+            f"model.path: got {config.path!r}, expected a folder or hub name of a {what}; {place}: {reason}"
+        ) from error

@@ -1,0 +1,169 @@
+"""Which moment correction is best: DECA's variants on AG News and FPB, learning rate tuned for each.
+
+Eight peers, Dirichlet 0.25, Erdos-Renyi, english-4m in bfloat16, two outer rounds of R = 16 on blocks of two layers,
+batch 8, 500 rows a peer. For each variant the learning rate is chosen by the average model's accuracy on 500 rows held
+out of the training file (seed 0, never the test file); then three seeds are run at that rate and scored on test rows.
+Finished cells are kept in results/discrepancy-cells.jsonl and not run again, so the grid can be stopped and resumed.
+
+    python benchmarks/discrepancy.py [--data agnews fpb] [--workers 2] [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from _harness import finish
+
+HERE = Path(__file__).parent
+SHARED = Path(os.environ.get("PEERTUNE_TEST_DATA") or HERE.parents[1] / "shared")
+CELLS = HERE / "results" / "discrepancy-cells.jsonl"
+WEIGHT = ["algorithm.bias_correction=weight"]
+VARIANTS: dict[str, list[str]] = {
+    "none": ["algorithm.discrepancy=none"],
+    "paper": ["algorithm.discrepancy=paper"],
+    "descent": ["algorithm.discrepancy=descent"],
+    "descent_scaled": ["algorithm.discrepancy=descent_scaled"],
+    "descent_scaled, weight": ["algorithm.discrepancy=descent_scaled", *WEIGHT],
+    "descent_scaled, weight, b1=0.5": ["algorithm.discrepancy=descent_scaled", *WEIGHT, "algorithm.betas=[0.5, 0.999]"],
+    "trivial": ["algorithm.discrepancy=trivial", *WEIGHT],
+    "local": ["algorithm.name=local"],
+    "pooled": ["algorithm.name=pooled"],
+}
+RATES = [2.5e-4, 5e-4, 1e-3]
+SEEDS = [0, 1, 2]
+VALIDATION_ROWS = 500
+LENGTHS = {"agnews": 96, "fpb": 64}
+Cell = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", nargs="+", default=["agnews", "fpb"])
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--quick", action="store_true", help="one variant, one rate, one seed, a minute; writes nothing")
+    options = parser.parse_args()
+    if options.quick:
+        with tempfile.TemporaryDirectory() as folder:
+            cell = {"data": "fpb", "variant": "none", "lr": 5e-4, "seed": 0, "split": "validation"}
+            print(json.dumps(run_cell(cell, Path(folder), ["algorithm.outer_rounds=1", "algorithm.inner_steps=1"])))
+        return
+    grid = Grid(options.workers)
+    for data in options.data:
+        grid.run([cell(data, v, lr, 0, "validation") for v in options.variants for lr in RATES])
+        grid.run([cell(data, v, grid.best_rate(data, v), s, "test") for s in SEEDS for v in options.variants])
+    finish("discrepancy", {data: {v: grid.summary(data, v) for v in options.variants} for data in options.data})
+
+
+def cell(data: str, variant: str, lr: float, seed: int, split: str) -> Cell:
+    return {"data": data, "variant": variant, "lr": lr, "seed": seed, "split": split}
+
+
+class Grid:
+    """Cells done and to do."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self.lock = Lock()
+        self.done: dict[str, Cell] = {}
+        if CELLS.exists():
+            for line in CELLS.read_text().splitlines():
+                entry = json.loads(line)
+                self.done[json.dumps(entry["cell"])] = entry
+
+    def run(self, cells: list[Cell]) -> None:
+        todo = [c for c in cells if json.dumps(c) not in self.done]
+        with ThreadPoolExecutor(self.workers) as pool, tempfile.TemporaryDirectory() as folder:
+            list(pool.map(lambda item: self._one(item[1], Path(folder) / str(item[0])), enumerate(todo)))
+
+    def _one(self, c: Cell, folder: Path) -> None:
+        entry = {"cell": c, **run_cell(c, folder, [])}
+        with self.lock, CELLS.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+            self.done[json.dumps(c)] = entry
+        print(json.dumps(entry), file=sys.stderr, flush=True)
+
+    def best_rate(self, data: str, variant: str) -> float:
+        """By the average model's validation accuracy; by its loss where two are equal."""
+
+        def score(lr: float) -> tuple[float, float]:
+            entry = self.done[json.dumps(cell(data, variant, lr, 0, "validation"))]
+            return entry["accuracy"], -entry["loss"]
+
+        return max(RATES, key=score)
+
+    def summary(self, data: str, variant: str) -> dict[str, Any]:
+        lr = self.best_rate(data, variant)
+        runs = [self.done[json.dumps(cell(data, variant, lr, seed, "test"))] for seed in SEEDS]
+        figures: dict[str, Any] = {"lr": lr}
+        for key in ("accuracy", "macro_f1", "loss", "peers_accuracy", "worst_peer_accuracy"):
+            values = [r[key] for r in runs]
+            figures[key] = {"mean": statistics.mean(values), "sd": statistics.stdev(values), "seeds": values}
+        return figures
+
+
+def run_cell(c: Cell, folder: Path, extra: list[str]) -> dict[str, float]:
+    """One run in a process of its own; the figures of its summary."""
+    folder.mkdir(parents=True, exist_ok=True)
+    train, test = split_files(c["data"], folder)
+    settings = [
+        "run.threads=1",
+        "run.log_every=8",
+        "run.checkpoint_every=100000",
+        f"run.seed={c['seed']}",
+        f"model.path={str(SHARED / 'models' / 'english-4m')!r}",
+        "model.dtype=bfloat16",
+        "model.attention=eager",
+        f"model.max_length={LENGTHS[c['data']]}",
+        f"data.train={str(train)!r}",
+        f"data.test={str(test)!r}" if c["split"] == "test" else f"data.test={str(folder / 'validation.jsonl')!r}",
+        "data.task=classification",
+        "data.max_samples=500",
+        "algorithm.outer_rounds=2",
+        "algorithm.inner_steps=16",
+        f"algorithm.lr={c['lr']}",
+        f"eval.max_samples={1000 if c['split'] == 'test' else VALIDATION_ROWS}",
+        *VARIANTS[c["variant"]],
+        *extra,
+    ]
+    recipe = folder / "recipe.toml"
+    recipe.write_text("")
+    command = [sys.executable, "-m", "peertune", "run", str(recipe), "--out", str(folder / "out")]
+    command += [part for setting in settings for part in ("--set", setting)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    summary = json.loads((folder / "out" / "summary.json").read_text())
+    average, peers = summary["metrics"]["average_model"], summary["metrics"]["peers"]
+    return {
+        "accuracy": average["accuracy"],
+        "macro_f1": average["macro_f1"],
+        "loss": average["loss"],
+        "peers_accuracy": statistics.mean(p["accuracy"] for p in peers),
+        "worst_peer_accuracy": min(p["accuracy"] for p in peers),
+        "before_accuracy": summary["metrics"]["before"]["accuracy"],
+        "wall_s": summary["wall_s"],
+    }
+
+
+def split_files(data: str, folder: Path) -> tuple[Path, Path]:
+    """The training file without its last rows, which become the validation file, and the test file."""
+    with gzip.open(SHARED / "data" / f"{data}.jsonl.gz", "rt", encoding="utf-8") as file:
+        lines = file.readlines()
+    train = folder / "train.jsonl"
+    train.write_text("".join(lines[:-VALIDATION_ROWS]), encoding="utf-8")
+    (folder / "validation.jsonl").write_text("".join(lines[-VALIDATION_ROWS:]), encoding="utf-8")
+    return train, SHARED / "data" / f"{data}-test.jsonl.gz"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""Every kind of bad input ends in one clear line and exit code 2, with nothing written."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from peertune.cli import main
+from tests.recipes import tree
+
+Recipe = dict[str, dict[str, Any]]
+
+
+def rows(recipe: Recipe, text: str) -> None:
+    Path(recipe["data"]["train"]).write_text(text)
+
+
+def line(text: str, label: str = "red") -> str:
+    return json.dumps({"text": text, "label": label}) + "\n"
+
+
+def damaged_model(recipe: Recipe) -> None:
+    folder = Path(recipe["run"]["out"]).parent / "damaged"
+    shutil.copytree(recipe["model"]["path"], folder)
+    module = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        module.lm_head.weight[0, 0] = float("nan")
+    module.save_pretrained(folder)
+    recipe["model"]["path"] = str(folder)
+
+
+def file_in_the_way(recipe: Recipe) -> None:
+    blocker = Path(recipe["run"]["out"]).parent / "blocker"
+    blocker.write_text("")
+    recipe["run"]["out"] = str(blocker / "out")
+
+
+def another_run(recipe: Recipe) -> None:
+    out = Path(recipe["run"]["out"])
+    out.mkdir()
+    (out / "recipe.json").write_text("{}")
+
+
+class Case(NamedTuple):
+    spoil: Callable[[Recipe], Any]
+    message: list[str]
+    """Texts that the line must hold: the key or file, what was got, what to do."""
+
+
+def put(section: str, **keys: Any) -> Callable[[Recipe], None]:
+    def spoil(recipe: Recipe) -> None:
+        recipe.setdefault(section, {}).update(keys)
+
+    return spoil
+
+
+CASES = {
+    "missing file": Case(put("data", train="no-such.jsonl"), ["no-such.jsonl"]),
+    "missing test file": Case(put("data", test="no-such.jsonl"), ["no-such.jsonl"]),
+    "empty file": Case(lambda r: rows(r, ""), ["train.jsonl", "empty"]),
+    "broken JSON line": Case(lambda r: rows(r, line("a") + '{"text": '), ["train.jsonl:2"]),
+    "row is no object": Case(lambda r: rows(r, line("a") + "[1]\n"), ["train.jsonl:2"]),
+    "label missing": Case(lambda r: rows(r, line("a") + '{"text": "b"}\n'), ["train.jsonl:2", "label"]),
+    "field of another name": Case(put("data", text_field="sentence"), ["sentence", "data.text_field"]),
+    "one class only": Case(lambda r: rows(r, "".join(line(f"x{i}") for i in range(30))), ["red"]),
+    "test label never seen": Case(lambda r: Path(r["data"]["test"]).write_text(line("a", "violet")), ["violet"]),
+    "unknown extension": Case(lambda r: r["data"].update(train=str(Path(r["data"]["train"]).rename("rows.xyz"))), ["rows.xyz"]),
+    "unknown key": Case(put("algorithm", inner_step=3), ["algorithm.inner_step", "did you mean algorithm.inner_steps"]),
+    "unknown section": Case(put("algoritm", lr=3.0), ["algoritm", "did you mean algorithm"]),
+    "key in the wrong section": Case(put("run", lr=0.1), ["run.lr", "did you mean algorithm.lr"]),
+    "unknown method": Case(put("algorithm", name="dека"), ["algorithm.name", "deca"]),
+    "wrong type": Case(put("run", num_peers="four"), ["run.num_peers", '"four"', "integer"]),
+    "boolean for a number": Case(put("algorithm", lr=True), ["algorithm.lr", "true", "number"]),
+    "impossible value": Case(put("algorithm", lr=-1.0), ["algorithm.lr", "-1.0", "greater than 0"]),
+    "unknown choice": Case(put("topology", kind="rign"), ["topology.kind", "rign", "did you mean ring"]),
+    "disconnected graph": Case(put("topology", kind="edges", edges=[[0, 1], [2, 3]]), ["connected"]),
+    "edge out of range": Case(put("topology", kind="edges", edges=[[0, 9]]), ["9"]),
+    "irregular uniform": Case(put("topology", kind="star", weights="uniform"), ["uniform", "metropolis"]),
+    "more peers than rows": Case(put("run", num_peers=500), ["500", "60"]),
+    "column that no row has": Case(
+        lambda r: r["data"].update(partition={"kind": "column", "column": "site"}), ["site"]
+    ),
+    "fewer files than peers": Case(lambda r: r["data"].update(partition={"kind": "files"}), ["4"]),
+    "NaN weights": Case(damaged_model, ["lm_head.weight", "NaN"]),
+    "no such model": Case(put("model", path="no/such-model"), ["model.path", "no/such-model"]),
+    "more than the model's positions": Case(put("model", max_length=4096), ["model.max_length", "4096", "96"]),
+    "nothing left after cutting": Case(
+        lambda r: (rows(r, "".join(line("x", "l" * 60 + str(i % 2)) for i in range(30)))), ["max_length"]
+    ),
+    "no such device": Case(put("run", device="cuda:99"), ["run.device", "cuda:99"]),
+    "out under a file": Case(file_in_the_way, ["run.out", "is a file"]),
+    "out holds another run": Case(another_run, ["already holds a run", "--resume"]),
+    "too little disk": Case(put("run"), ["run.out", "MB free"]),
+}  # fmt: skip
+
+
+def write_toml(recipe: Recipe, path: Path) -> None:
+    def value(item: Any) -> str:
+        if isinstance(item, dict):
+            return "{" + ", ".join(f"{k} = {value(v)}" for k, v in item.items()) + "}"
+        return json.dumps(item, ensure_ascii=False)
+
+    lines = []
+    for section, keys in recipe.items():
+        lines += [f"[{section}]", *(f"{key} = {value(item)}" for key, item in keys.items())]
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_line_exit_2_nothing_written(
+    name: str, tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = tree(tmp_path, micro_model)
+    CASES[name].spoil(recipe)
+    if name == "too little disk":
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))  # type: ignore[attr-defined]
+    write_toml(recipe, tmp_path / "recipe.toml")
+    before = sorted(tmp_path.rglob("*"))
+    capsys.readouterr()
+    assert main(["run", "recipe.toml"]) == 2
+    errors = [
+        text for text in capsys.readouterr().err.splitlines() if not text.startswith(("note:", "Loading", "Writing"))
+    ]
+    assert len(errors) == 1, errors
+    assert errors[0].startswith("peertune: error: ")
+    for part in CASES[name].message:
+        assert part in errors[0]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["run", "missing.toml"], "missing.toml"),
+        (["run", "broken.toml"], "not valid TOML"),
+        (["run", "empty.toml", "--set", "nonsense"], "section.key=value"),
+        (["run", "empty.toml", "--set", "run.num_peers=[1"], "run.num_peers"),
+        (["run", "empty.toml", "--set", "algorithm.alphas=[0.9]"], "algorithm.alphas"),
+        (["report", "."], "no run"),
+        (["export", ".", "--to", "there"], "holds no run"),
+        (["eval", "no-model", "--data", "no-data.jsonl", "--task", "text"], "no-data.jsonl"),
+    ],
+)
+def test_the_command_line_too(
+    arguments: list[str], part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.toml").write_text("[run\n")
+    (tmp_path / "empty.toml").write_text("")
+    assert main(arguments) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and part in errors[0], errors
+
+
+def test_a_key_of_another_method_is_only_noted(
+    tmp_path: Path, micro_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tree(tmp_path, micro_model, algorithm={"name": "local", "discrepancy": "none", "inner_steps": 1})
+    write_toml(recipe, tmp_path / "recipe.toml")
+    assert main(["run", str(tmp_path / "recipe.toml")]) == 0
+    assert "algorithm.discrepancy is not used by local" in capsys.readouterr().err

@@ -1,0 +1,157 @@
+"""The benchmark scripts, at toy size: what they print and write, and that the contestants train alike."""
+
+import importlib
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+
+
+def script(name: str) -> ModuleType:
+    """A module of benchmarks/, which is no package: the scripts find each other beside themselves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        return importlib.import_module(name)
+
+
+@pytest.fixture(scope="module")
+def block_step() -> ModuleType:
+    return script("block_step")
+
+
+@pytest.fixture(scope="module")
+def harness() -> ModuleType:
+    return script("_harness")
+
+
+def contestant(block_step: ModuleType, name: str, **options: bool) -> Any:
+    kind, _ = block_step.CONTESTANTS[name]
+    if kind.needs and not importlib.util.find_spec(kind.needs):
+        pytest.skip(f"{name} needs the package {kind.needs}")
+    made = kind(block_step.SHAPES["quick"], CPU, block_step.Options(**options))
+    made.setup()
+    return made
+
+
+def test_a_quick_run_ends_with_its_figures_and_stores_them(
+    block_step: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["full", "peertune", "--quick", "--device", "cpu", "--threads", "1", "--results", str(tmp_path)]
+    block_step.main(arguments)
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    stored = json.loads((tmp_path / "block_step-quick.json").read_text())
+
+    assert stored["figures"] == figures
+    assert {"name", "commit", "versions", "machine", "date"} <= stored.keys()
+    assert {"python", "torch", "transformers", "badam", "peft"} <= stored["versions"].keys()
+    assert {"processor", "cores", "threads", "gpu"} <= stored["machine"].keys()
+    assert str(ROOT) not in json.dumps(stored)
+
+    full, peertune = figures["contestants"]["full"], figures["contestants"]["peertune"]
+    for found in (full, peertune):
+        assert {"flops", "peak_bytes", "cpu_s", "wall_s", "checkpointed", "sweep_cpu_s", "sweep_wall_s"} <= found.keys()
+        assert {*found["flops"]} == {*found["peak_bytes"]} == {*found["cpu_s"]} == {str(b) for b in figures["blocks"]}
+        assert all(seconds > 0 for seconds in (*found["cpu_s"].values(), found["sweep_cpu_s"]))
+    flops = [peertune["flops"][str(block)] for block in figures["blocks"]]
+    assert flops[0] > flops[1] > flops[2], "a block further up must need fewer FLOPs"
+    assert flops[0] < full["flops"]["0"]
+    assert peertune["peak_bytes"]["0"] < full["peak_bytes"]["0"]
+    assert figures["over_full"]["peertune"]["flops"]["0"] == pytest.approx(flops[0] / full["flops"]["0"], abs=1e-4)
+    assert peertune["first_loss"] == pytest.approx(full["first_loss"], abs=1e-3)
+
+
+def test_unknown_contestants_are_refused(block_step: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        block_step.main(["--quick", "peertuna"])
+    assert stop.value.code == 2
+    assert "peertuna" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["badam", "peertune"])
+def test_block_contestants_train_as_the_hand_written_limit(block_step: ModuleType, name: str) -> None:
+    batch = block_step.make_batches(block_step.SHAPES["quick"], 1, CPU)[0]
+    losses: dict[str, list[float]] = {}
+    for one in ("limit", name):
+        made = contestant(block_step, one)
+        losses[one] = []
+        for block in (1, 2):
+            made.set_block(block)
+            losses[one] += [made.step(batch).item() for _ in range(6)]
+    assert losses["limit"][0] - losses["limit"][-1] > 0.02
+    assert losses[name] == pytest.approx(losses["limit"], abs=2e-3)
+
+
+@pytest.mark.parametrize("name", ["limit", "peertune"])
+def test_a_cached_prefix_changes_no_bit(block_step: ModuleType, name: str) -> None:
+    batches = block_step.make_batches(block_step.SHAPES["quick"], 2, CPU)
+    plain, cached = contestant(block_step, name), contestant(block_step, name, cache=True)
+    # The second sweep starts below what is cached, which has changed since.
+    for block in (0, 1, 2, 3, 0, 1):
+        for made in (plain, cached):
+            made.set_block(block)
+        for batch in batches:
+            assert plain.step(batch).item() == cached.step(batch).item()
+    for mine, theirs in zip(plain.model.parameters(), cached.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("name", ["full", "badam", "limit"])
+def test_checkpointing_saves_memory_and_nothing_else(block_step: ModuleType, harness: ModuleType, name: str) -> None:
+    batch = block_step.make_batches(block_step.SHAPES["quick"], 1, CPU)[0]
+    losses, flops = [], []
+    for checkpointing in (False, True):
+        made = contestant(block_step, name, checkpointing=checkpointing)
+        made.set_block(2)
+        losses.append([made.step(batch).item() for _ in range(3)])
+        flops.append(harness.count_flops(lambda made=made: made.step(batch)))
+    assert losses[0] == losses[1]
+    assert flops[1] > flops[0]
+
+
+def test_the_peak_counts_what_stays_and_not_what_setup_freed(harness: ModuleType) -> None:
+    kept: list[torch.Tensor] = []
+
+    def prepare() -> None:
+        torch.zeros(1 << 24)
+        kept.append(torch.zeros(1 << 20))
+
+    def measured() -> None:
+        first = torch.ones(1 << 21)
+        second = torch.ones(1 << 21)
+        del first
+        torch.ones(1 << 20)
+        del second
+
+    expected = 4 * ((1 << 20) + 2 * (1 << 21))
+    assert harness.peak_bytes(prepare, measured, CPU) == pytest.approx(expected, rel=1e-3)
+
+
+def test_interleaving_takes_turns(harness: ModuleType) -> None:
+    order: list[str] = []
+    times = harness.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3, CPU)
+    assert order == ["a", "b"] * 3
+    assert times.keys() == {"a", "b"}
+    assert times["a"].keys() == {"cpu_s", "wall_s"}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"model": "/home/someone/model"},
+        ["read from /srv/data/x"],
+        {"C:\\models\\x": 1},
+        {"p": Path("runs")},
+        {"x": float("nan")},
+    ],
+)
+def test_figures_name_no_place_on_the_machine(harness: ModuleType, tmp_path: Path, value: Any) -> None:
+    with pytest.raises(ValueError, match="figures"):
+        harness.finish("broken", {"value": value}, tmp_path)
+    assert not list(tmp_path.iterdir())
