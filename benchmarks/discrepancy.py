@@ -56,8 +56,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         with tempfile.TemporaryDirectory() as folder:
-            cell = {"data": "fpb", "variant": "none", "lr": 5e-4, "seed": 0, "split": "validation"}
-            print(json.dumps(run_cell(cell, Path(folder), ["algorithm.outer_rounds=1", "algorithm.inner_steps=1"])))
+            short = ["algorithm.outer_rounds=1", "algorithm.inner_steps=1"]
+            print(json.dumps(run_cell(cell("fpb", "none", 5e-4, 0, "validation"), Path(folder), short)))
         return
     grid = Grid(options.workers)
     for data in options.data:
