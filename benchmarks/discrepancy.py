@@ -52,7 +52,9 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", default=["agnews", "fpb"])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--quick", action="store_true", help="one variant, one rate, one seed, a minute; writes nothing")
+    parser.add_argument(
+        "--quick", action="store_true", help="one variant, one rate, one seed, a minute; writes nothing"
+    )
     options = parser.parse_args()
     if options.quick:
         with tempfile.TemporaryDirectory() as folder:

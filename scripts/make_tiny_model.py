@@ -127,8 +127,8 @@ def train(
     *,
     num_steps: int,
     context: int = 256,
-    batch_size: int = 16,
-    peak_lr: float = 4e-3,
+    batch_size: int = 8,
+    peak_lr: float = 3e-3,
     seed: int = 0,
     log_every: int = 100,
 ) -> tuple[LlamaForCausalLM, list[float]]:
@@ -194,7 +194,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to write the model and its tokenizer to")
-    parser.add_argument("--steps", type=int, default=3000, help="training steps of 16 x 256 tokens")
+    parser.add_argument("--steps", type=int, default=5000, help="training steps of 8 x 256 tokens")
     parser.add_argument(
         "--threads", type=int, default=2, help="CPU threads; another number gives slightly other weights"
     )

@@ -24,6 +24,10 @@ def line(text: str, label: str = "red") -> str:
     return json.dumps({"text": text, "label": label}) + "\n"
 
 
+def renamed(recipe: Recipe, name: str) -> None:
+    recipe["data"]["train"] = str(Path(recipe["data"]["train"]).rename(name))
+
+
 def damaged_model(recipe: Recipe) -> None:
     folder = Path(recipe["run"]["out"]).parent / "damaged"
     shutil.copytree(recipe["model"]["path"], folder)
@@ -69,11 +73,11 @@ CASES = {
     "field of another name": Case(put("data", text_field="sentence"), ["sentence", "data.text_field"]),
     "one class only": Case(lambda r: rows(r, "".join(line(f"x{i}") for i in range(30))), ["red"]),
     "test label never seen": Case(lambda r: Path(r["data"]["test"]).write_text(line("a", "violet")), ["violet"]),
-    "unknown extension": Case(lambda r: r["data"].update(train=str(Path(r["data"]["train"]).rename("rows.xyz"))), ["rows.xyz"]),
+    "unknown extension": Case(lambda r: renamed(r, "rows.xyz"), ["rows.xyz"]),
     "unknown key": Case(put("algorithm", inner_step=3), ["algorithm.inner_step", "did you mean algorithm.inner_steps"]),
     "unknown section": Case(put("algoritm", lr=3.0), ["algoritm", "did you mean algorithm"]),
     "key in the wrong section": Case(put("run", lr=0.1), ["run.lr", "did you mean algorithm.lr"]),
-    "unknown method": Case(put("algorithm", name="dека"), ["algorithm.name", "deca"]),
+    "unknown method": Case(put("algorithm", name="decca"), ["algorithm.name", "deca"]),
     "wrong type": Case(put("run", num_peers="four"), ["run.num_peers", '"four"', "integer"]),
     "boolean for a number": Case(put("algorithm", lr=True), ["algorithm.lr", "true", "number"]),
     "impossible value": Case(put("algorithm", lr=-1.0), ["algorithm.lr", "-1.0", "greater than 0"]),

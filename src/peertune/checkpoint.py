@@ -55,8 +55,8 @@ class CheckpointStore:
         except (OSError, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
             raise StorageError(
-                f"{final}: cannot write the checkpoint: {getattr(error, 'strerror', None) or error}; earlier checkpoints are"
-                " intact: free some space and go on with --resume"
+                f"{final}: cannot write the checkpoint: {getattr(error, 'strerror', None) or error};"
+                " earlier checkpoints are intact: free some space and go on with --resume"
             ) from error
 
     def prune(self) -> None:
@@ -87,7 +87,8 @@ class CheckpointStore:
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             if state["sha256"] != _sha256(folder / "state.safetensors"):
                 raise CheckpointError(
-                    f"{folder}: damaged: state.safetensors is not what was written; delete this folder to use an older one"
+                    f"{folder}: damaged: state.safetensors is not what was written; delete this folder to use an"
+                    " older one"
                 )
             if (state["peer"], state["round"]) != (peer, round):
                 raise CheckpointError(

@@ -181,19 +181,22 @@ def _keys_help() -> str:
 
     def show(section: type[Section], prefix: str) -> None:
         lines.append(f"\n  [{prefix}]")
+        inner: list[tuple[str, type[Section]]] = []
         for name, field in section.model_fields.items():
-            if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            kind = field.annotation
+            if isinstance(kind, type) and issubclass(kind, Section):
+                inner.append((name, kind))
                 continue
             default = json.dumps(field.default, default=str)
             lines.append(f"    {name} = {default}".ljust(38) + " ".join((field.description or "").split()))
-        for name, field in section.model_fields.items():
-            if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-                show(field.annotation, f"{prefix}.{name}")
+        for name, kind in inner:
+            show(kind, f"{prefix}.{name}")
 
     for name, field in RunConfig.model_fields.items():
-        section = field.annotation if name != "algorithm" else METHODS["deca"]
-        if isinstance(section, type) and issubclass(section, Section):
-            show(section, name)
+        if name == "algorithm":
+            show(METHODS["deca"], name)
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            show(field.annotation, name)
     return "\n".join(lines)
 
 

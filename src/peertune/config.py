@@ -59,7 +59,7 @@ class ModelSection(Section):
     train_embeddings: Literal["untied", "all", "none"] = "untied"
     """Train token embeddings and output head: only where they are two tensors (default), always, or never."""
     activation_budget_mb: NonNegative = 0
-    """Keep saved activations below this many megabytes by recomputing layers at or above the active block; 0: keep all."""
+    """Keep saved activations below this many megabytes by recomputing layers from the active block up; 0: keep all."""
     prefix_cache: bool = False
     """Remember, in host memory, each sample's hidden state below the active block; batches are padded to max_length."""
     compile: bool = False

@@ -1,5 +1,6 @@
 """Peak memory of this process: resident on the host, allocated on a GPU."""
 
+import contextlib
 import resource
 import sys
 from pathlib import Path
@@ -12,10 +13,9 @@ def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        try:
+        # Without such a file, or the right to write it, the peak is that of the whole process.
+        with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            pass  # no such file, or not allowed: the peak is then that of the whole process
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -70,7 +70,7 @@ def join_bfloat16(high: Tensor, low: Tensor) -> Tensor:
 
 
 def split_bfloat16(master: Tensor, high: Tensor, low: Tensor) -> None:
-    """Write float32 `master` as the nearest bfloat16 `high` (ties up) and the remainder `low`; joins back bit by bit."""
+    """Write float32 `master` as its nearest bfloat16 `high` (ties up) and the remainder `low` that join back exactly."""
     bits = master.view(torch.int32)
     top = bits.add(0x8000).bitwise_right_shift_(16)
     high.view(torch.int16).copy_(top)
@@ -81,7 +81,7 @@ class MasterWeights:
     """Float32 access to a model's trained parameters, whatever type the model holds them in.
 
     A float32 parameter is its own master. A bfloat16 parameter is the upper half of its master; the lower half is an
-    int16 tensor kept here, on the host while the parameter's block is not in turn, so no progress is lost between turns.
+    int16 tensor kept here, on the host while the block is not in turn, so no progress is lost between turns.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:

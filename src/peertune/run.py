@@ -300,8 +300,9 @@ class Simulation:
             tensors, plain = self.store.load(member.index, done)
             if plain["data"] != self._data_print(member.index):
                 raise CheckpointError(
-                    f"{self.folder.path}: peer {member.index}'s data has changed since this run began (got"
-                    f" {self._data_print(member.index)}, expected {plain['data']}); bring the old data back or start anew"
+                    f"{self.folder.path}: peer {member.index}'s data has changed since this run began: got"
+                    f" {self._data_print(member.index)} sequences and tokens, expected {plain['data']}; bring the old"
+                    " data back or start anew"
                 )
             member.algorithm.load_state_dict(tensors, plain["algorithm"], done)
             member.algorithm.peer.batches.load_state_dict(plain["batches"])

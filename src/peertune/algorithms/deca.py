@@ -37,7 +37,7 @@ class DecaConfig(BlockwiseConfig):
     betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.999)
     """b1, b2 of the moment correction. Not in the paper as we have it: ours, measured (docs/discrepancy.md)."""
     discrepancy: Discrepancy = "descent_scaled"
-    """What corrects the moments after a mix; "none" is the ablation. Default: the best measured (docs/discrepancy.md)."""
+    """What corrects the moments; "none" is the ablation. Default: the best measured: docs/discrepancy.md."""
     bias_correction: Literal["count", "weight"] = "count"
     """What undoes the moments' start at zero: 1 - a^(r+1) as transcribed, or the total weight of all that entered them,
     which a correction changes ("weight", ours)."""
@@ -137,7 +137,7 @@ class Deca(Algorithm):
 
     @torch.no_grad()
     def mix(self, hop: Hop, inbox: Inbox) -> None:
-        """theta_{r+1/2} -> theta_{r+1}, then the moments; tensor by tensor, so the mixed block never stands beside itself."""
+        """theta_{r+1/2} -> theta_{r+1}, then the moments; tensor by tensor, to hold one mixed tensor at a time."""
         d: dict[str, Tensor] = {}
         for name in self.active:
             mixed = inbox.mean(name)

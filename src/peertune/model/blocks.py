@@ -127,7 +127,8 @@ def block_table(model: nn.Module, blocks: Sequence[Block]) -> str:
     totals = [sum(sizes[name] for name in block.parameters) for block in blocks]
     width = max(len(block.name) for block in blocks)
     lines = [
-        f"{block.index:>3}  {block.name:<{width}}  {len(block.parameters):>4} tensors  {n:>13,} parameters  {n / sum(totals):>6.1%}"
+        f"{block.index:>3}  {block.name:<{width}}  {len(block.parameters):>4} tensors"
+        f"  {n:>13,} parameters  {n / sum(totals):>6.1%}"
         for block, n in zip(blocks, totals, strict=True)
     ]
     frozen = frozen_names(model, blocks)
