@@ -5,7 +5,7 @@ Everything it runs is an ordinary recipe, demo.toml; only the table is its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from importlib import resources
 from pathlib import Path
@@ -21,12 +21,13 @@ from peertune.run_folder import RunFolder
 RUNS = {"local": "each peer alone", "deca": "DECA", "pooled": "all data pooled"}
 
 
-def demo(out: Path, bars: Callable[[str], AbstractContextManager[Progress]]) -> Table:
+def demo(out: Path, bars: Callable[[str], AbstractContextManager[Progress]], overrides: Sequence[str] = ()) -> Table:
     """Run the three methods of `RUNS` and compare them.
 
     Args:
         out: folder; each method's run goes to a folder of its own in it.
         bars: makes a progress display from a label.
+        overrides: `section.key=value` texts that change the recipe of all three.
     Returns:
         The table.
     Raises:
@@ -35,7 +36,9 @@ def demo(out: Path, bars: Callable[[str], AbstractContextManager[Progress]]) -> 
     summaries: dict[str, dict[str, Any]] = {}
     with resources.as_file(resources.files("peertune") / "demo.toml") as recipe:
         configs = {
-            name: load_recipe(recipe, [f"algorithm.name={name}", f"run.out={str(out / name)!r}"], METHODS)[0]
+            name: load_recipe(recipe, [*overrides, f"algorithm.name={name}", f"run.out={str(out / name)!r}"], METHODS)[
+                0
+            ]
             for name in RUNS
         }
     for config in configs.values():

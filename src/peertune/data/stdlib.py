@@ -26,7 +26,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "web": ("ftplib", "http", "imaplib", "smtplib", "socketserver", "urllib", "wsgiref"),
     "xml": ("html", "plistlib", "xml", "xmlrpc"),
 }
-"""Subject -> modules, a peer each: the top-level modules and packages present from Python 3.11 to 3.14 on every system."""
+"""Subject -> modules, a peer each: modules and packages present from Python 3.11 to 3.14 on every system."""
 
 SPLITS = ("train", "test", "pretrain")
 
@@ -42,7 +42,7 @@ def load_stdlib(split: str) -> tuple[list[dict[str, Any]], list[int]]:
     """Text of one split, in an order that depends on nothing but the Python version.
 
     Args:
-        split: "train" or "test" (chunks of 2-4 kB of the groups' files), or "pretrain" (whole files of all other modules).
+        split: "train" or "test" (chunks of 2-4 kB of the groups' files), or "pretrain" (whole files of other modules).
 
     Returns:
         Rows {"text", "client": name of the group, "module": dotted name}, and each row's group as an index into
@@ -88,7 +88,7 @@ def group_files(root: Path, group: str) -> list[Path]:
         paths = [root / f"{module}.py"] if (root / f"{module}.py").is_file() else list(_sources(root / module))
         if not paths:
             raise DataError(
-                f"standard library module {module!r} has no source file in {root} (Python {platform.python_version()}), "
+                f"standard library module {module!r} has no source in {root} (Python {platform.python_version()}); "
                 "expected with every Python 3.11 to 3.14: install the complete standard library, or name your own data"
             )
         found += paths
@@ -122,7 +122,7 @@ def cut(text: str) -> list[str]:
 
 
 def _group_chunks(root: Path, group: str, paths: list[Path]) -> list[tuple[str, str]]:
-    """(module, text) of a group's chunks in file order: without repeats, and at most `_MAX_GROUP` characters of them."""
+    """(module, text) of a group's chunks in file order: without repeats, at most `_MAX_GROUP` characters of them."""
     seen: set[str] = set()
     fresh: list[tuple[str, str]] = []
     for path in paths:

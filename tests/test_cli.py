@@ -1,0 +1,111 @@
+"""The command line on good input: what it prints, writes and returns."""
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import peertune
+from peertune.cli import main
+from peertune.demo import comparison, demo
+from peertune.errors import CheckpointError
+from peertune.run import Silent
+from tests.recipes import tree
+from tests.test_bad_input import write_toml
+
+
+@pytest.fixture
+def finished(tmp_path: Path, micro_model: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    """The folder of a run made by the command."""
+    write_toml(tree(tmp_path, micro_model), tmp_path / "recipe.toml")
+    assert main(["run", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "out")]) == 0
+    return tmp_path / "out"
+
+
+def test_run_prints_a_table_and_how_to_load_the_model(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = capsys.readouterr().out
+    assert "accuracy" in printed and "average model" in printed
+    loading = next(line for line in printed.splitlines() if line.startswith("load it with: "))
+    path = loading.partition("from_pretrained('")[2].removesuffix("')")
+    assert AutoModelForCausalLM.from_pretrained(path).config.vocab_size > 0
+
+
+def test_set_values_are_toml_and_bare_words_are_strings(tmp_path: Path, micro_model: Path) -> None:
+    write_toml(tree(tmp_path, micro_model), tmp_path / "recipe.toml")
+    sets = ["topology.kind=complete", "algorithm.alphas=[0.8, 0.99]", "run.seed=7", "algorithm.inner_steps=1"]
+    arguments = [part for text in sets for part in ("--set", text)]
+    assert main(["run", str(tmp_path / "recipe.toml"), *arguments]) == 0
+    config = json.loads((tmp_path / "out" / "summary.json").read_text())["config"]
+    assert config["topology"]["kind"] == "complete"
+    assert config["algorithm"]["alphas"] == [0.8, 0.99]
+    assert config["run"]["seed"] == 7
+
+
+def test_report_is_written_anew(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (finished / "report.html").unlink()
+    assert main(["report", str(finished)]) == 0
+    assert (finished / "report.html").exists()
+    assert "report.html" in capsys.readouterr().out
+
+
+def test_export_of_a_finished_run_and_of_its_last_checkpoint_agree(finished: Path, tmp_path: Path) -> None:
+    assert main(["export", str(finished), "--to", str(tmp_path / "one")]) == 0
+    (finished / "summary.json").unlink()  # as if it had been killed after the last checkpoint
+    assert main(["export", str(finished), "--to", str(tmp_path / "two")]) == 0
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-6)
+    assert main(["export", str(finished), "--to", str(tmp_path / "one")]) == 2
+
+
+def test_eval_repeats_the_runs_own_figures(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    options = ["--data", str(tmp_path / "test.jsonl"), "--task", "classification", "--max-length", "40"]
+    assert main(["eval", str(finished / "model"), *options]) == 0
+    got = json.loads(capsys.readouterr().out.splitlines()[-1])
+    expected = json.loads((finished / "summary.json").read_text())["metrics"]["average_model"]
+    assert got.pop("samples") == 12
+    assert got == pytest.approx(expected, rel=1e-4)
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, part in (
+        (["--version"], peertune.__version__),
+        (["--help"], "examples:"),
+        (["run", "--help"], "inner_steps = 48"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 0
+        assert part in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        main(["no-such-command"])
+    assert stopped.value.code == 2
+
+
+@contextlib.contextmanager
+def silent(label: str) -> Iterator[Silent]:
+    yield Silent()
+
+
+def test_demo_compares_local_deca_and_pooled(tmp_path: Path) -> None:
+    short = ["algorithm.outer_rounds=1", "algorithm.inner_steps=1", "data.max_samples=4", "eval.max_samples=8"]
+    table = demo(tmp_path / "demo", silent, short)
+    assert table.row_count == 5
+    summaries = {
+        n: json.loads((tmp_path / "demo" / n / "summary.json").read_text()) for n in ("local", "deca", "pooled")
+    }
+    assert {s["algorithm"] for s in summaries.values()} == set(summaries)
+    assert len({s["metrics"]["before"]["loss"] for s in summaries.values()}) == 1
+    with pytest.raises(CheckpointError):
+        demo(tmp_path / "demo", silent, short)
+    summaries["deca"]["metrics"]["average_model"]["loss"] = summaries["pooled"]["metrics"]["average_model"]["loss"]
+    shares = list(comparison(summaries).columns[3].cells)
+    assert shares[0] == "0%" and shares[-1] == shares[-2] == "100%"
+    assert all(math.isfinite(float(str(share).rstrip("%"))) for share in shares)

@@ -1,0 +1,73 @@
+"""Shipped recipes and the README's commands run, on real data, made short."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from peertune.algorithms import METHODS
+from peertune.cli import main
+from peertune.config import keys_of, load_recipe
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
+SHORT = [
+    part
+    for text in ("algorithm.outer_rounds=1", "algorithm.inner_steps=1", "data.max_samples=16", "eval.max_samples=16")
+    for part in ("--set", text)
+]
+
+
+@pytest.fixture
+def workplace(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with models/, data/ and recipes/, as the README supposes."""
+    (tmp_path / "models").symlink_to(shared / "models")
+    (tmp_path / "data").symlink_to(shared / "data")
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    lines = [line.partition("  #")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line.removeprefix(".venv/bin/") for line in lines if "peertune " in line and "demo" not in line]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_shipped_recipe_runs(path: Path, workplace: Path) -> None:
+    assert main(["run", str(path), *SHORT, "--out", "out"]) == 0
+
+
+def test_the_readmes_commands_run_in_their_order(workplace: Path) -> None:
+    commands = readme_commands()
+    assert len(commands) >= 4
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        assert program == "peertune"
+        assert main([*arguments, *(SHORT if arguments[0] == "run" else [])]) == 0, command
+
+
+def test_the_readmes_scripts_exist_and_its_tree_is_true() -> None:
+    text = (ROOT / "README.md").read_text()
+    for script in re.findall(r"scripts/\w+", text):
+        assert (ROOT / script).exists(), script
+    tree = next(block for block in re.findall(r"```\n(.*?)```", text, re.S) if "errors.py" in block)
+    named = {name for name in re.findall(r"^ {2,4}(\w+(?:\.py|/))", tree, re.M)}
+    package = ROOT / "src" / "peertune"
+    there = {p.name + ("/" if p.is_dir() else "") for p in package.iterdir() if p.suffix == ".py" or p.is_dir()}
+    assert {n for n in there if not n.startswith("__")} <= named
+
+
+def test_the_readmes_recipe_keys_exist() -> None:
+    from peertune.config import RunConfig
+
+    known = set(keys_of(RunConfig)) | {f"algorithm.{k}" for m in METHODS.values() for k in m.model_fields}
+    for key in re.findall(r"--set (\w+(?:\.\w+)+)=", (ROOT / "README.md").read_text()):
+        assert key in known, key
+
+
+def test_the_demos_recipe_is_valid() -> None:
+    config, notes = load_recipe(ROOT / "src" / "peertune" / "demo.toml", [], METHODS)
+    assert config.algorithm.name == "deca" and not notes
