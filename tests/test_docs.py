@@ -51,7 +51,7 @@ def test_the_readmes_commands_run_in_their_order(workplace: Path) -> None:
 
 def test_the_readmes_scripts_exist_and_its_tree_is_true() -> None:
     text = (ROOT / "README.md").read_text()
-    for script in re.findall(r"scripts/\w+", text):
+    for script in re.findall(r"scripts/\w+(?:\.py)?", text):
         assert (ROOT / script).exists(), script
     tree = next(block for block in re.findall(r"```\n(.*?)```", text, re.S) if "errors.py" in block)
     named = {name for name in re.findall(r"^ {2,4}(\w+(?:\.py|/))", tree, re.M)}
