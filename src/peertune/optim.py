@@ -70,7 +70,7 @@ def join_bfloat16(high: Tensor, low: Tensor) -> Tensor:
 
 
 def split_bfloat16(master: Tensor, high: Tensor, low: Tensor) -> None:
-    """Write float32 `master` as its nearest bfloat16 `high` (ties up) and the remainder `low`; they join back exactly."""
+    """Write float32 `master` as the nearest bfloat16 `high` (ties up) and a remainder `low`; they join back exactly."""
     bits = master.view(torch.int32)
     top = bits.add(0x8000).bitwise_right_shift_(16)
     high.view(torch.int16).copy_(top)
