@@ -4,7 +4,7 @@ One DECA run of eight peers, measured round by round, in turn with the bare step
 forward, backward, block Adam). A whole round adds snapshots, gossip, the moment correction, the consensus distance,
 the event log and the checkpoints. CPU seconds, medians over rounds; the default recipe otherwise.
 
-    python benchmarks/simulation.py [--rounds 48] [--threads 1] [--dtype float32] [--data-model english-4m]
+    python benchmarks/simulation.py [--inner-steps 16] [--threads 1] [--dtypes float32 bfloat16]
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """Blocks, loss, per-layer behaviour and scoring, over six architectures with tied and untied embeddings."""
 
+import functools
 import itertools
 from typing import Any
 
@@ -211,6 +212,25 @@ def test_a_budget_is_kept_and_used() -> None:
     gradients(half, block, make_batch(8, 48))
     middle = saved_bytes(half, block)
     assert sizes[0] > middle > sizes[1]
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own insides
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_compiled_layers_give_the_same_gradients_from_three_graphs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below, in and above the active block; the back end that only traces stands in for the real one."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    plain = LanguageModel(make_model(name), ModelSection())
+    compiled = LanguageModel(make_model(name), ModelSection(compile=True))
+    for block in partition_blocks(plain.module, 1)[1:-1]:
+        expected = gradients(plain, block, make_batch())
+        got = gradients(compiled, block, make_batch())
+        for n in expected:
+            torch.testing.assert_close(got[n], expected[n], rtol=1e-4, atol=1e-6)
+    assert counters["stats"]["unique_graphs"] == 3
+    assert not counters["graph_break"]
 
 
 @both
