@@ -78,6 +78,7 @@ class Grid:
         self.workers = workers
         self.lock = Lock()
         self.done: dict[str, Cell] = {}
+        CELLS.parent.mkdir(exist_ok=True)
         if CELLS.exists():
             for line in CELLS.read_text().splitlines():
                 entry = json.loads(line)
