@@ -32,8 +32,8 @@ from peertune.peer import Peer
 from peertune.seeds import derive_seed
 
 LR, BETAS, EPS = 1e-4, (0.9, 0.999), 1e-8
+# float32 logits that the hand-written limit holds at a time
 LOGITS_BYTES = {"cpu": 1 << 23, "cuda": 1 << 28}
-"""float32 logits that the hand-written limit holds at a time, bytes."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Contestant(ABC):
 
     def __init__(self, shape: Shape, device: torch.device, options: Options) -> None:
         self.shape, self.device, self.options = shape, device, options
-        self.model: Any = None
+        self.model: Any
 
     @abstractmethod
     def setup(self) -> None:
@@ -84,9 +84,8 @@ class Contestant(ABC):
 
     def teardown(self) -> None:
         """Free everything that `setup` built."""
-        kept = {name: getattr(self, name) for name in ("shape", "device", "options")}
-        self.__dict__.clear()
-        self.__dict__.update(kept, model=None)
+        for name in vars(self).keys() - {"shape", "device", "options"}:
+            delattr(self, name)
         gc.collect()
 
     def build(self) -> None:
@@ -300,10 +299,9 @@ class Queue(Batches):
     """Hands a peer the batch it is given, and then no other."""
 
     def __init__(self) -> None:
-        self.batch: Batch | None = None
+        self.batch: Batch
 
     def next(self) -> Batch:
-        assert self.batch is not None
         return self.batch
 
 
