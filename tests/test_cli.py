@@ -103,8 +103,11 @@ def test_demo_compares_local_deca_and_pooled(tmp_path: Path) -> None:
     }
     assert {s["algorithm"] for s in summaries.values()} == set(summaries)
     assert len({s["metrics"]["before"]["loss"] for s in summaries.values()}) == 1
-    with pytest.raises(CheckpointError):
-        demo(tmp_path / "demo", silent, short)
+    before = (tmp_path / "demo" / "deca" / "events.jsonl").read_bytes()
+    assert demo(tmp_path / "demo", silent, short).row_count == 5
+    assert (tmp_path / "demo" / "deca" / "events.jsonl").read_bytes() == before, "a finished demo is only shown again"
+    with pytest.raises(CheckpointError, match=r"algorithm.lr"):
+        demo(tmp_path / "demo", silent, [*short, "algorithm.lr=0.5"])
     summaries["deca"]["metrics"]["average_model"]["loss"] = summaries["pooled"]["metrics"]["average_model"]["loss"]
     shares = list(comparison(summaries).columns[3].cells)
     assert shares[0] == "0%" and shares[-1] == shares[-2] == "100%"

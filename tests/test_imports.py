@@ -21,6 +21,7 @@ LAYERS = [
     "run_folder",
     "evaluate",
     "report",
+    "prepare",
     "run",
     "export",
     "demo",

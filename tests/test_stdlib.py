@@ -166,9 +166,9 @@ def test_shipped_model_loads_and_is_better_than_chance() -> None:
 def test_shipped_tokenizer_round_trips_python() -> None:
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     text = Path(__file__).read_text(encoding="utf-8") + "\té→🐍\r\n  <x> don't , do .\x00"
-    ids = tokenizer(text)["input_ids"]
+    ids = tokenizer(text, verbose=False)["input_ids"]
     assert ids[0] == tokenizer.bos_token_id
-    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert tokenizer.decode(ids[1:]) == text
     assert len({tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}) == 3
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -57,7 +57,7 @@ class Bars:
         self._bars.stop()
 
     def note(self, message: str) -> None:
-        self._console.print(f"note: {message}", style="dim", markup=False, highlight=False, soft_wrap=True)
+        self._console.print(f"note: {message}", style="dim", markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     def rounds(self, done: int, total: int, loss: float | None) -> None:
         if self._task is None:
@@ -74,10 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _quiet_libraries()
         options.command(options, console)
     except PeertuneError as error:
-        console.print(f"peertune: error: {error}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"peertune: error: {error}", markup=False, highlight=False, emoji=False, soft_wrap=True)
         return error.exit_code
     except KeyboardInterrupt:
-        console.print("peertune: interrupted; go on with --resume", markup=False)
+        resumable = "; go on with --resume" if options.command is _run else ""
+        console.print(f"peertune: interrupted{resumable}", markup=False)
         return 130
     return 0
 
@@ -88,7 +89,7 @@ def _run(options: argparse.Namespace, console: Console) -> None:
 
     overrides = list(options.set)
     if options.out is not None:
-        overrides.append(f"run.out={json.dumps(options.out)}")
+        overrides.append(f"run.out={json.dumps(options.out, ensure_ascii=False)}")
     config, notes = load_recipe(options.recipe, overrides, METHODS)
     from peertune.run import run
 
@@ -209,6 +210,17 @@ class _RunHelp(argparse.Action):
         parser.exit()
 
 
+def _at_least(least: int) -> Callable[[str], int]:
+    """An argument type: a whole number from `least` on."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number from {least} on")
+        return int(text)
+
+    return parse
+
+
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
@@ -244,7 +256,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("model", metavar="MODEL", help="folder or hub name")
     evaluate.add_argument("--data", required=True, metavar="FILE")
     evaluate.add_argument("--task", required=True, choices=["text", "classification", "instruction", "chat"])
-    evaluate.add_argument("--max-samples", type=int, default=0, metavar="N", help="rows at most; 0: all")
-    evaluate.add_argument("--max-length", type=int, default=256, metavar="N", help="tokens of a sequence at most")
+    evaluate.add_argument("--max-samples", type=_at_least(0), default=0, metavar="N", help="rows at most; 0: all")
+    evaluate.add_argument(
+        "--max-length", type=_at_least(8), default=256, metavar="N", help="tokens of a sequence at most"
+    )
     evaluate.set_defaults(command=_eval)
     return parser

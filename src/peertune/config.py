@@ -20,12 +20,17 @@ from peertune.errors import ConfigError
 Sources = str | list[str]
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Decays = Annotated[tuple[Decay, Decay], Field(strict=False)]
+"""Two decay rates of moving averages; TOML has lists, not tuples."""
 
 
 class Section(BaseModel):
     """Base of all sections: immutable, no unknown keys, no silent conversions (an integer may stand for a float)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class RunSection(Section):
@@ -33,11 +38,11 @@ class RunSection(Section):
     """Seed of everything random: partition, graph, batches. `data.partition.seed` and `topology.seed` override it."""
     num_peers: Positive = 8
     """Number of peers N. Default: DECA's published setting."""
-    out: str = "runs/latest"
+    out: Annotated[str, Field(min_length=1)] = "runs/latest"
     """Folder of the run; it must not hold another run."""
     device: str = "auto"
     """"auto" (a GPU if there is one), "cpu", "cuda" or "cuda:0"."""
-    threads: NonNegative = 0
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """CPU threads for PyTorch; 0 keeps PyTorch's choice. Results are bitwise repeatable for one thread count."""
     checkpoint_every: NonNegative = 0
     """Rounds between checkpoints; 0: at the end of each block's turn."""
@@ -50,8 +55,8 @@ class ModelSection(Section):
     """A local folder, a hub name, or "tiny": the 2 MB base that ships with the package."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type the weights are held in; with bfloat16 the active block has float32 masters. Exchange is float32 always."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """Attention kernels of transformers; on a CPU in bfloat16, "eager" is the faster one for short sequences."""
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    """Attention kernels; "auto" is transformers' choice. On a CPU in bfloat16 "eager" is the faster for short texts."""
     max_length: Annotated[int, Field(ge=8)] = 256
     """Longest sequence, tokens; longer text is cut or packed."""
     trust_remote_code: bool = False
@@ -171,7 +176,7 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str], methods: Meth
     """
     tree = _read_toml(Path(path)) if path is not None else {}
     for text in overrides:
-        _apply_override(tree, text, methods)
+        _apply_override(tree, text)
     return from_dict(tree, methods)
 
 
@@ -229,7 +234,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _apply_override(tree: dict[str, Any], text: str, methods: Methods) -> None:
+def _apply_override(tree: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     parts = key.strip().split(".")
     if not equals or len(parts) < 2 or not all(parts):

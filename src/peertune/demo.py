@@ -5,6 +5,7 @@ Everything it runs is an ordinary recipe, demo.toml; only the table is its own.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from importlib import resources
@@ -31,21 +32,23 @@ def demo(out: Path, bars: Callable[[str], AbstractContextManager[Progress]], ove
     Returns:
         The table.
     Raises:
-        CheckpointError: `out` holds a demo already.
+        CheckpointError: `out` holds a demo of another recipe. An unfinished one goes on, a finished one is shown again.
     """
     summaries: dict[str, dict[str, Any]] = {}
     with resources.as_file(resources.files("peertune") / "demo.toml") as recipe:
         configs = {
-            name: load_recipe(recipe, [*overrides, f"algorithm.name={name}", f"run.out={str(out / name)!r}"], METHODS)[
-                0
-            ]
+            name: load_recipe(
+                recipe,
+                [*overrides, f"algorithm.name={name}", f"run.out={json.dumps(str(out / name), ensure_ascii=False)}"],
+                METHODS,
+            )[0]
             for name in RUNS
         }
     for config in configs.values():
-        RunFolder(Path(config.run.out)).check(config.to_dict(), resume=False)
+        RunFolder(Path(config.run.out)).check(config.to_dict(), resume=True)
     for name, config in configs.items():
         with bars(RUNS[name]) as progress:
-            summaries[name] = run(config, progress=progress)
+            summaries[name] = run(config, resume=True, progress=progress)
     return comparison(summaries)
 
 

@@ -36,6 +36,8 @@ def evaluate(
     """
     mode = model.module.training
     model.module.eval()
+    model.stack.begin_batch(None)  # nothing here is served from, or kept in, the cache of training
+    score = label_scores if not labels or _cache_is_exact(model, samples, pad_id, labels) else label_scores_plainly
     order = sorted(range(len(samples)), key=lambda i: (len(samples[i].input_ids), i))
     total, count = 0.0, 0
     predicted = np.zeros(len(samples), dtype=np.int64)
@@ -43,7 +45,7 @@ def evaluate(
         members = order[start : start + batch_size]
         chosen = [samples[i] for i in members]
         if labels:
-            scores = label_scores(model, chosen, pad_id, labels)
+            scores = score(model, chosen, pad_id, labels)
             predicted[members] = scores.argmax(1).numpy()
             total -= float(scores[torch.arange(len(chosen)), torch.tensor([s.label for s in chosen])].sum())
             count += sum(len(labels[s.label]) for s in chosen)
@@ -65,17 +67,14 @@ def label_scores(
 ) -> Tensor:
     """log p(label | prompt) for each sample and label, summed over the label's tokens.
 
-    The prompt is run once; labels of more than one token continue from its keys and values.
+    The prompt is run once; labels of more than one token continue from its keys and values. Not every architecture
+    allows that with padded prompts: `evaluate` asks `_cache_is_exact` first.
 
     Args:
         labels: token ids of each label.
     Returns:
         float64 [samples, labels] on the CPU.
     """
-    window = getattr(model.module.config, "sliding_window", None)
-    longest = max(s.prompt_length for s in samples) + max(map(len, labels))
-    if not model.has_plain_head or (window is not None and longest > window):
-        return label_scores_plainly(model, samples, pad_id, labels)
     module, device = model.module, model.device
     lengths = torch.tensor([s.prompt_length for s in samples])
     prompts = torch.full((len(samples), int(lengths.max())), pad_id)
@@ -83,7 +82,6 @@ def label_scores(
         row[: sample.prompt_length] = torch.as_tensor(sample.input_ids[: sample.prompt_length].astype(np.int64))
     many = any(len(label) > 1 for label in labels)
     mask = (torch.arange(prompts.shape[1]) < lengths[:, None]).long()
-    model.stack.begin_batch(None)
     out = module.base_model(input_ids=prompts.to(device), attention_mask=mask.to(device), use_cache=many)
     last = out.last_hidden_state[torch.arange(len(samples)), lengths - 1]
     first = _logits(model, last)
@@ -113,8 +111,7 @@ def label_scores(
 def label_scores_plainly(
     model: LanguageModel, samples: Sequence[Sample], pad_id: int, labels: Sequence[Sequence[int]]
 ) -> Tensor:
-    """As `label_scores`, but running every prompt anew with every label: for models whose head scales or caps its
-    output or whose attention window a prompt outgrows. About as many times slower as there are labels."""
+    """As `label_scores`, but every prompt is run anew with every label: as many times slower as there are labels."""
     columns = []
     for label in labels:
         whole = [replace(s, input_ids=np.concatenate([s.input_ids[: s.prompt_length], label])) for s in samples]
@@ -124,6 +121,30 @@ def label_scores_plainly(
         picked = logits[torch.arange(len(samples))[:, None], where, torch.tensor(label)[None]]
         columns.append(picked.sum(1).double().cpu())
     return torch.stack(columns, 1)
+
+
+@torch.no_grad()
+def _cache_is_exact(
+    model: LanguageModel, samples: Sequence[Sample], pad_id: int, labels: Sequence[Sequence[int]]
+) -> bool:
+    """Whether `label_scores` is right for this model: tried on the shortest and the longest prompt, padded together.
+
+    It is not where the head scales or caps its output, the state is no cache of keys and values, positions are counted
+    by the cache's slots, or a prompt outgrows an attention window.
+    """
+    if not model.has_plain_head:
+        return False
+    if all(len(label) == 1 for label in labels):
+        return True
+    probe = [min(samples, key=lambda s: s.prompt_length), max(samples, key=lambda s: s.prompt_length)]
+    some = sorted(labels, key=len)[-2:]
+    try:
+        fast = label_scores(model, probe, pad_id, some)
+    except (AttributeError, TypeError, ValueError, NotImplementedError):  # state space models and the like
+        return False
+    plain = label_scores_plainly(model, probe, pad_id, some)
+    tolerance = 1e-3 if next(model.module.parameters()).dtype == torch.float32 else 0.1
+    return torch.allclose(fast, plain, rtol=tolerance, atol=tolerance)
 
 
 def macro_f1(truth: np.ndarray, predicted: np.ndarray) -> float:

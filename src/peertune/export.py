@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from peertune.algorithms import ALGORITHMS, METHODS
+from peertune.algorithms import METHODS
 from peertune.checkpoint import CheckpointStore
 from peertune.config import DataSection, ModelSection, from_dict
 from peertune.data.load import load_table
@@ -19,7 +18,8 @@ from peertune.evaluate import Metrics, evaluate
 from peertune.model.language_model import LanguageModel
 from peertune.model.load import load_model, load_tokenizer
 from peertune.optim import join_bfloat16
-from peertune.run_folder import RunFolder, save_model, storage_errors
+from peertune.prepare import prepare_tokenizer
+from peertune.run_folder import RunFolder, check_writable, save_model, storage_errors
 
 Task = Literal["text", "classification", "instruction", "chat"]
 
@@ -35,32 +35,31 @@ def export(run: Path, to: Path) -> None:
         raise CheckpointError(f"{run}: holds no run; expected a folder that `peertune run` wrote")
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise CheckpointError(f"--to: {to} exists already; name a new folder")
+    check_writable(to, "--to")
     if folder.summary.exists():
         with storage_errors(to):
             shutil.copytree(folder.model, to, dirs_exist_ok=True)
         return
-    recipe: dict[str, Any] = json.loads(folder.recipe.read_text(encoding="utf-8"))
+    recipe = folder.read_recipe()
     config, _ = from_dict(recipe["config"], METHODS)
-    num_models = 1 if ALGORITHMS[config.algorithm.name].pools_data else config.run.num_peers
-    store = CheckpointStore(folder.checkpoints, num_models)
+    stationary: list[float] = recipe["stationary"]
+    store = CheckpointStore(folder.checkpoints, len(stationary))
     done = store.newest_complete()
     if done is None:
         raise CheckpointError(f"{run}: the run has no complete checkpoint yet; wait for one")
-    module = load_model(config.model, torch.device("cpu"))
+    base = Path(recipe["base"])
+    module = load_model(config.model, torch.device("cpu"), base)
+    average: dict[str, torch.Tensor] = {}
+    for peer, weight in enumerate(stationary):
+        tensors, _ = store.load(peer, done)
+        for name in (key.removeprefix("weights/") for key in tensors if key.startswith("weights/")):
+            high, low = tensors[f"weights/{name}"], tensors.get(f"remainder/{name}")
+            master = high.float() if low is None else join_bfloat16(high, low)
+            average[name] = master * weight if peer == 0 else average[name].add_(master, alpha=weight)
     own = dict(module.named_parameters())
-    with torch.no_grad():
-        totals: dict[str, torch.Tensor] = {}
-        for peer in range(num_models):
-            tensors, _ = store.load(peer, done)
-            for key, value in tensors.items():
-                kind, _, name = key.partition("/")
-                if kind == "weights":
-                    low = tensors.get(f"remainder/{name}")
-                    master = value.float() if low is None else join_bfloat16(value, low)
-                    totals[name] = totals.get(name, 0) + master / num_models
-        for name, total in totals.items():
-            own[name].copy_(total)
-    save_model(to, module, load_tokenizer(config.model))
+    for name, value in average.items():
+        own[name].data.copy_(value)
+    save_model(to, module, prepare_tokenizer(config, base))
 
 
 def evaluate_model(model: str, data: str, task: Task, *, max_samples: int = 0, max_length: int = 256) -> Metrics:

@@ -6,7 +6,7 @@ Nothing here knows of peers or rounds. All updates work in place on the tensors 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,13 @@ def learning_rate(config: AlgorithmConfig, step: int, num_steps: int) -> float:
         return config.lr
     done = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
     return config.lr * (1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """L2 norm of all gradients together, computed in float32 whatever their type: a float32 scalar."""
+    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters if p.grad is not None]
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return total
 
 
 def adam_moments(exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, alphas: tuple[float, float]) -> None:

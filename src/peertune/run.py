@@ -7,13 +7,14 @@ This is the only place that puts the layers together. What is trained lives in `
 from __future__ import annotations
 
 import math
+import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,22 +24,19 @@ from peertune.algorithms.base import LocalReport
 from peertune.checkpoint import GENERATIONS, CheckpointStore
 from peertune.config import RunConfig
 from peertune.data.batches import Batches, UnionBatches
-from peertune.data.chat import plain_template
-from peertune.data.load import load_table
-from peertune.data.partition import describe_partition, partition
-from peertune.data.render import Rendered, Sample, find_labels, label_tokens, render
-from peertune.errors import CheckpointError, ConfigError, DataError, DivergedError
+from peertune.errors import CheckpointError, ConfigError, DivergedError
 from peertune.evaluate import Metrics, evaluate
 from peertune.memory import peak_bytes, reset_peak
 from peertune.model.blocks import Block, block_table, frozen_names, is_tied, partition_blocks
 from peertune.model.language_model import LanguageModel
-from peertune.model.load import clone_model, load_model, load_tokenizer
+from peertune.model.load import clone_model, load_model
 from peertune.peer import Peer
+from peertune.prepare import Prepared, base_print, check_vocabulary, data_print, prepare_data
 from peertune.report import write_report
 from peertune.run_folder import RunFolder, save_model
 from peertune.runtimes import Member, agree, play_round
 from peertune.runtimes.simulation import Mailbox
-from peertune.seeds import derive_seed, numpy_rng
+from peertune.seeds import derive_seed
 from peertune.topology import Topology, build_topology
 
 
@@ -58,20 +56,6 @@ class Silent:
     def note(self, message: str) -> None: ...
 
     def rounds(self, done: int, total: int, loss: float | None) -> None: ...
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Data of a run, dealt and tokenised."""
-
-    tokenizer: Any
-    train: list[Rendered]
-    """By peer."""
-    test: list[Sample]
-    labels: list[list[int]]
-    """Token ids of each label; empty unless the task is classification."""
-    classes: list[dict[str, Any]]
-    """Who holds what, by peer, for the report."""
 
 
 def run(
@@ -104,10 +88,15 @@ def run(
     device = resolve_device(config.run.device)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
+    if device.type == "cuda":
+        # Else the attention's backward pass adds in an order of its own, and no two runs are bitwise equal.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
     reset_peak(device)
     data = prepare_data(config, base)
     module = load_model(config.model, device, base)
-    simulation = Simulation(config, folder, data, module, device, progress, list(notes))
+    check_vocabulary(data, module.get_input_embeddings().weight.shape[0], config.model.path)  # type: ignore[operator]
+    simulation = Simulation(config, folder, data, module, device, progress, list(notes), base or Path())
     return simulation.carry_out(resume)
 
 
@@ -121,46 +110,12 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(
             f"run.device: got {name!r}, expected auto, cpu, or a GPU of this machine such as cuda:0"
         ) from error
     return device
-
-
-def prepare_data(config: RunConfig, base: Path | None) -> Prepared:
-    """Load, deal and tokenise the data. Raises DataError, ModelError (tokenizer)."""
-    section, seed = config.data, config.run.seed
-    table = load_table(section.train, section, base=base)
-    test = load_table(section.test, section, base=base) if section.test else None
-    label_names = find_labels(table.rows, section) if section.task == "classification" else []
-    partition_seed = seed if section.partition.seed is None else section.partition.seed
-    parts = partition(table.rows, table.source, config.run.num_peers, section, partition_seed)
-    tokenizer = load_tokenizer(config.model, base)
-    if section.task in ("instruction", "chat") and tokenizer.chat_template is None:
-        tokenizer.chat_template = plain_template(tokenizer)  # exported with the model, so that its users render alike
-    length = config.model.max_length
-    train = []
-    for peer, rows in enumerate(parts):
-        try:
-            train.append(render([table.rows[i] for i in rows], section, tokenizer, length, label_names))
-        except DataError as error:
-            raise DataError(f"peer {peer}: {error}") from error
-    held_out: list[Sample] = []
-    if test is not None:
-        held_out = render(test.rows, section, tokenizer, length, label_names).samples
-        limit = config.eval.max_samples
-        if limit and len(held_out) > limit:
-            keep = numpy_rng(seed, "eval").choice(len(held_out), limit, replace=False)
-            held_out = [held_out[i] for i in sorted(keep)]
-    return Prepared(
-        tokenizer=tokenizer,
-        train=train,
-        test=held_out,
-        labels=label_tokens(tokenizer, label_names),
-        classes=describe_partition(table.rows, parts, section),
-    )
 
 
 class Simulation:
@@ -175,9 +130,10 @@ class Simulation:
         device: torch.device,
         progress: Progress,
         notes: list[str],
+        base: Path = Path(),
     ) -> None:
         self.config, self.folder, self.data, self.progress, self.notes = config, folder, data, progress, notes
-        self.device = device
+        self.device, self.base = device, base
         method = ALGORITHMS[config.algorithm.name]
         layers = getattr(config.algorithm, "layers_per_block", 0)
         self.blocks = partition_blocks(module, layers, config.model.train_embeddings)
@@ -189,6 +145,7 @@ class Simulation:
         self.topology = self._topology()
         mailbox = Mailbox()
         own = {name for block in self.blocks for name in block.parameters}
+        self.base_print = base_print(module, own)
         self.members: list[Member] = []
         for index in range(self.num_models):
             model = LanguageModel(clone_model(module, own), config.model)
@@ -205,12 +162,20 @@ class Simulation:
         """Rounds, agreement, summary, exported model, report."""
         done = self._resume() if resume else 0
         self.folder.require_space(self._foreseen_bytes())
+        self.progress.note("blocks:\n" + block_table(self.average.module, self.method.blocks))
         if done == 0:
-            self.folder.create({"config": self.config.to_dict(), "versions": versions()})
+            pi = self.topology.stationary.tolist()
+            base = str(self.base.absolute())
+            self.folder.create(
+                {"config": self.config.to_dict(), "versions": versions(), "stationary": pi, "base": base}
+            )
             self.folder.rewind(0)
             self.folder.event("start", **self._start_event())
             self.before = self._evaluate(self.average)
             self.folder.event("eval", round=0, average_model=self.before, peers=None)
+        else:
+            self.folder.rewind(done)
+            self.folder.event("resume", round=done)
         for note in self.notes:
             self.progress.note(note)
         for round in range(done, self.method.num_rounds):
@@ -221,12 +186,9 @@ class Simulation:
         reports = play_round(round, self.members, self.topology)
         losses = [float(report.loss) for report in reports]
         last = round + 1 == self.method.num_rounds
-        for peer, loss in enumerate(losses):
-            if not math.isfinite(loss):
-                raise DivergedError(
-                    f"peer {peer}, round {round}: the training loss became {loss}; lower algorithm.lr or set"
-                    " algorithm.max_grad_norm, and start anew in another folder"
-                )
+        for peer, (loss, report) in enumerate(zip(losses, reports, strict=True)):
+            _require_finite(f"peer {peer}, round {round}: the training loss", loss)
+            _require_finite(f"peer {peer}, round {round}: the gradient's norm", float(report.grad_norm))
         if round % self.config.run.log_every == 0 or last:
             self.folder.event("round", **self._round_event(round, reports, losses))
         every = self.config.eval.every
@@ -244,8 +206,10 @@ class Simulation:
         if self.method.agrees:
             hops = agree(rounds, self.members, self.topology)
             self.folder.event("agreement", hops=hops, bytes_sent=self._bytes_sent())
-        self._load_average()
+        self._load_average(agreed=self.method.agrees)
         average = self._evaluate(self.average)
+        for name, value in average.items():
+            _require_finite(f"the average model's {name}", value)
         self.folder.event("eval", round=rounds, average_model=average, peers=peers)
         metrics = {"before": self.before, "average_model": average, "peers": peers}
         wall_s, peak = self._wall_s(), peak_bytes(self.device)
@@ -264,15 +228,16 @@ class Simulation:
             "weights": self.topology.weights.tolist(),
             "lambda2": self.topology.second_eigenvalue,
         }
-        self.folder.write_summary(summary)
         write_report(self.folder.path)
+        self.folder.write_summary(summary)
         return summary
 
     def _topology(self) -> Topology:
         section, seed = self.config.topology, self.config.run.seed
         counts = [len(rendered.samples) for rendered in self.data.train]
         seed = seed if section.seed is None else section.seed
-        return build_topology(section, self.num_models, seed, counts if self.num_models > 1 else None)
+        topology = build_topology(section, self.config.run.num_peers, seed, counts)
+        return topology if self.num_models > 1 else Topology("alone", 1, np.ones((1, 1)))
 
     def _batches(self, index: int) -> Batches | UnionBatches:
         """A peer's batches; for a method that pools the data, the union of all peers' batches."""
@@ -295,22 +260,23 @@ class Simulation:
         if done is None:
             self.progress.note(f"{self.folder.path}: no complete checkpoint; starting from the beginning")
             return 0
-        self.folder.rewind(done)
         for member in self.members:
             tensors, plain = self.store.load(member.index, done)
-            if plain["data"] != self._data_print(member.index):
-                raise CheckpointError(
-                    f"{self.folder.path}: peer {member.index}'s data has changed since this run began: got"
-                    f" {self._data_print(member.index)} sequences and tokens, expected {plain['data']}; bring the old"
-                    " data back or start anew"
-                )
+            for what, now in (("data", self._data_print(member.index)), ("base", self.base_print)):
+                if plain[what] != now:
+                    raise CheckpointError(
+                        f"{self.folder.path}: peer {member.index}'s {what} has"
+                        " changed since this run began; bring the old one back, or start anew in another folder"
+                    )
             member.algorithm.load_state_dict(tensors, plain["algorithm"], done)
             member.algorithm.peer.batches.load_state_dict(plain["batches"])
             member.exchange.load_state_dict(plain["exchange"])
             self.before, elapsed = plain["before"], plain["wall_s"]
         self.started = time.monotonic() - elapsed
-        self.folder.event("resume", round=done)
         self.progress.note(f"{self.folder.path}: resuming after round {done} of {self.method.num_rounds}")
+        then = self.folder.read_recipe().get("versions")
+        if then != versions():
+            self.progress.note(f"versions have changed, and results may: {then} when this run began, {versions()} now")
         return done
 
     def _checkpoint(self, done: int) -> None:
@@ -321,6 +287,7 @@ class Simulation:
                 "batches": member.algorithm.peer.batches.state_dict(),
                 "exchange": member.exchange.state_dict(),
                 "data": self._data_print(member.index),
+                "base": self.base_print,
                 "before": self.before,
                 "wall_s": self._wall_s(),
             }
@@ -334,17 +301,17 @@ class Simulation:
         return evaluate(model, self.data.test, self.data.tokenizer.pad_token_id, labels=self.data.labels)
 
     @torch.no_grad()
-    def _load_average(self) -> None:
-        """Put the peers' weighted average into `self.average`, tensor by tensor."""
+    def _load_average(self, agreed: bool = False) -> None:
+        """Put the peers' weighted average into `self.average`; where all agreed, what each of them holds."""
         own = dict(self.average.module.named_parameters())
         for name in self.method.shared_names():
-            own[name].copy_(self._mean(name))
+            own[name].copy_(self.method.shared(name) if agreed else self._mean(name))
 
     def _mean(self, name: str) -> Tensor:
-        total: Tensor | float = 0.0
-        for member, weight in zip(self.members, self.topology.stationary, strict=True):
-            total = member.algorithm.shared(name) * float(weight) + total
-        assert isinstance(total, Tensor)
+        first, *others = [(m.algorithm, float(p)) for m, p in zip(self.members, self.topology.stationary, strict=True)]
+        total = first[0].shared(name) * first[1]
+        for algorithm, weight in others:
+            total.add_(algorithm.shared(name), alpha=weight)
         return total
 
     def _consensus_distance(self, round: int) -> float | None:
@@ -353,8 +320,9 @@ class Simulation:
             return None
         total = 0.0
         for name in self.method.shared_names(round):
-            peers = torch.stack([member.algorithm.shared(name) for member in self.members])
-            total += float(torch.linalg.vector_norm(peers - peers.mean(0))) ** 2
+            mean = self._mean(name)
+            for member in self.members:
+                total += float(torch.linalg.vector_norm(member.algorithm.shared(name).sub_(mean))) ** 2
         return math.sqrt(total / len(self.members))
 
     def _bytes_sent(self) -> list[int]:
@@ -363,16 +331,14 @@ class Simulation:
     def _wall_s(self) -> float:
         return time.monotonic() - self.started
 
-    def _data_print(self, index: int) -> list[int]:
-        """Sequences and tokens a peer holds: enough to notice that its data was exchanged."""
-        held = self.data.train if self.method.pools_data else [self.data.train[index]]
-        return [sum(len(r.samples) for r in held), sum(r.num_tokens for r in held)]
+    def _data_print(self, index: int) -> str:
+        return data_print(self.data.train if self.method.pools_data else [self.data.train[index]])
 
     def _foreseen_bytes(self) -> int:
         """Disk the checkpoints and the exported model will need: generations kept, one being written, the model."""
         sizes: dict[str, int] = {name: p.numel() for name, p in self.average.module.named_parameters()}
         trained = sum(sizes[n] for block in self.blocks for n in block.parameters)
-        largest = max(sum(sizes[n] for n in block.parameters) for block in self.blocks)
+        largest = max(sum(sizes[n] for n in block.parameters) for block in self.method.blocks)
         return (GENERATIONS + 1) * self.num_models * (4 * trained + 8 * largest) + 4 * sum(sizes.values())
 
     def _round_event(self, round: int, reports: Sequence[LocalReport], losses: list[float]) -> Mapping[str, Any]:
@@ -423,6 +389,14 @@ class Simulation:
         }
 
 
+def _require_finite(what: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise DivergedError(
+            f"{what} became {value}; lower algorithm.lr or set algorithm.max_grad_norm, and start anew in another"
+            " folder"
+        )
+
+
 def versions() -> dict[str, str]:
     """Versions that a result depends on."""
     import transformers
@@ -438,6 +412,3 @@ def versions() -> dict[str, str]:
 def _describe(block: Block, sizes: Mapping[str, int]) -> dict[str, Any]:
     count = sum(sizes[name] for name in block.parameters)
     return {"index": block.index, "name": block.name, "parameters": count, "tensors": len(block.parameters)}
-
-
-__all__ = ["Progress", "Silent", "Simulation", "block_table", "prepare_data", "resolve_device", "run", "versions"]

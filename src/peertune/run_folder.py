@@ -18,9 +18,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from peertune.errors import CheckpointError, StorageError
 
-FREE_KEYS = {"run.out", "run.log_every", "run.checkpoint_every", "eval.every", "eval.max_samples"}
+FREE_KEYS = {"run.out", "run.log_every", "run.checkpoint_every", "eval.every"}
 """Keys that a resumed run may change: they do not touch what is computed."""
 
 
@@ -34,7 +36,7 @@ class RunFolder:
 
     @property
     def holds_run(self) -> bool:
-        return self.recipe.exists() or self.events.exists() or self.summary.exists()
+        return any(path.exists() for path in (self.recipe, self.events, self.summary, self.checkpoints))
 
     def check(self, config: Mapping[str, Any], resume: bool) -> None:
         """Refuse a folder that cannot be used, before anything is loaded.
@@ -43,25 +45,14 @@ class RunFolder:
             CheckpointError: it lies under a file, is not writable, holds a run and `resume` is False, or holds a run of
                 another recipe.
         """
-        place = self.path
-        while not place.exists() and place != place.parent:
-            place = place.parent
-        if not place.is_dir():
-            raise CheckpointError(f"run.out: got {str(self.path)!r}, but {place} is a file; name a folder")
-        if not os.access(place, os.W_OK):
-            raise CheckpointError(f"run.out: got {str(self.path)!r}, but {place} is not writable; name another folder")
+        check_writable(self.path, "run.out")
         if not self.holds_run:
             return
         if not resume:
             raise CheckpointError(
                 f"run.out: {self.path} already holds a run; go on with --resume, or name another folder with --out"
             )
-        try:
-            before = flatten(json.loads(self.recipe.read_text(encoding="utf-8"))["config"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{self.recipe}: damaged or missing: {error}; start anew in another folder with --out"
-            ) from error
+        before = flatten(self.read_recipe()["config"])
         now = flatten(config)
         for key in sorted((before.keys() | now.keys()) - FREE_KEYS):
             if before.get(key) != now.get(key):
@@ -71,11 +62,9 @@ class RunFolder:
                 )
 
     def require_space(self, num_bytes: int) -> None:
-        """Raises CheckpointError where the disk has less than `num_bytes` free for the checkpoints foreseen."""
-        place = self.path
-        while not place.exists():
-            place = place.parent
-        free = shutil.disk_usage(place).free
+        """Raises CheckpointError where the disk cannot hold `num_bytes`, what the run has written already included."""
+        free = shutil.disk_usage(nearest_existing(self.path)).free
+        free += sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
         if free < num_bytes:
             raise CheckpointError(
                 f"run.out: {self.path} has {free / 1e6:.0f} MB free, the run's checkpoints and model need about"
@@ -83,13 +72,14 @@ class RunFolder:
             )
 
     def create(self, recipe: Mapping[str, Any]) -> None:
-        """Make the folder, with the resolved recipe in it."""
+        """Make the folder, with the resolved recipe in it and nothing of an earlier start."""
         with storage_errors(self.path):
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
             self.path.mkdir(parents=True, exist_ok=True)
             _replace(self.recipe, json.dumps(recipe, indent=1))
 
     def rewind(self, round: int) -> None:
-        """Drop the events of rounds that will be run again: those after the first `round` rounds, and any end."""
+        """Drop the events of what will be done again: all but those of the first `round` rounds."""
         if not self.events.exists():
             return
         kept = []
@@ -99,7 +89,8 @@ class RunFolder:
             except ValueError:
                 continue  # the half-written last line of a run that was killed
             kind, at = event.get("event"), event.get("round", 0)
-            if kind in ("agreement", "end") or (kind == "round" and at >= round) or (kind != "round" and at > round):
+            final = kind in ("agreement", "end") or (kind == "eval" and event.get("peers") is not None)
+            if final or (kind == "round" and at >= round) or (kind != "round" and at > round):
                 continue
             kept.append(line + "\n")
         with storage_errors(self.path):
@@ -113,6 +104,18 @@ class RunFolder:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         with storage_errors(self.path):
             _replace(self.summary, json.dumps(summary, indent=1))
+
+    def read_recipe(self) -> dict[str, Any]:
+        """What `create` wrote. Raises CheckpointError where it is damaged or missing."""
+        try:
+            recipe = json.loads(self.recipe.read_text(encoding="utf-8"))
+            if not isinstance(recipe["config"], dict):
+                raise TypeError("config is no object")
+            return dict(recipe)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{self.recipe}: damaged or missing: {error}; start anew in another folder with --out"
+            ) from error
 
     def read_summary(self) -> dict[str, Any]:
         return dict(json.loads(self.summary.read_text(encoding="utf-8")))
@@ -128,9 +131,10 @@ class storage_errors:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
+        if isinstance(error, OSError | SafetensorError):
+            reason = getattr(error, "strerror", None) or error
             raise StorageError(
-                f"{self._path}: cannot write: {error.strerror or error}; free some space and go on with --resume"
+                f"{self._path}: cannot write: {reason}; free some space and go on with --resume"
             ) from error
 
 
@@ -140,6 +144,22 @@ def save_model(folder: Path, module: Any, tokenizer: Any) -> None:
         module.config.use_cache = True
         module.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path itself, or the first folder above it that exists."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def check_writable(path: Path, key: str) -> None:
+    """Refuse a folder that lies under a file or cannot be written. Raises CheckpointError, naming the key."""
+    place = nearest_existing(path)
+    if not place.is_dir():
+        raise CheckpointError(f"{key}: got {str(path)!r}, but {place} is a file; name a folder")
+    if not os.access(place, os.W_OK):
+        raise CheckpointError(f"{key}: got {str(path)!r}, but {place} is not writable; name another folder")
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

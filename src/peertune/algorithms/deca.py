@@ -16,17 +16,16 @@ The formulas are second-hand, from a public transcription; the paper's text was 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from peertune.algorithms.base import Algorithm, LocalReport
 from peertune.algorithms.turns import BlockwiseConfig, Calendar
-from peertune.config import AlgorithmConfig
+from peertune.config import AlgorithmConfig, Decays
 from peertune.exchange import Hop, Inbox, Payload, gossip
-from peertune.optim import Moments, adam_denominator, adam_step, learning_rate
+from peertune.optim import Moments, adam_denominator, adam_step, gradient_norm, learning_rate
 from peertune.peer import Peer
 from peertune.topology import Topology
 
@@ -34,7 +33,7 @@ Discrepancy = Literal["paper", "descent", "descent_scaled", "none", "trivial"]
 
 
 class DecaConfig(BlockwiseConfig):
-    betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.999)
+    betas: Decays = (0.9, 0.999)
     """b1, b2 of the moment correction. Not in the paper as we have it: ours, measured (docs/discrepancy.md)."""
     discrepancy: Discrepancy = "descent_scaled"
     """What corrects the moments; "none" is the ablation. Default: the best measured: docs/discrepancy.md."""
@@ -83,7 +82,6 @@ class Deca(Algorithm):
             self.begin_turn(turn.block)
             self.moments = {name: Moments.zeros(p) for name, p in self.active.items()}
             self.weights = (0.0, 0.0)
-            self.anchor = {}
         if self.discrepancy != "none" and not self.anchor:
             self.anchor = {name: self.masters.snapshot(name) for name in self.active}
         self.interval_lr = 0.0
@@ -97,7 +95,7 @@ class Deca(Algorithm):
 
     def begin_turn(self, block: int) -> None:
         """Hand the active place to a block: its parameters alone get gradients, its remainders are at hand."""
-        self.moments = {}
+        self.moments, self.anchor = {}, {}
         for name in self.active:
             self.masters.release(name)
         self.active = self.peer.model.activate(self.blocks[block])
@@ -106,11 +104,12 @@ class Deca(Algorithm):
 
     def step(self, r: int, lr: float) -> Tensor:
         """theta_r -> theta_{r+1/2} from the gradients at hand. Returns the gradient's L2 norm before clipping."""
-        parameters = list(self.active.values())
-        grads = [p.grad for p in parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
+        for parameter in self.active.values():
+            if parameter.grad is None:  # an expert that no token was routed to
+                parameter.grad = torch.zeros_like(parameter)
+        norm = gradient_norm(self.active.values())
         if self.config.max_grad_norm:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_(self.active.values(), self.config.max_grad_norm, norm)
         (a1, a2), (c1, c2) = self.config.alphas, self.weights
         half = (a1 * c1 + 1 - a1, a2 * c2 + 1 - a2)
         corrections = half if self.tracks_weights else (1 - a1 ** (r + 1), 1 - a2 ** (r + 1))
@@ -130,7 +129,7 @@ class Deca(Algorithm):
         self.corrections = corrections
         if self.discrepancy != "trivial":
             self.weights = half
-        return norm.float()
+        return norm
 
     def outgoing(self, hop: Hop) -> Payload:
         return {name: self.masters.snapshot(name) for name in self.active}

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from peertune.config import ModelSection
 from peertune.data.batches import Batch
+from peertune.errors import ModelError
 from peertune.model.blocks import Block, find_layers
-from peertune.model.layers import LayerStack
+from peertune.model.layers import LayerStack, has_dropout
 from peertune.model.loss import chunked_cross_entropy
 
 
@@ -24,11 +25,18 @@ class LanguageModel:
 
     def __init__(self, module: nn.Module, config: ModelSection) -> None:
         self.module: Any = module
+        dropout = has_dropout(module)
+        if dropout and config.prefix_cache:
+            raise ModelError(
+                f"model.prefix_cache: got true, but {config.path!r} has dropout, which draws anew at each visit;"
+                " set its dropout to 0 in its config.json, or leave the cache off"
+            )
         self.stack = LayerStack(
             find_layers(module)[1],
             activation_budget=config.activation_budget_mb * 1_000_000,
             prefix_cache=config.prefix_cache,
             compile=config.compile,
+            has_dropout=dropout,
         )
         self.has_plain_head = self._check_plain_head()
 
@@ -36,16 +44,15 @@ class LanguageModel:
     def device(self) -> torch.device:
         return next(self.module.parameters()).device  # type: ignore[no-any-return]
 
-    def activate(self, block: Block | None) -> dict[str, nn.Parameter]:
-        """Make exactly one block's parameters require gradients (None: no block's) and return them by name."""
-        wanted = set(block.parameters) if block is not None else set()
+    def activate(self, block: Block) -> dict[str, nn.Parameter]:
+        """Make exactly one block's parameters require gradients and return them by name."""
+        wanted = set(block.parameters)
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad != (name in wanted):
                 parameter.requires_grad_(name in wanted)
             if name not in wanted:
                 parameter.grad = None
-        if block is not None:
-            self.stack.begin_turn(block.first_layer)
+        self.stack.begin_turn(block.first_layer)
         return {name: p for name, p in self.module.named_parameters() if name in wanted}
 
     def loss_sum(self, batch: Batch, *, remember: bool = False) -> tuple[Tensor, int]:
@@ -74,7 +81,7 @@ class LanguageModel:
 
     @torch.no_grad()
     def _check_plain_head(self) -> bool:
-        """Whether logits are the head applied to the last hidden state (some models scale or cap them)."""
+        """Whether logits are, bit by bit, the head applied to the last hidden state; some models scale or cap them."""
         head = self.module.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             return False
@@ -82,7 +89,6 @@ class LanguageModel:
         self.module.eval()
         ids = torch.arange(1, 6, device=self.device)[None] % head.weight.shape[0]
         hidden = self.module.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        plain = head(hidden).float()
-        logits = self.module(input_ids=ids, use_cache=False).logits.float()
+        logits = self.module(input_ids=ids, use_cache=False).logits
         self.module.train(mode)
-        return plain.shape == logits.shape and torch.allclose(plain, logits, rtol=1e-2, atol=1e-3)
+        return torch.equal(head(hidden), logits)

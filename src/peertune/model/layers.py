@@ -42,32 +42,36 @@ class PrefixCache:
         for i, row in zip(sample_ids, hidden.detach(), strict=True):
             self._entries[i] = (depth, row.to("cpu", copy=True))
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(row.numel() * row.element_size() for _, row in self._entries.values())
-
 
 class LayerStack:
     """Takes over the layers of one model instance."""
 
     def __init__(
-        self, layers: nn.ModuleList, *, activation_budget: int = 0, prefix_cache: bool = False, compile: bool = False
+        self,
+        layers: nn.ModuleList,
+        *,
+        activation_budget: int = 0,
+        prefix_cache: bool = False,
+        compile: bool = False,
+        has_dropout: bool = False,
     ) -> None:
         """
         Args:
             activation_budget: bytes that saved activations of the layers may take; 0: no recomputation.
             prefix_cache: keep a `PrefixCache`. Batches must then all have one length.
             compile: run each layer through torch.compile while training: three graphs, below, in and above the block.
+            has_dropout: recomputing a layer must then draw the same numbers again.
         """
         self.active = 0
         self.cache = PrefixCache() if prefix_cache else None
         self._budget = activation_budget
         self._num_layers = len(layers)
-        self._saved_bytes: dict[tuple[int, ...], int] = {}
+        self._measured = (0, 0)
         self._samples: Sequence[int] | None = None
         self._start = 0
         self._returns_tuple = False
-        self._has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in layers.modules())
+        self._has_dropout = has_dropout
+        self._weights = {p.untyped_storage().data_ptr() for p in layers.parameters()}
         for index, layer in enumerate(layers):
             layer.forward = self._wrap(index, layer.forward, compile)
 
@@ -79,9 +83,9 @@ class LayerStack:
 
     def begin_batch(self, sample_ids: Sequence[int] | None) -> None:
         """The next forward pass is of these samples; None: of samples that are not to be remembered."""
-        use = self.cache is not None and sample_ids is not None and self.active > 0
-        self._samples = sample_ids if use else None
-        self._start = self.cache.depth(sample_ids) if use and self.cache is not None and sample_ids is not None else 0
+        self._samples, self._start = None, 0
+        if self.cache is not None and sample_ids is not None and self.active > 0:
+            self._samples, self._start = sample_ids, self.cache.depth(sample_ids)
 
     def _wrap(self, index: int, forward: Callable[..., Any], compile: bool) -> Callable[..., Any]:
         compiled = torch.compile(forward, dynamic=False) if compile else forward
@@ -115,23 +119,39 @@ class LayerStack:
     ) -> Any:
         """Keep the activations of as many upper layers as the budget holds, recompute those of the others.
 
-        What a layer saves is measured once per shape of its input, at the first layer that has a gradient.
+        What a layer saves is measured at the active layer, which saves most, whenever a larger batch than any before
+        comes by; smaller ones are taken to need as much.
         """
-        shape = (*hidden.shape, int(hidden.requires_grad))
-        if index == self.active and shape not in self._saved_bytes:
-            saved: dict[int, int] = {}
-
-            def note(tensor: Tensor) -> Tensor:
-                if not isinstance(tensor, nn.Parameter):
-                    saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-                return tensor
-
-            with saved_tensors_hooks(note, lambda tensor: tensor):
-                out = forward(*args, **kwargs)
-            self._saved_bytes[shape] = sum(saved.values())
-            return out
-        each = max((b for s, b in self._saved_bytes.items() if s[:-1] == shape[:-1]), default=self._budget + 1)
-        keep = self._budget // each
+        if hidden.numel() > self._measured[0]:
+            self._measured = (hidden.numel(), self._saved_bytes(forward, args, kwargs))
+        keep = self._budget // max(1, self._measured[1])
         if index >= self._num_layers - keep:
             return forward(*args, **kwargs)
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=self._has_dropout, **kwargs)
+
+    def _saved_bytes(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """Bytes a layer keeps for its backward pass, beside its weights; runs it once for nothing else."""
+        saved: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self._weights:
+                saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        devices = {a.device for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.is_cuda}
+        with torch.random.fork_rng(devices), saved_tensors_hooks(note, lambda tensor: tensor):
+            forward(*args, **kwargs)
+        return sum(saved.values())
+
+
+def has_dropout(module: nn.Module) -> bool:
+    """Whether a model drops anything in training, by its dropout modules and by what its config says."""
+    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in module.modules()):
+        return True
+    settings = vars(getattr(module, "config", None) or object).items()
+    return any(
+        isinstance(v, float) and v > 0 and k.endswith(("dropout", "pdrop", "dropout_prob"))
+        for k, v in settings
+        if not k.startswith(("summary", "classifier"))  # of heads that a language model does not have
+    )

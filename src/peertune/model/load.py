@@ -49,14 +49,21 @@ def load_model(config: ModelSection, device: torch.device, base: Path | None = N
     """The base model on `device` in the recipe's dtype, every parameter frozen.
 
     Raises:
-        ModelError: it cannot be loaded, is no causal language model, is too short for max_length, or holds NaN.
+        ModelError: it cannot be loaded, is no causal language model, is too short for max_length, lacks weights or
+            holds NaN.
     """
     from transformers import AutoModelForCausalLM
 
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
-    model: Any = _from_pretrained(
-        AutoModelForCausalLM, config, base, dtype=dtype, attn_implementation=config.attention
-    ).to(device)
+    attention = None if config.attention == "auto" else config.attention
+    loaded = _from_pretrained(
+        AutoModelForCausalLM, config, base, dtype=dtype, attn_implementation=attention, output_loading_info=True
+    )
+    model: Any = loaded[0].to(device)
+    if missing := sorted(loaded[1]["missing_keys"]):
+        raise ModelError(
+            f"model.path: {config.path!r} lacks {len(missing)} weights, such as {missing[0]}; they would be random"
+        )
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and positions < config.max_length:
         raise ModelError(f"model.max_length: got {config.max_length}, but {config.path!r} has {positions} positions")
@@ -81,7 +88,9 @@ def _from_pretrained(kind: Any, config: ModelSection, base: Path | None, **optio
         return kind.from_pretrained(source, trust_remote_code=config.trust_remote_code, **options)
     except Exception as error:  # transformers raises many kinds for a bad folder or a missing hub entry
         what = "tokenizer" if "Tokenizer" in kind.__name__ else "causal language model"
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        if "attn_implementation" in reason:
+            reason = f"model.attention = {config.attention!r} is not to be had for it: {reason}"
         place = "this folder" if Path(source).is_dir() else "no such local folder, and the hub did not give it"
         raise ModelError(
             f"model.path: got {config.path!r}, expected a folder or hub name of a {what}; {place}: {reason}"

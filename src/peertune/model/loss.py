@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LOGITS_BYTES_CPU = 1 << 24
+LOGITS_BYTES_CPU = 1 << 22
 LOGITS_BYTES_GPU = 1 << 28
 """Memory that one chunk of float32 logits may take."""
 
@@ -47,7 +47,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         (scale,) = grads
         hidden, weight, bias = ctx.saved_tensors
         return (
-            None if hidden is None else hidden * scale.to(hidden.dtype),
+            None if hidden is None else hidden * scale,
             None if weight is None else (weight * scale).to(ctx.dtypes[0]),
             None if bias is None else (bias * scale).to(ctx.dtypes[1]),
             None,

@@ -13,10 +13,21 @@ class Mailbox:
 
     def __init__(self) -> None:
         self.payloads: dict[int, Payload] = {}
+        self._num_endpoints = 0
+        self._num_finished = 0
 
     def endpoint(self, peer: int) -> SimulatedExchange:
         """The exchange of one peer."""
+        self._num_endpoints += 1
         return SimulatedExchange(self, peer)
+
+    def collect(self, weights: Mapping[int, float]) -> Inbox:
+        """The payloads of some peers; when the last endpoint has its own, the mailbox lets go of them all."""
+        inbox = Inbox(weights, {source: self.payloads[source] for source in weights})
+        self._num_finished += 1
+        if self._num_finished == self._num_endpoints:
+            self._num_finished, self.payloads = 0, {}
+        return inbox
 
 
 class SimulatedExchange:
@@ -29,17 +40,14 @@ class SimulatedExchange:
 
     def start(self, round: int, hop: Hop, out: Payload | None) -> None:
         if out is None:
-            self._mailbox.payloads.pop(self._peer, None)
             return
         self._mailbox.payloads[self._peer] = out
         size = sum(tensor.numel() * tensor.element_size() for tensor in out.values())
         self._bytes_sent += size * len(hop.targets(self._peer))
 
     def finish(self, round: int, hop: Hop) -> Inbox | None:
-        weights = hop.sources(self._peer)
-        if not weights:
-            return None
-        return Inbox(weights, {source: self._mailbox.payloads[source] for source in weights})
+        inbox = self._mailbox.collect(hop.sources(self._peer))
+        return inbox if inbox.weights else None
 
     @property
     def bytes_sent(self) -> int:
