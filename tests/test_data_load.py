@@ -36,7 +36,7 @@ def write_csv(path: Path) -> None:
 WRITERS: dict[str, Callable[[Path], Any]] = {
     "a.jsonl": lambda path: path.write_text(lines(ROWS), encoding="utf-8"),
     "crlf.jsonl": lambda path: path.write_bytes(lines(ROWS).replace("\n", "\r\n").encode()),
-    "a.jsonl.gz": lambda path: path.write_bytes(gzip.compress(lines(ROWS).encode())),
+    "a.jsonl.gz": lambda path: path.write_bytes(gzip.compress(lines(ROWS, mtime=0).encode())),
     "a.json": lambda path: path.write_text(json.dumps(ROWS, indent=1)),
     "a.csv": write_csv,
     "a.parquet": lambda path: pq.write_table(pa.Table.from_pylist(ROWS), path),
@@ -54,7 +54,7 @@ def test_formats_agree(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
 def test_a_text_file_is_one_document(name: str, tmp_path: Path) -> None:
     raw = b"one\r\n\r\ntwo\n"
-    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
+    (tmp_path / name).write_bytes(gzip.compress(raw, mtime=0) if name.endswith("gz") else raw)
     assert load_table(str(tmp_path / name), DataSection(text_field="body")).rows == [{"body": "one\r\n\r\ntwo\n"}]
 
 
@@ -178,7 +178,7 @@ def test_stdlib_rows_come_with_their_groups(monkeypatch: pytest.MonkeyPatch) -> 
         ("a.txt", b"ok\nfine\n\xe9t\xe9", TEXT, "a.txt:3: not UTF-8 .byte 0xe9."),
         ("a.jsonl", b'{"text": "\\ud800"}', TEXT, "a.jsonl:1: holds half of a surrogate pair"),
         ("a.jsonl.gz", b"plain", TEXT, "a.jsonl.gz: not a whole gzip file"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "abcdef"}' * 9)[:-12], TEXT, "a.jsonl.gz: not a whole gzip file"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "abcdef"}' * 9, mtime=0)[:-12], TEXT, "a.jsonl.gz: not a whole gzip file"),
         ("a.parquet", b"PAR1 no", TEXT, "a.parquet: not a readable Parquet file"),
         ("a.tsv", b"text\n", TEXT, "a.tsv: unknown type of file '.tsv'; expected .jsonl"),
         ("a.parquet.gz", b"", TEXT, "unknown type of file '.parquet.gz'"),
