@@ -178,7 +178,12 @@ def test_stdlib_rows_come_with_their_groups(monkeypatch: pytest.MonkeyPatch) -> 
         ("a.txt", b"ok\nfine\n\xe9t\xe9", TEXT, "a.txt:3: not UTF-8 .byte 0xe9."),
         ("a.jsonl", b'{"text": "\\ud800"}', TEXT, "a.jsonl:1: holds half of a surrogate pair"),
         ("a.jsonl.gz", b"plain", TEXT, "a.jsonl.gz: not a whole gzip file"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "abcdef"}' * 9, mtime=0)[:-12], TEXT, "a.jsonl.gz: not a whole gzip file"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"text": "abcdef"}' * 9, mtime=0)[:-12],
+            TEXT,
+            "a.jsonl.gz: not a whole gzip file",
+        ),
         ("a.parquet", b"PAR1 no", TEXT, "a.parquet: not a readable Parquet file"),
         ("a.tsv", b"text\n", TEXT, "a.tsv: unknown type of file '.tsv'; expected .jsonl"),
         ("a.parquet.gz", b"", TEXT, "unknown type of file '.parquet.gz'"),

@@ -53,7 +53,7 @@ def test_the_readmes_scripts_exist_and_its_tree_is_true() -> None:
     text = (ROOT / "README.md").read_text()
     for script in re.findall(r"scripts/\w+(?:\.py)?", text):
         assert (ROOT / script).exists(), script
-    tree = next(block for block in re.findall(r"```\n(.*?)```", text, re.S) if "errors.py" in block)
+    tree = next(body for _, body in re.findall(r"^```(\w*)\n(.*?)^```", text, re.S | re.M) if "errors.py" in body)
     named = {name for name in re.findall(r"^ {2,4}(\w+(?:\.py|/))", tree, re.M)}
     package = ROOT / "src" / "peertune"
     there = {p.name + ("/" if p.is_dir() else "") for p in package.iterdir() if p.suffix == ".py" or p.is_dir()}
