@@ -52,7 +52,7 @@ class RunSection(Section):
 
 class ModelSection(Section):
     path: str = "tiny"
-    """A local folder, a hub name, or "tiny": the 2 MB base that ships with the package."""
+    """A local folder, a hub name, or "tiny": the 3 MB base that ships with the package."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type the weights are held in; with bfloat16 the active block has float32 masters. Exchange is float32 always."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
