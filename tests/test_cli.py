@@ -109,6 +109,6 @@ def test_demo_compares_local_deca_and_pooled(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"algorithm.lr"):
         demo(tmp_path / "demo", silent, [*short, "algorithm.lr=0.5"])
     summaries["deca"]["metrics"]["average_model"]["loss"] = summaries["pooled"]["metrics"]["average_model"]["loss"]
-    shares = list(comparison(summaries).columns[3].cells)
+    shares = list(comparison(summaries).columns[2].cells)
     assert shares[0] == "0%" and shares[-1] == shares[-2] == "100%"
     assert all(math.isfinite(float(str(share).rstrip("%"))) for share in shares)

@@ -57,8 +57,9 @@ def comparison(summaries: dict[str, dict[str, Any]]) -> Table:
     before = summaries["deca"]["metrics"]["before"]["loss"]
     pooled = summaries["pooled"]["metrics"]["average_model"]["loss"]
     table = Table(title="held-out text of all eight peers (lower is better)")
-    for column in ("", "loss", "perplexity", "share of the pooled gain", "sent by a peer", "peak memory", "time"):
-        table.add_column(column, justify="right" if column else "left")
+    table.add_column("", no_wrap=True)
+    for column in ("loss", "share of pooled's gain", "sent by a peer", "peak memory", "time"):
+        table.add_column(column, justify="right")
 
     def row(label: str, metrics: dict[str, float], summary: dict[str, Any] | None, style: str = "") -> None:
         share = (before - metrics["loss"]) / (before - pooled)
@@ -70,9 +71,7 @@ def comparison(summaries: dict[str, dict[str, Any]]) -> Table:
                 f"{summary['peak_memory_bytes'] / 1e6:.0f} MB",
                 f"{summary['wall_s']:.0f} s",
             )
-        table.add_row(
-            label, f"{metrics['loss']:.3f}", f"{metrics['perplexity']:.2f}", f"{share:.0%}", *cost, style=style
-        )
+        table.add_row(label, f"{metrics['loss']:.3f}", f"{share:.0%}", *cost, style=style)
 
     row("before: the base as shipped", summaries["deca"]["metrics"]["before"], None)
     alone = sorted(summaries["local"]["metrics"]["peers"], key=lambda m: m["loss"])
