@@ -33,7 +33,7 @@ class CheckpointStore:
         self.num_peers = num_peers
 
     def save(self, peer: int, round: int, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-        """Write one peer's state after `round` rounds and drop its generations before the last two.
+        """Write one peer's state after `round` rounds.
 
         Raises:
             StorageError: the disk is full or refused the write; earlier generations are intact.

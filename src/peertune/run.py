@@ -146,10 +146,12 @@ class Simulation:
         mailbox = Mailbox()
         own = {name for block in self.blocks for name in block.parameters}
         self.base_print = base_print(module, own)
+        held = [data.train] if method.pools_data else [[rendered] for rendered in data.train]
+        self.data_prints = [data_print(each) for each in held]
         self.members: list[Member] = []
-        for index in range(self.num_models):
+        for index, batches in enumerate(self._batches()):
             model = LanguageModel(clone_model(module, own), config.model)
-            peer = Peer(index, model, self.blocks, self._batches(index), config.run.seed)
+            peer = Peer(index, model, self.blocks, batches, config.run.seed)
             self.members.append(Member(method(peer, config.algorithm), mailbox.endpoint(index)))
         self.average = LanguageModel(module, config.model)
         """The base, then wherever an average is wanted; shares what is frozen with the peers."""
@@ -239,8 +241,8 @@ class Simulation:
         topology = build_topology(section, self.config.run.num_peers, seed, counts)
         return topology if self.num_models > 1 else Topology("alone", 1, np.ones((1, 1)))
 
-    def _batches(self, index: int) -> Batches | UnionBatches:
-        """A peer's batches; for a method that pools the data, the union of all peers' batches."""
+    def _batches(self) -> Sequence[Batches | UnionBatches]:
+        """Each model's batches: a peer's own; for a method that pools the data, the union of all peers'."""
         fixed = self.config.model.prefix_cache or self.config.model.compile
         every = [
             Batches(
@@ -252,7 +254,7 @@ class Simulation:
             )
             for i, rendered in enumerate(self.data.train)
         ]
-        return UnionBatches(every) if self.num_models < len(every) else every[index]
+        return [UnionBatches(every)] if self.num_models < len(every) else every
 
     def _resume(self) -> int:
         """Rounds already done: those of the newest complete checkpoint, which is taken up; 0 where there is none."""
@@ -262,7 +264,7 @@ class Simulation:
             return 0
         for member in self.members:
             tensors, plain = self.store.load(member.index, done)
-            for what, now in (("data", self._data_print(member.index)), ("base", self.base_print)):
+            for what, now in (("data", self.data_prints[member.index]), ("base", self.base_print)):
                 if plain[what] != now:
                     raise CheckpointError(
                         f"{self.folder.path}: peer {member.index}'s {what} has"
@@ -286,7 +288,7 @@ class Simulation:
                 "algorithm": plain,
                 "batches": member.algorithm.peer.batches.state_dict(),
                 "exchange": member.exchange.state_dict(),
-                "data": self._data_print(member.index),
+                "data": self.data_prints[member.index],
                 "base": self.base_print,
                 "before": self.before,
                 "wall_s": self._wall_s(),
@@ -330,9 +332,6 @@ class Simulation:
 
     def _wall_s(self) -> float:
         return time.monotonic() - self.started
-
-    def _data_print(self, index: int) -> str:
-        return data_print(self.data.train if self.method.pools_data else [self.data.train[index]])
 
     def _foreseen_bytes(self) -> int:
         """Disk the checkpoints and the exported model will need: generations kept, one being written, the model."""
