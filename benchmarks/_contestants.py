@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,6 +31,7 @@ from peertune.model.language_model import LanguageModel
 from peertune.optim import Moments
 from peertune.peer import Peer
 from peertune.seeds import derive_seed
+from peertune.topology import Topology
 
 LR, BETAS, EPS = 1e-4, (0.9, 0.999), 1e-8
 # float32 logits that the hand-written limit holds at a time
@@ -322,7 +324,7 @@ class Peertune(Contestant):
         self.queue = Queue()
         self.peer = Peer(index=0, model=LanguageModel(self.model, section), blocks=blocks, batches=self.queue, seed=0)
         config = DecaConfig(lr=LR, alphas=BETAS, eps=EPS, layers_per_block=1, discrepancy="none")
-        self.algorithm = Deca(self.peer, config)
+        self.algorithm = Deca(self.peer, config, Topology("alone", 1, np.ones((1, 1))))
 
     def set_block(self, block: int) -> None:
         self.t = 0

@@ -1,76 +1,25 @@
 """DECA against a NumPy reference written from the formulas alone, on quadratic losses over a graph."""
 
-from types import SimpleNamespace
 from typing import Any, get_args
 
 import numpy as np
 import pytest
-import torch
-from torch import Tensor, nn
 
 from peertune.algorithms.deca import Deca, DecaConfig, Discrepancy
 from peertune.algorithms.dpsgd import Dpsgd
 from peertune.algorithms.local import Local
 from peertune.algorithms.turns import BlockwiseConfig
 from peertune.config import TopologySection
-from peertune.model.blocks import Block
 from peertune.runtimes import Member, agree, play_round
 from peertune.runtimes.simulation import Mailbox
 from peertune.topology import Topology, build_topology
-
-NUM_PEERS, SIZE = 5, 6
-
-
-def gradient(peer: int, step: int, theta: np.ndarray) -> np.ndarray:
-    """Of peer i's loss 1/2 ||C_i theta - y_i||^2 with noise that depends on the step; theta is [2 SIZE]."""
-    rng = np.random.default_rng(100 + peer)
-    c, y = rng.normal(size=(2 * SIZE, 2 * SIZE)) / 2, rng.normal(size=2 * SIZE)
-    noise = np.random.default_rng(1000 * peer + step).normal(size=2 * SIZE) / 10
-    return c.T @ (c @ theta - y) + noise
-
-
-class QuadraticPeer:
-    """Stands in for a `Peer` whose model has two blocks, "a" and "b", and the loss of `gradient`."""
-
-    def __init__(self, index: int) -> None:
-        start = torch.tensor(np.random.default_rng(7).normal(size=(2, SIZE)), dtype=torch.float32)
-        self.index, self.seed = index, 0
-        self.module = nn.ParameterDict({"a": nn.Parameter(start[0].clone()), "b": nn.Parameter(start[1].clone())})
-        self.blocks = [Block(0, "a", ("a",), 0), Block(1, "b", ("b",), 1)]
-        self.model = SimpleNamespace(module=self.module, activate=self.activate, device=torch.device("cpu"))
-
-    def activate(self, block: Block) -> dict[str, nn.Parameter]:
-        return {name: self.module[name] for name in block.parameters}
-
-    def backward(self, step: int, num_batches: int) -> Tensor:
-        theta = np.concatenate([self.module[n].detach().double().numpy() for n in "ab"])
-        grad = gradient(self.index, step, theta)
-        for name, part in zip("ab", np.split(grad, 2), strict=True):
-            self.module[name].grad = torch.tensor(part, dtype=torch.float32)
-        return torch.tensor(0.0)
-
-
-def simulate(method: type, config: Any, topology: Topology, rounds: int | None = None) -> list[Member]:
-    mailbox = Mailbox()
-    members = []
-    for index in range(topology.num_peers):
-        peer: Any = QuadraticPeer(index)
-        members.append(Member(method(peer, config), mailbox.endpoint(index)))
-    for round in range(rounds or members[0].algorithm.num_rounds):
-        play_round(round, members, topology)
-    return members
-
-
-def weights_of(members: list[Member]) -> np.ndarray:
-    return np.array([np.concatenate([m.algorithm.shared(n).double().numpy() for n in "ab"]) for m in members])
+from tests.quadratic import NUM_PEERS, SIZE, QuadraticPeer, gradient, simulate, start, weights_of
 
 
 def reference(w: np.ndarray, c: DecaConfig) -> np.ndarray:
     """The formulas of arXiv 2606.03209 for all peers at once, in float64. Returns [N, 2 SIZE]."""
     n = len(w)
-    theta = np.tile(
-        np.random.default_rng(7).normal(size=(2, SIZE)).astype(np.float32).astype(float).reshape(-1), (n, 1)
-    )
+    theta = np.tile(start(), (n, 1))
     (a1, a2), (b1, b2), lr, h_steps = c.alphas, c.betas, c.lr, c.gossip_every
     step = 0
     for _t in range(c.outer_rounds):
@@ -159,9 +108,7 @@ def test_dpsgd_is_gossip_of_all_blocks_with_lasting_moments() -> None:
     config = BlockwiseConfig(lr=0.02, outer_rounds=2, inner_steps=3, gossip_every=2)
     topology = build_topology(TopologySection(kind="ring"), NUM_PEERS, 0)
     members = simulate(Dpsgd, config, topology)
-    theta = np.tile(
-        np.random.default_rng(7).normal(size=(2, SIZE)).astype(np.float32).astype(float).reshape(-1), (NUM_PEERS, 1)
-    )
+    theta = np.tile(start(), (NUM_PEERS, 1))
     m = v = np.zeros_like(theta)
     for step in range(12):  # T x B x R
         g = np.array([gradient(i, step, theta[i]) for i in range(NUM_PEERS)])
@@ -175,9 +122,13 @@ def test_dpsgd_is_gossip_of_all_blocks_with_lasting_moments() -> None:
 @pytest.mark.parametrize("kind", ["ring", "star", "complete", "exponential", "bipartite"])
 def test_agreement_is_exact_and_its_traffic_is_counted(kind: Any) -> None:
     topology = build_topology(TopologySection(kind=kind), NUM_PEERS, 0)
-    members = simulate(Local, BlockwiseConfig(lr=0.02, outer_rounds=1, inner_steps=5), topology)
+
+    class Apart(Local):
+        agrees = True
+
+    members = simulate(Apart, BlockwiseConfig(lr=0.02, outer_rounds=1, inner_steps=5), topology)
     before = weights_of(members)
-    hops = agree(0, members, topology)
+    hops = agree(0, members)
     after = weights_of(members)
     assert (after == after[0]).all(), "every peer must hold the very same bits"
     np.testing.assert_allclose(after[0], topology.stationary @ before, rtol=0, atol=1e-6)
@@ -219,11 +170,11 @@ def test_a_resumed_peer_goes_on_bitwise(round: int) -> None:
     fresh: list[Member] = []
     for index, (tensors, plain) in enumerate(states):
         peer: Any = QuadraticPeer(index)
-        algorithm = Deca(peer, config)
+        algorithm = Deca(peer, config, topology)
         algorithm.load_state_dict({n: t.clone() for n, t in tensors.items()}, plain, round)
         fresh.append(Member(algorithm, mailbox.endpoint(index)))
     for r in range(round, whole[0].algorithm.num_rounds):
-        play_round(r, fresh, topology)
+        play_round(r, fresh)
     np.testing.assert_array_equal(weights_of(fresh), weights_of(whole))
     ends_turn = round % 2 == 0
     assert any("exp_avg" in name for name in states[0][0]) != ends_turn

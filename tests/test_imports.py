@@ -22,6 +22,7 @@ LAYERS = [
     "evaluate",
     "report",
     "prepare",
+    "records",
     "run",
     "export",
     "demo",

@@ -35,25 +35,29 @@ def events(out: Path, kind: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["event"] == kind]
 
 
+SHORT = {"inner_steps": 8, "gossip_every": 2, "rounds": 12, "local_steps": 2}
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_method_runs_learns_and_leaves_a_model(name: str, dtype: str, tmp_path: Path, micro_model: Path) -> None:
-    config = recipe(
-        tmp_path, micro_model, model={"dtype": dtype}, algorithm={"name": name, "inner_steps": 8, "gossip_every": 2}
-    )
+    config = recipe(tmp_path, micro_model, model={"dtype": dtype}, algorithm={"name": name, **SHORT})
     summary = run(config)
     out = tmp_path / "out"
     assert json.loads((out / "summary.json").read_text()) == summary
     models = 1 if name == "pooled" else 4
+    own = config.algorithm.adapter == "none"
     metrics = summary["metrics"]
-    assert metrics["average_model"]["loss"] < metrics["before"]["loss"] - 0.5
+    assert metrics["average_model"]["loss"] < metrics["before"]["loss"] - (0.5 if own else 0.05)
     assert set(metrics["average_model"]) == {"loss", "perplexity", "accuracy", "macro_f1"}
     assert len(metrics["peers"]) == len(summary["bytes_sent_per_peer"]) == models
-    assert all((sent > 0) == (name in ("deca", "dpsgd")) for sent in summary["bytes_sent_per_peer"])
+    assert all((sent > 0) == (name not in ("local", "pooled")) for sent in summary["bytes_sent_per_peer"])
     assert summary["config"]["algorithm"]["name"] == summary["algorithm"] == name
     assert summary["seed"] == 0 and summary["peak_memory_bytes"] > 1e6 and summary["wall_s"] > 0
     assert len(summary["weights"]) == models and 0 <= summary["lambda2"] <= 1
     assert [e["round"] for e in events(out, "round")] == list(range(summary["rounds"]))
+    if config.algorithm.adapter == "bottleneck":
+        return
     module = AutoModelForCausalLM.from_pretrained(out / "model")
     assert module.config.vocab_size == len(AutoTokenizer.from_pretrained(out / "model"))
     assert (out / "report.html").stat().st_size > 10_000
@@ -78,8 +82,8 @@ def test_after_agreement_all_peers_hold_the_exported_weights(tmp_path: Path, mic
     held: list[Any] = []
     original = module.agree
 
-    def spy(round: int, members: Any, topology: Any) -> int:
-        hops = original(round, members, topology)
+    def spy(round: int, members: Any) -> int:
+        hops = original(round, members)
         held.extend(dict(m.algorithm.peer.model.module.named_parameters()) for m in members)
         return hops
 
@@ -113,14 +117,12 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["deca", "pooled", "dpsgd"])
+@pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_killed_run_goes_on_bitwise(
     name: str, dtype: str, tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed between two peers' writes, once in mid-turn and once more after the resumption."""
-    options: dict[str, Any] = {"model": {"dtype": dtype}, "algorithm": {"name": name, "discrepancy": "descent_scaled"}}
-    if name != "deca":
-        del options["algorithm"]["discrepancy"]
+    options: dict[str, Any] = {"model": {"dtype": dtype}, "algorithm": {"name": name, "rounds": 14, "local_steps": 2}}
     run(recipe(tmp_path, micro_model, run={"out": str(tmp_path / "whole")}, **options))
     config = recipe(tmp_path, micro_model, run={"checkpoint_every": 3}, **options)
     save = CheckpointStore.save

@@ -53,6 +53,8 @@ class RunSection(Section):
 class ModelSection(Section):
     path: str = "tiny"
     """A local folder, a hub name, or "tiny": the 3 MB base that ships with the package."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """Start from the weights in `path`, or pre-train from random ones of the shape that its config.json says."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type the weights are held in; with bfloat16 the active block has float32 masters. Exchange is float32 always."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
@@ -137,6 +139,22 @@ class AlgorithmConfig(Section):
     """Decoupled weight decay, on matrices only (never on norms and biases)."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 0.0
     """Clip the trained block's gradient to this L2 norm; 0: no clipping."""
+    adapter: Literal["none", "lora", "bottleneck", "prompt", "prefix"] = "none"
+    """What is trained: the model's own parameters, or an adapter on the frozen base; any method takes any."""
+    rank: Positive = 16
+    """Rank r of LoRA's factors. Default: Dec-LoRA's."""
+    lora_alpha: Annotated[float, Field(gt=0)] = 32.0
+    """LoRA's product is scaled by lora_alpha / rank. Dec-LoRA does not state it: ours."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout before LoRA's first factor. Not stated by Dec-LoRA: none."""
+    target_modules: str | list[str] = "all-linear"
+    """Linear layers that get LoRA: names as peft takes them, or "all-linear": all but the output head."""
+    bottleneck_size: Positive = 16
+    """Width of a bottleneck adapter."""
+    num_virtual_tokens: Positive = 8
+    """Soft prompt tokens, or positions of a prefix."""
+    local_modules: list[str] = []
+    """Personal parts: trained parameters whose name holds one of these texts never leave their peer."""
 
 
 class EvalSection(Section):

@@ -75,35 +75,25 @@ def label_scores(
     Returns:
         float64 [samples, labels] on the CPU.
     """
-    module, device = model.module, model.device
+    device = model.device
     lengths = torch.tensor([s.prompt_length for s in samples])
     prompts = torch.full((len(samples), int(lengths.max())), pad_id)
     for row, sample in zip(prompts, samples, strict=True):
         row[: sample.prompt_length] = torch.as_tensor(sample.input_ids[: sample.prompt_length].astype(np.int64))
     many = any(len(label) > 1 for label in labels)
     mask = (torch.arange(prompts.shape[1]) < lengths[:, None]).long()
-    out = module.base_model(input_ids=prompts.to(device), attention_mask=mask.to(device), use_cache=many)
-    last = out.last_hidden_state[torch.arange(len(samples)), lengths - 1]
-    first = _logits(model, last)
+    hidden, past = model.hidden(prompts.to(device), mask.to(device), use_cache=many)
+    first = _logits(model, hidden[torch.arange(len(samples)), lengths - 1])
     scores = torch.stack([first[:, label[0]] for label in labels], 1)
-    past = out.past_key_values if many else None
     for j, label in enumerate(labels):
         if len(label) == 1:
             continue
         head = torch.tensor(label[:-1]).expand(len(samples), -1)
-        positions = lengths[:, None] + torch.arange(len(label) - 1)
         seen = torch.cat([mask, torch.ones_like(head)], 1)
-        step = module.base_model(
-            input_ids=head.to(device),
-            attention_mask=seen.to(device),
-            position_ids=positions.to(device),
-            past_key_values=past,
-            use_cache=True,
-        )
-        assert past is not None
+        step, past = model.hidden(head.to(device), seen.to(device), use_cache=True, past=past)
         past.crop(1 - len(label))
         for t in range(len(label) - 1):
-            scores[:, j] += _logits(model, step.last_hidden_state[:, t])[:, label[t + 1]]
+            scores[:, j] += _logits(model, step[:, t])[:, label[t + 1]]
     return scores.double().cpu()
 
 
@@ -116,7 +106,7 @@ def label_scores_plainly(
     for label in labels:
         whole = [replace(s, input_ids=np.concatenate([s.input_ids[: s.prompt_length], label])) for s in samples]
         ids = collate([replace(s, loss_mask=np.zeros(len(s.input_ids), bool)) for s in whole], pad_id).input_ids
-        logits = model.module(input_ids=ids.to(model.device), use_cache=False).logits.float().log_softmax(-1)
+        logits = model.all_logits(ids.to(model.device)).float().log_softmax(-1)
         where = torch.tensor([s.prompt_length - 1 for s in samples])[:, None] + torch.arange(len(label))
         picked = logits[torch.arange(len(samples))[:, None], where, torch.tensor(label)[None]]
         columns.append(picked.sum(1).double().cpu())

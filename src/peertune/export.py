@@ -18,8 +18,8 @@ from peertune.evaluate import Metrics, evaluate
 from peertune.model.language_model import LanguageModel
 from peertune.model.load import load_model, load_tokenizer
 from peertune.optim import join_bfloat16
-from peertune.prepare import prepare_tokenizer
-from peertune.run_folder import RunFolder, check_writable, save_model, storage_errors
+from peertune.prepare import prepare_model, prepare_tokenizer
+from peertune.run_folder import RunFolder, check_writable, save_trained, storage_errors
 
 Task = Literal["text", "classification", "instruction", "chat"]
 
@@ -38,28 +38,28 @@ def export(run: Path, to: Path) -> None:
     check_writable(to, "--to")
     if folder.summary.exists():
         with storage_errors(to):
-            shutil.copytree(folder.model, to, dirs_exist_ok=True)
+            shutil.copytree(folder.model if folder.model.exists() else folder.adapter, to, dirs_exist_ok=True)
         return
     recipe = folder.read_recipe()
     config, _ = from_dict(recipe["config"], METHODS)
-    stationary: list[float] = recipe["stationary"]
-    store = CheckpointStore(folder.checkpoints, len(stationary))
+    store = CheckpointStore(folder.checkpoints, recipe["members"])
     done = store.newest_complete()
     if done is None:
         raise CheckpointError(f"{run}: the run has no complete checkpoint yet; wait for one")
-    base = Path(recipe["base"])
-    module = load_model(config.model, torch.device("cpu"), base)
+    base, cpu = Path(recipe["base"]), torch.device("cpu")
+    module = prepare_model(config, cpu, base)
+    weights: list[float] = store.load(0, done)[1]["consensus"]
     average: dict[str, torch.Tensor] = {}
-    for peer, weight in enumerate(stationary):
-        tensors, _ = store.load(peer, done)
-        for name in (key.removeprefix("weights/") for key in tensors if key.startswith("weights/")):
+    for peer, weight in enumerate(weights):
+        tensors, state = store.load(peer, done)
+        for name in state["common"]:
             high, low = tensors[f"weights/{name}"], tensors.get(f"remainder/{name}")
             master = high.float() if low is None else join_bfloat16(high, low)
             average[name] = master * weight if peer == 0 else average[name].add_(master, alpha=weight)
     own = dict(module.named_parameters())
     for name, value in average.items():
         own[name].data.copy_(value)
-    save_model(to, module, prepare_tokenizer(config, base))
+    save_trained(to, module, prepare_tokenizer(config, base), lambda: load_model(config.model, cpu, base))
 
 
 def evaluate_model(model: str, data: str, task: Task, *, max_samples: int = 0, max_length: int = 256) -> Metrics:

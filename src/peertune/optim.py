@@ -37,6 +37,21 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     return total
 
 
+def clip_gradients(parameters: Mapping[str, nn.Parameter], max_norm: float) -> Tensor:
+    """Scale all gradients so that their L2 norm is at most `max_norm`; 0: leave them. Missing ones become zero.
+
+    Returns:
+        The norm before, a float32 scalar.
+    """
+    for parameter in parameters.values():
+        if parameter.grad is None:  # an expert that no token was routed to
+            parameter.grad = torch.zeros_like(parameter)
+    norm = gradient_norm(parameters.values())
+    if max_norm:
+        torch.nn.utils.clip_grads_with_norm_(parameters.values(), max_norm, norm)
+    return norm
+
+
 def adam_moments(exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, alphas: tuple[float, float]) -> None:
     """m <- a1 m + (1 - a1) g, v <- a2 v + (1 - a2) g g (Kingma & Ba 2015, algorithm 1; DECA's half step r + 1/2)."""
     exp_avg.lerp_(grad, 1 - alphas[0])
@@ -144,10 +159,13 @@ class Moments:
 
     exp_avg: Tensor
     exp_avg_sq: Tensor
+    num_steps: int = 0
+    """Steps that entered it; kept by those methods whose parameters do not all step together."""
 
     @classmethod
     def zeros(cls, like: Tensor) -> Moments:
-        return cls(*(torch.zeros(like.shape, dtype=torch.float32, device=like.device) for _ in range(2)))
+        exp_avg, exp_avg_sq = (torch.zeros(like.shape, dtype=torch.float32, device=like.device) for _ in range(2))
+        return cls(exp_avg, exp_avg_sq)
 
 
 @torch.no_grad()

@@ -22,7 +22,8 @@ class Peer:
     model: LanguageModel
     blocks: list[Block]
     """The partition of what is trained; the same on every peer."""
-    batches: Batches | UnionBatches
+    batches: Batches | UnionBatches | None
+    """Its own data; None for a hub, which has none."""
     seed: int
     """The run's seed; draws are derived from (seed, index, purpose)."""
 
@@ -34,6 +35,7 @@ class Peer:
         Returns:
             The mean loss in nats a target token, a float32 scalar on the model's device.
         """
+        assert self.batches is not None
         total = torch.zeros((), device=self.model.device)
         with torch.random.fork_rng(devices=[d for d in [self.model.device] if d.type == "cuda"]):
             torch.manual_seed(derive_seed(self.seed, self.index, "dropout", step))
@@ -43,3 +45,8 @@ class Peer:
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += loss.detach()
         return total
+
+    def num_steps(self, epochs: int) -> int:
+        """Batches in so many passes over the peer's own samples, the last one filled up."""
+        assert self.batches is not None
+        return -(-epochs * self.batches.num_samples // self.batches.batch_size)

@@ -17,8 +17,10 @@ from peertune.data.load import load_table
 from peertune.data.partition import describe_partition, partition
 from peertune.data.render import Rendered, Sample, find_labels, label_tokens, render
 from peertune.errors import DataError, ModelError
-from peertune.model.load import load_tokenizer
-from peertune.seeds import numpy_rng
+from peertune.model.adapters import adapter_names, add_adapter
+from peertune.model.blocks import Block, partition_blocks
+from peertune.model.load import load_model, load_tokenizer
+from peertune.seeds import derive_seed, numpy_rng
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,34 @@ def prepare_tokenizer(config: RunConfig, base: Path | None) -> Any:
     if config.data.task in ("instruction", "chat") and tokenizer.chat_template is None:
         tokenizer.chat_template = plain_template(tokenizer)
     return tokenizer
+
+
+def prepare_model(config: RunConfig, device: torch.device, base: Path | None) -> nn.Module:
+    """The base model with the adapter that the method trains, if any; the same on every peer.
+
+    Raises:
+        ModelError, ConfigError: as `load_model` and `add_adapter`.
+    """
+    module = load_model(config.model, device, base, seed=derive_seed(config.run.seed, "base"))
+    return add_adapter(module, config.algorithm, derive_seed(config.run.seed, "adapter"))
+
+
+def model_blocks(config: RunConfig, module: nn.Module, frozen: Sequence[str] = ()) -> list[Block]:
+    """The blocks of what is trained.
+
+    Args:
+        module: as `prepare_model` gives it.
+        frozen: an adapter's parameters whose name holds one of these texts stay as they are.
+    """
+    layers = getattr(config.algorithm, "layers_per_block", 0)
+    kind = config.algorithm.adapter
+    if kind == "none":
+        embeddings = config.model.train_embeddings
+        if config.model.init == "random" and embeddings == "untied":
+            embeddings = "all"  # random ones that stay frozen would never learn
+        return partition_blocks(module, layers, embeddings)
+    names = {name for name in adapter_names(module) if not any(text in name for text in frozen)}
+    return partition_blocks(module, layers if kind in ("lora", "bottleneck") else 0, only=names)
 
 
 def check_vocabulary(data: Prepared, num_embeddings: int, path: str) -> None:

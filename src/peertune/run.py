@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import os
-import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,22 +18,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import peertune
-from peertune.algorithms import ALGORITHMS
-from peertune.algorithms.base import LocalReport
+from peertune.algorithms import ALGORITHMS, Algorithm
 from peertune.checkpoint import GENERATIONS, CheckpointStore
 from peertune.config import RunConfig
 from peertune.data.batches import Batches, UnionBatches
 from peertune.errors import CheckpointError, ConfigError, DivergedError
 from peertune.evaluate import Metrics, evaluate
 from peertune.memory import peak_bytes, reset_peak
-from peertune.model.blocks import Block, block_table, frozen_names, is_tied, partition_blocks
+from peertune.model.adapters import core_of
+from peertune.model.blocks import block_table, is_tied
 from peertune.model.language_model import LanguageModel
 from peertune.model.load import clone_model, load_model
 from peertune.peer import Peer
-from peertune.prepare import Prepared, base_print, check_vocabulary, data_print, prepare_data
+from peertune.prepare import (
+    Prepared,
+    base_print,
+    check_vocabulary,
+    data_print,
+    model_blocks,
+    prepare_data,
+    prepare_model,
+)
+from peertune.records import bytes_sent, round_event, start_event, summary_of, versions
 from peertune.report import write_report
-from peertune.run_folder import RunFolder, save_model
+from peertune.run_folder import RunFolder, save_trained
 from peertune.runtimes import Member, agree, play_round
 from peertune.runtimes.simulation import Mailbox
 from peertune.seeds import derive_seed
@@ -94,8 +102,8 @@ def run(
         torch.use_deterministic_algorithms(True, warn_only=True)
     reset_peak(device)
     data = prepare_data(config, base)
-    module = load_model(config.model, device, base)
-    check_vocabulary(data, module.get_input_embeddings().weight.shape[0], config.model.path)  # type: ignore[operator]
+    module = prepare_model(config, device, base)
+    check_vocabulary(data, core_of(module).get_input_embeddings().weight.shape[0], config.model.path)
     simulation = Simulation(config, folder, data, module, device, progress, list(notes), base or Path())
     return simulation.carry_out(resume)
 
@@ -135,28 +143,32 @@ class Simulation:
         self.config, self.folder, self.data, self.progress, self.notes = config, folder, data, progress, notes
         self.device, self.base = device, base
         method = ALGORITHMS[config.algorithm.name]
-        layers = getattr(config.algorithm, "layers_per_block", 0)
-        self.blocks = partition_blocks(module, layers, config.model.train_embeddings)
-        if is_tied(module) and config.model.train_embeddings == "untied":
+        self.blocks = model_blocks(config, module, method.frozen)
+        if config.algorithm.adapter == "none" and is_tied(module) and config.model.train_embeddings == "untied":
             notes.append(
                 'token embedding and output head are one tensor: frozen (model.train_embeddings = "all" trains it)'
             )
-        self.num_models = 1 if method.pools_data else config.run.num_peers
-        self.topology = self._topology()
-        mailbox = Mailbox()
+        self.pools = method.pools_data
+        self.topology = self._topology(method)
         own = {name for block in self.blocks for name in block.parameters}
         self.base_print = base_print(module, own)
-        held = [data.train] if method.pools_data else [[rendered] for rendered in data.train]
-        self.data_prints = [data_print(each) for each in held]
+        held = [data.train] if self.pools else [[rendered] for rendered in data.train]
+        mailbox = Mailbox()
+        hub: list[None] = [None] if self.topology.has_hub else []
+        self.data_prints = [data_print(each) for each in held] + ["" for _ in hub]
         self.members: list[Member] = []
-        for index, batches in enumerate(self._batches()):
-            model = LanguageModel(clone_model(module, own), config.model)
+        plain: bool | None = None
+        for index, batches in enumerate([*self._batches(), *hub]):
+            model = LanguageModel(clone_model(module, own), config.model, has_plain_head=plain)
+            plain = model.has_plain_head
             peer = Peer(index, model, self.blocks, batches, config.run.seed)
-            self.members.append(Member(method(peer, config.algorithm), mailbox.endpoint(index)))
-        self.average = LanguageModel(module, config.model)
+            self.members.append(Member(method(peer, config.algorithm, self.topology), mailbox.endpoint(index)))
+        # Only now: an instance whose layers were taken over cannot be cloned.
+        self.average = LanguageModel(module, config.model, has_plain_head=plain)
         """The base, then wherever an average is wanted; shares what is frozen with the peers."""
+        self.peers = [member for member in self.members if not member.is_hub]
         self.method = self.members[0].algorithm
-        self.store = CheckpointStore(folder.checkpoints, self.num_models)
+        self.store = CheckpointStore(folder.checkpoints, len(self.members))
         self.before: Metrics = {}
         self.started = time.monotonic()
 
@@ -166,13 +178,13 @@ class Simulation:
         self.folder.require_space(self._foreseen_bytes())
         self.progress.note("blocks:\n" + block_table(self.average.module, self.method.blocks))
         if done == 0:
-            pi = self.topology.stationary.tolist()
             base = str(self.base.absolute())
+            members = len(self.members)
             self.folder.create(
-                {"config": self.config.to_dict(), "versions": versions(), "stationary": pi, "base": base}
+                {"config": self.config.to_dict(), "versions": versions(), "base": base, "members": members}
             )
             self.folder.rewind(0)
-            self.folder.event("start", **self._start_event())
+            self.folder.event("start", **start_event(self.config, self.method, self.data, self.notes))
             self.before = self._evaluate(self.average)
             self.folder.event("eval", round=0, average_model=self.before, peers=None)
         else:
@@ -185,61 +197,65 @@ class Simulation:
         return self._finish()
 
     def _round(self, round: int) -> None:
-        reports = play_round(round, self.members, self.topology)
-        losses = [float(report.loss) for report in reports]
+        reports = play_round(round, self.members)
         last = round + 1 == self.method.num_rounds
-        for peer, (loss, report) in enumerate(zip(losses, reports, strict=True)):
-            _require_finite(f"peer {peer}, round {round}: the training loss", loss)
-            _require_finite(f"peer {peer}, round {round}: the gradient's norm", float(report.grad_norm))
+        for peer, report in enumerate(reports):
+            if report is not None:
+                _require_finite(f"peer {peer}, round {round}: the training loss", float(report.loss))
+                _require_finite(f"peer {peer}, round {round}: the gradient's norm", float(report.grad_norm))
         if round % self.config.run.log_every == 0 or last:
-            self.folder.event("round", **self._round_event(round, reports, losses))
+            distance = self._consensus_distance(round)
+            self.folder.event("round", **round_event(round, self.members, reports, distance, self._wall_s()))
         every = self.config.eval.every
         if every and (round + 1) % every == 0 and not last:
-            self._load_average()
+            self._load_average(round + 1)
             self.folder.event("eval", round=round + 1, average_model=self._evaluate(self.average), peers=None)
         every = self.config.run.checkpoint_every
         if last or ((round + 1) % every == 0 if every else self.method.is_boundary(round)):
             self._checkpoint(round + 1)
-        self.progress.rounds(round + 1, self.method.num_rounds, sum(losses) / len(losses))
+        losses = [float(report.loss) for report in reports if report is not None]
+        self.progress.rounds(round + 1, self.method.num_rounds, sum(losses) / len(losses) if losses else None)
 
     def _finish(self) -> dict[str, Any]:
         rounds = self.method.num_rounds
-        peers = [self._evaluate(member.algorithm.peer.model) for member in self.members]
-        if self.method.agrees:
-            hops = agree(rounds, self.members, self.topology)
-            self.folder.event("agreement", hops=hops, bytes_sent=self._bytes_sent())
-        self._load_average(agreed=self.method.agrees)
+        peers = [self._evaluate(member.algorithm.peer.model) for member in self.peers]
+        hops = agree(rounds, self.members)
+        if hops:
+            self.folder.event("agreement", hops=hops, bytes_sent=bytes_sent(self.members))
+        self._load_average(rounds, agreed=self.method.agrees)
         average = self._evaluate(self.average)
         for name, value in average.items():
             _require_finite(f"the average model's {name}", value)
         self.folder.event("eval", round=rounds, average_model=average, peers=peers)
-        metrics = {"before": self.before, "average_model": average, "peers": peers}
+        metrics: dict[str, Any] = {"before": self.before, "average_model": average, "peers": peers}
+        if self.config.algorithm.local_modules:
+            metrics["personal"] = [self._evaluate(member.algorithm.peer.model) for member in self.peers]
         wall_s, peak = self._wall_s(), peak_bytes(self.device)
-        save_model(self.folder.model, self.average.module, self.data.tokenizer)
+        save_trained(
+            self.folder.model,
+            self.average.module,
+            self.data.tokenizer,
+            lambda: load_model(self.config.model, torch.device("cpu"), self.base),
+            self.folder.adapter,
+        )
         self.folder.event("end", metrics=metrics, wall_s=wall_s, peak_memory_bytes=peak)
-        summary = {
-            "config": self.config.to_dict(),
-            "versions": versions(),
-            "seed": self.config.run.seed,
-            "algorithm": self.config.algorithm.name,
-            "metrics": metrics,
-            "bytes_sent_per_peer": self._bytes_sent(),
-            "rounds": rounds,
-            "wall_s": wall_s,
-            "peak_memory_bytes": peak,
-            "weights": self.topology.weights.tolist(),
-            "lambda2": self.topology.second_eigenvalue,
-        }
+        summary = summary_of(self.config, self.members, metrics, wall_s, peak)
         write_report(self.folder.path)
         self.folder.write_summary(summary)
         return summary
 
-    def _topology(self) -> Topology:
-        section, seed = self.config.topology, self.config.run.seed
+    def _topology(self, method: type[Algorithm]) -> Topology:
+        if self.pools:
+            return Topology("alone", 1, np.ones((1, 1)))
+        section = method.graph(self.config.topology)
+        if section != self.config.topology:
+            self.notes.append(
+                f"{self.config.algorithm.name} runs on topology.kind = {section.kind!r}, weights = {section.weights!r}"
+            )
         counts = [len(rendered.samples) for rendered in self.data.train]
-        seed = seed if section.seed is None else section.seed
+        seed = self.config.run.seed if section.seed is None else section.seed
         topology = build_topology(section, self.config.run.num_peers, seed, counts)
-        return topology if self.num_models > 1 else Topology("alone", 1, np.ones((1, 1)))
+        return replace(topology, has_hub=method.has_hub(section))
 
     def _batches(self) -> Sequence[Batches | UnionBatches]:
         """Each model's batches: a peer's own; for a method that pools the data, the union of all peers'."""
@@ -254,7 +270,7 @@ class Simulation:
             )
             for i, rendered in enumerate(self.data.train)
         ]
-        return [UnionBatches(every)] if self.num_models < len(every) else every
+        return [UnionBatches(every)] if self.pools else every
 
     def _resume(self) -> int:
         """Rounds already done: those of the newest complete checkpoint, which is taken up; 0 where there is none."""
@@ -271,7 +287,8 @@ class Simulation:
                         " changed since this run began; bring the old one back, or start anew in another folder"
                     )
             member.algorithm.load_state_dict(tensors, plain["algorithm"], done)
-            member.algorithm.peer.batches.load_state_dict(plain["batches"])
+            if member.algorithm.peer.batches is not None:
+                member.algorithm.peer.batches.load_state_dict(plain["batches"])
             member.exchange.load_state_dict(plain["exchange"])
             self.before, elapsed = plain["before"], plain["wall_s"]
         self.started = time.monotonic() - elapsed
@@ -284,10 +301,13 @@ class Simulation:
     def _checkpoint(self, done: int) -> None:
         for member in self.members:
             tensors, plain = member.algorithm.state_dict(done)
+            batches = member.algorithm.peer.batches
             state = {
                 "algorithm": plain,
-                "batches": member.algorithm.peer.batches.state_dict(),
+                "batches": None if batches is None else batches.state_dict(),
                 "exchange": member.exchange.state_dict(),
+                "common": list(member.algorithm.common),
+                "consensus": list(member.algorithm.consensus(done)),
                 "data": self.data_prints[member.index],
                 "base": self.base_print,
                 "before": self.before,
@@ -303,14 +323,15 @@ class Simulation:
         return evaluate(model, self.data.test, self.data.tokenizer.pad_token_id, labels=self.data.labels)
 
     @torch.no_grad()
-    def _load_average(self, agreed: bool = False) -> None:
-        """Put the peers' weighted average into `self.average`; where all agreed, what each of them holds."""
+    def _load_average(self, round: int, agreed: bool = False) -> None:
+        """Put the peers' weighted average after some rounds into `self.average`; where all agreed, what each holds."""
         own = dict(self.average.module.named_parameters())
+        weights = self.method.consensus(round)
         for name in self.method.shared_names():
-            own[name].copy_(self.method.shared(name) if agreed else self._mean(name))
+            own[name].copy_(self.method.shared(name) if agreed else self._mean(name, weights))
 
-    def _mean(self, name: str) -> Tensor:
-        first, *others = [(m.algorithm, float(p)) for m, p in zip(self.members, self.topology.stationary, strict=True)]
+    def _mean(self, name: str, weights: Sequence[float]) -> Tensor:
+        first, *others = [(m.algorithm, w) for m, w in zip(self.peers, weights, strict=True)]
         total = first[0].shared(name) * first[1]
         for algorithm, weight in others:
             total.add_(algorithm.shared(name), alpha=weight)
@@ -318,17 +339,14 @@ class Simulation:
 
     def _consensus_distance(self, round: int) -> float | None:
         """sqrt(mean_i ||theta_i - mean||^2) over the tensors that the round trained; None for a lone model."""
-        if len(self.members) == 1:
+        if len(self.peers) == 1:
             return None
-        total = 0.0
+        total, weights = 0.0, self.method.consensus(round + 1)
         for name in self.method.shared_names(round):
-            mean = self._mean(name)
-            for member in self.members:
+            mean = self._mean(name, weights)
+            for member in self.peers:
                 total += float(torch.linalg.vector_norm(member.algorithm.shared(name).sub_(mean))) ** 2
-        return math.sqrt(total / len(self.members))
-
-    def _bytes_sent(self) -> list[int]:
-        return [member.exchange.bytes_sent for member in self.members]
+        return math.sqrt(total / len(self.peers))
 
     def _wall_s(self) -> float:
         return time.monotonic() - self.started
@@ -338,54 +356,7 @@ class Simulation:
         sizes: dict[str, int] = {name: p.numel() for name, p in self.average.module.named_parameters()}
         trained = sum(sizes[n] for block in self.blocks for n in block.parameters)
         largest = max(sum(sizes[n] for n in block.parameters) for block in self.method.blocks)
-        return (GENERATIONS + 1) * self.num_models * (4 * trained + 8 * largest) + 4 * sum(sizes.values())
-
-    def _round_event(self, round: int, reports: Sequence[LocalReport], losses: list[float]) -> Mapping[str, Any]:
-        return {
-            "round": round,
-            **self.method.position(round),
-            "loss": losses,
-            "lr": reports[0].lr,
-            "grad_norm": [float(report.grad_norm) for report in reports],
-            "consensus_distance": self._consensus_distance(round),
-            "bytes_sent": self._bytes_sent(),
-            "epochs": [member.algorithm.peer.batches.epochs for member in self.members],
-            "wall_s": self._wall_s(),
-        }
-
-    def _start_event(self) -> Mapping[str, Any]:
-        module = self.average.module
-        sizes = {name: p.numel() for name, p in module.named_parameters()}
-        held = [
-            {
-                "samples": shown["samples"],
-                "classes": shown["classes"],
-                "sequences": len(rendered.samples),
-                "tokens": rendered.num_tokens,
-                "cut": rendered.num_cut,
-                "dropped": rendered.num_dropped,
-            }
-            for shown, rendered in zip(self.data.classes, self.data.train, strict=True)
-        ]
-        cut, dropped = (sum(peer[key] for peer in held) for key in ("cut", "dropped"))
-        if cut or dropped:
-            self.notes.append(f"{cut} training rows were cut to model.max_length, {dropped} had nothing to learn from")
-        return {
-            "config": self.config.to_dict(),
-            "versions": versions(),
-            "notes": self.notes,
-            "model": {
-                "parameters": sum(sizes.values()),
-                "trained": sum(sizes[n] for block in self.blocks for n in block.parameters),
-                "frozen": frozen_names(module, self.blocks),
-            },
-            "blocks": [_describe(block, sizes) for block in self.method.blocks],
-            "peers": held,
-            "edges": self.topology.edges,
-            "weights": self.topology.weights.tolist(),
-            "lambda2": self.topology.second_eigenvalue,
-            "rounds": self.method.num_rounds,
-        }
+        return (GENERATIONS + 1) * len(self.members) * (4 * trained + 8 * largest) + 4 * sum(sizes.values())
 
 
 def _require_finite(what: str, value: float) -> None:
@@ -394,20 +365,3 @@ def _require_finite(what: str, value: float) -> None:
             f"{what} became {value}; lower algorithm.lr or set algorithm.max_grad_norm, and start anew in another"
             " folder"
         )
-
-
-def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
-    import transformers
-
-    return {
-        "peertune": peertune.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _describe(block: Block, sizes: Mapping[str, int]) -> dict[str, Any]:
-    count = sum(sizes[name] for name in block.parameters)
-    return {"index": block.index, "name": block.name, "parameters": count, "tensors": len(block.parameters)}

@@ -4,7 +4,8 @@ DIR/recipe.json      the resolved recipe, versions
 DIR/events.jsonl     one line an event, readable while the run goes on
 DIR/checkpoints/     see checkpoint.py
 DIR/summary.json     written last
-DIR/model/           the exported model
+DIR/model/           the exported model, an adapter merged into it
+DIR/adapter/         the adapter alone, where one was trained
 DIR/report.html      see report/
 """
 
@@ -14,13 +15,14 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from peertune.errors import CheckpointError, StorageError
+from peertune.model.adapters import core_of, merge_adapter
 
 FREE_KEYS = {"run.out", "run.log_every", "run.checkpoint_every", "eval.every"}
 """Keys that a resumed run may change: they do not touch what is computed."""
@@ -32,7 +34,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.recipe, self.events, self.summary = path / "recipe.json", path / "events.jsonl", path / "summary.json"
-        self.checkpoints, self.model = path / "checkpoints", path / "model"
+        self.checkpoints, self.model, self.adapter = path / "checkpoints", path / "model", path / "adapter"
 
     @property
     def holds_run(self) -> bool:
@@ -136,6 +138,30 @@ class storage_errors:
             raise StorageError(
                 f"{self._path}: cannot write: {reason}; free some space and go on with --resume"
             ) from error
+
+
+def save_trained(
+    folder: Path, module: Any, tokenizer: Any, load_base: Callable[[], Any], adapter: Path | None = None
+) -> None:
+    """Export what was trained as a whole model, an adapter merged into it; one that cannot be merged by itself.
+
+    Args:
+        folder: where the model goes, or an adapter that cannot be merged if `adapter` is None.
+        module: the trained model.
+        load_base: loads the base once more, to merge an adapter into.
+        adapter: where the adapter alone goes too.
+    """
+    if core_of(module) is module:
+        save_model(folder, module, tokenizer)
+        return
+    merged = merge_adapter(module, load_base())
+    if merged is not None:
+        save_model(folder, merged, tokenizer)
+    alone = adapter or (folder if merged is None else None)
+    if alone is not None:
+        with storage_errors(alone):
+            module.save_pretrained(alone)
+            tokenizer.save_pretrained(alone)
 
 
 def save_model(folder: Path, module: Any, tokenizer: Any) -> None:

@@ -42,6 +42,7 @@ class Topology:
         kind: name of the graph, for people.
         num_peers: N.
         weights: W, float64 [N, N]; W[i, j] is the weight peer i gives to peer j's message. Copied, and read-only after.
+        has_hub: messages go over a server, peer N, that is none of the N.
     Raises:
         TopologyError: W has another shape, a negative or non-finite entry, or a row that does not sum to 1.
     """
@@ -49,6 +50,7 @@ class Topology:
     kind: str
     num_peers: int
     weights: Matrix
+    has_hub: bool = False
 
     def __post_init__(self) -> None:
         weights = np.array(self.weights, dtype=np.float64)
@@ -74,6 +76,8 @@ class Topology:
     @cached_property
     def edges(self) -> list[tuple[int, int]]:
         """Pairs (i, j), i < j, of which at least one listens to the other; ascending."""
+        if self.has_hub:
+            return [(i, self.num_peers) for i in range(self.num_peers)]
         either = np.triu((self.weights > 0) | (self.weights.T > 0), k=1)
         return [(int(i), int(j)) for i, j in np.argwhere(either)]
 

@@ -1,13 +1,40 @@
 """The methods, one file each. A new one is a class here and a line in `ALGORITHMS`."""
 
+from peertune.algorithms.alternating_lora import AlternatingLora
 from peertune.algorithms.base import Algorithm
+from peertune.algorithms.dec_adapter import DecAdapter
+from peertune.algorithms.dec_lora import DecLora
 from peertune.algorithms.deca import Deca
+from peertune.algorithms.decaf import Decaf
+from peertune.algorithms.diloco import Diloco
+from peertune.algorithms.dlora_fa import DloraFa
 from peertune.algorithms.dpsgd import Dpsgd
+from peertune.algorithms.fedavg import Fedavg
+from peertune.algorithms.gt import Gt
 from peertune.algorithms.local import Local
+from peertune.algorithms.noloco import Noloco
 from peertune.algorithms.pooled import Pooled
+from peertune.algorithms.qg import Qg
+from peertune.algorithms.rw_lora import RwLora
 from peertune.config import AlgorithmConfig
 
 __all__ = ["ALGORITHMS", "METHODS", "Algorithm"]
 
-ALGORITHMS: dict[str, type[Algorithm]] = {"deca": Deca, "local": Local, "pooled": Pooled, "dpsgd": Dpsgd}
+ALGORITHMS: dict[str, type[Algorithm]] = {
+    "deca": Deca,
+    "local": Local,
+    "pooled": Pooled,
+    "dpsgd": Dpsgd,
+    "dec_lora": DecLora,
+    "dec_adapter": DecAdapter,
+    "decaf": Decaf,
+    "dlora_fa": DloraFa,
+    "alternating_lora": AlternatingLora,
+    "rw_lora": RwLora,
+    "gt": Gt,
+    "qg": Qg,
+    "fedavg": Fedavg,
+    "diloco": Diloco,
+    "noloco": Noloco,
+}
 METHODS: dict[str, type[AlgorithmConfig]] = {name: method.Config for name, method in ALGORITHMS.items()}

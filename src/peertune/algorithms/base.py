@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from peertune.config import AlgorithmConfig
-from peertune.exchange import Hop, Inbox, Payload
+from peertune.config import AlgorithmConfig, TopologySection
+from peertune.errors import ConfigError
+from peertune.exchange import Hop, Inbox, Payload, agreement, gossip
 from peertune.model.blocks import Block
 from peertune.optim import MasterWeights
 from peertune.peer import Peer
@@ -37,13 +38,32 @@ class Algorithm(ABC):
     pools_data: ClassVar[bool] = False
     """True for a bound that is allowed to see all data: one model, whose batch is the union of the peers' batches."""
     agrees: ClassVar[bool] = True
-    """Whether a run ends with all peers agreeing on their average."""
+    """Whether all peers hold one model in the end."""
+    frozen: ClassVar[tuple[str, ...]] = ()
+    """Parameters of an adapter whose name holds one of these texts are not trained."""
 
-    def __init__(self, peer: Peer, config: AlgorithmConfig) -> None:
-        self.peer = peer
+    def __init__(self, peer: Peer, config: AlgorithmConfig, topology: Topology) -> None:
+        self.peer, self.topology = peer, topology
         self.blocks = self.arrange(peer.blocks)
         parameters = dict(peer.model.module.named_parameters())
         self.masters = MasterWeights({n: parameters[n] for block in peer.blocks for n in block.parameters})
+        self.common = tuple(n for n in self.masters if not any(text in n for text in config.local_modules))
+        """Names of what the peers share; the rest, `local_modules`, never leaves its peer."""
+        if not self.common:
+            raise ConfigError(
+                f"algorithm.local_modules: got {config.local_modules}, which keeps everything that is trained local;"
+                " leave something to share, or take algorithm.name = 'local'"
+            )
+
+    @classmethod
+    def graph(cls, section: TopologySection) -> TopologySection:
+        """The graph this method runs on, of the one a recipe asks for."""
+        return section
+
+    @classmethod
+    def has_hub(cls, section: TopologySection) -> bool:
+        """Whether, on a graph as `graph` gives it, a server takes part: a peer beside the N, without data."""
+        return False
 
     def arrange(self, blocks: list[Block]) -> list[Block]:
         """The blocks this method trains in turn, made of the model's partition."""
@@ -54,13 +74,13 @@ class Algorithm(ABC):
     def num_rounds(self) -> int:
         """Rounds of a whole run."""
 
-    @abstractmethod
-    def hops(self, round: int, topology: Topology) -> Sequence[Hop]:
-        """The round's hops, the same on every peer."""
+    def hops(self, round: int) -> Sequence[Hop]:
+        """The round's hops, the same on every peer; by default one of gossip."""
+        return (gossip(self.topology),)
 
     @abstractmethod
-    def local(self, round: int) -> LocalReport:
-        """Train on the peer's own data."""
+    def local(self, round: int) -> LocalReport | None:
+        """Train on the peer's own data; None where this peer has no part in the round. Not called on a hub."""
 
     @abstractmethod
     def outgoing(self, hop: Hop) -> Payload:
@@ -69,6 +89,14 @@ class Algorithm(ABC):
     @abstractmethod
     def mix(self, hop: Hop, inbox: Inbox) -> None:
         """Take in what the hop brought."""
+
+    def consensus(self, round: int) -> Sequence[float]:
+        """Weights of the peers in the model they have in common after `round` rounds; they sum to 1."""
+        return [float(p) for p in self.topology.stationary]
+
+    def agreement(self) -> Sequence[Hop]:
+        """Hops after the last round that leave every peer with the bitwise same model."""
+        return agreement(self.topology, self.consensus(self.num_rounds)) if self.agrees else ()
 
     @abstractmethod
     def position(self, round: int) -> Mapping[str, int]:
@@ -80,7 +108,7 @@ class Algorithm(ABC):
 
     def shared_names(self, round: int | None = None) -> Sequence[str]:
         """Tensors the peers have in common; with a round, those that this round trains."""
-        return tuple(self.masters)
+        return self.common
 
     def shared(self, name: str) -> Tensor:
         """A float32 copy of a shared tensor: for agreement, evaluation and export."""

@@ -24,8 +24,8 @@ from torch import Tensor
 from peertune.algorithms.base import Algorithm, LocalReport
 from peertune.algorithms.turns import BlockwiseConfig, Calendar
 from peertune.config import AlgorithmConfig, Decays
-from peertune.exchange import Hop, Inbox, Payload, gossip
-from peertune.optim import Moments, adam_denominator, adam_step, gradient_norm, learning_rate
+from peertune.exchange import Hop, Inbox, Payload
+from peertune.optim import Moments, adam_denominator, adam_step, clip_gradients, learning_rate
 from peertune.peer import Peer
 from peertune.topology import Topology
 
@@ -45,8 +45,8 @@ class DecaConfig(BlockwiseConfig):
 class Deca(Algorithm):
     Config: ClassVar[type[AlgorithmConfig]] = DecaConfig
 
-    def __init__(self, peer: Peer, config: AlgorithmConfig) -> None:
-        super().__init__(peer, config)
+    def __init__(self, peer: Peer, config: AlgorithmConfig, topology: Topology) -> None:
+        super().__init__(peer, config, topology)
         assert isinstance(config, BlockwiseConfig)
         self.config = config
         self.discrepancy: Discrepancy = config.discrepancy if isinstance(config, DecaConfig) else "none"
@@ -72,9 +72,6 @@ class Deca(Algorithm):
     def num_rounds(self) -> int:
         return self.calendar.num_rounds
 
-    def hops(self, round: int, topology: Topology) -> Sequence[Hop]:
-        return (gossip(topology),)
-
     def local(self, round: int) -> LocalReport:
         """H Adam steps on the active block."""
         turn = self.calendar.at(round)
@@ -83,7 +80,7 @@ class Deca(Algorithm):
             self.moments = {name: Moments.zeros(p) for name, p in self.active.items()}
             self.weights = (0.0, 0.0)
         if self.discrepancy != "none" and not self.anchor:
-            self.anchor = {name: self.masters.snapshot(name) for name in self.active}
+            self.anchor = {name: self.masters.snapshot(name) for name in self.shared_names(round)}
         self.interval_lr = 0.0
         losses, norms = [], []
         for n in range(turn.num_steps):
@@ -104,12 +101,7 @@ class Deca(Algorithm):
 
     def step(self, r: int, lr: float) -> Tensor:
         """theta_r -> theta_{r+1/2} from the gradients at hand. Returns the gradient's L2 norm before clipping."""
-        for parameter in self.active.values():
-            if parameter.grad is None:  # an expert that no token was routed to
-                parameter.grad = torch.zeros_like(parameter)
-        norm = gradient_norm(self.active.values())
-        if self.config.max_grad_norm:
-            torch.nn.utils.clip_grads_with_norm_(self.active.values(), self.config.max_grad_norm, norm)
+        norm = clip_gradients(self.active, self.config.max_grad_norm)
         (a1, a2), (c1, c2) = self.config.alphas, self.weights
         half = (a1 * c1 + 1 - a1, a2 * c2 + 1 - a2)
         corrections = half if self.tracks_weights else (1 - a1 ** (r + 1), 1 - a2 ** (r + 1))
@@ -132,13 +124,15 @@ class Deca(Algorithm):
         return norm
 
     def outgoing(self, hop: Hop) -> Payload:
-        return {name: self.masters.snapshot(name) for name in self.active}
+        return {name: self.masters.snapshot(name) for name in self.active if name in self.common}
 
     @torch.no_grad()
     def mix(self, hop: Hop, inbox: Inbox) -> None:
         """theta_{r+1/2} -> theta_{r+1}, then the moments; tensor by tensor, to hold one mixed tensor at a time."""
         d: dict[str, Tensor] = {}
         for name in self.active:
+            if name not in self.common:
+                continue
             mixed = inbox.mean(name)
             self.masters.write(name, mixed)
             if self.discrepancy != "none":
@@ -171,8 +165,8 @@ class Deca(Algorithm):
         elif self.discrepancy == "trivial":
             norm = torch.nn.utils.get_total_norm(list(d.values())).item()
             scale = 1 / norm if norm else 0.0
-        for name, moments in self.moments.items():
-            h = d[name].mul_(scale)
+        for name in d:
+            moments, h = self.moments[name], d[name].mul_(scale)
             if self.discrepancy == "descent_scaled":
                 h.mul_(adam_denominator(moments.exp_avg_sq, self.corrections[1], self.config.eps))
             else:
@@ -191,7 +185,7 @@ class Deca(Algorithm):
     def shared_names(self, round: int | None = None) -> Sequence[str]:
         if round is None:
             return super().shared_names()
-        return self.blocks[self.calendar.at(round).block].parameters
+        return [name for name in self.blocks[self.calendar.at(round).block].parameters if name in self.common]
 
     def state_dict(self, round: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, plain = super().state_dict(round)
@@ -207,7 +201,7 @@ class Deca(Algorithm):
             self.begin_turn(self.calendar.at(round).block)
             device = self.peer.model.device
             self.moments = {
-                name: Moments(*(tensors[f"{kind}/{name}"].to(device) for kind in ("exp_avg", "exp_avg_sq")))
+                name: Moments(tensors[f"exp_avg/{name}"].to(device), tensors[f"exp_avg_sq/{name}"].to(device))
                 for name in self.active
             }
             self.weights = (plain["weights"][0], plain["weights"][1])

@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from peertune.algorithms.deca import Deca
 from peertune.algorithms.turns import BlockwiseConfig
 from peertune.exchange import Hop
-from peertune.topology import Topology
 
 
 class Local(Deca):
     Config = BlockwiseConfig
     agrees = False
 
-    def hops(self, round: int, topology: Topology) -> Sequence[Hop]:
+    def hops(self, round: int) -> Sequence[Hop]:
         return ()

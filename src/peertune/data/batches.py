@@ -100,6 +100,11 @@ class Batches:
         return ids
 
     @property
+    def num_samples(self) -> int:
+        """Samples held."""
+        return len(self.samples)
+
+    @property
     def epochs(self) -> float:
         """Samples drawn over samples held."""
         return self._drawn / len(self.samples)
@@ -138,6 +143,16 @@ class UnionBatches:
             ids += [offset + i for i in drawn]
         first = self.members[0]
         return collate(samples, first.pad_id, first.pad_to, sample_ids=ids)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples held, by all members together."""
+        return sum(member.num_samples for member in self.members)
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences in a batch."""
+        return sum(member.batch_size for member in self.members)
 
     @property
     def epochs(self) -> float:

@@ -6,7 +6,7 @@ them joins the first and last block, unless it is a token embedding or an output
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,7 +58,10 @@ def is_tied(model: nn.Module) -> bool:
 
 
 def partition_blocks(
-    model: nn.Module, layers_per_block: int, train_embeddings: TrainEmbeddings = "untied"
+    model: nn.Module,
+    layers_per_block: int,
+    train_embeddings: TrainEmbeddings = "untied",
+    only: Container[str] | None = None,
 ) -> list[Block]:
     """Split a causal language model's trained parameters into blocks, in the order of the forward pass.
 
@@ -66,6 +69,7 @@ def partition_blocks(
         layers_per_block: consecutive transformer layers a block; 0: everything that is trained is one block.
         train_embeddings: token embedding and output head are trained where they are two tensors ("untied"), always
             ("all": tied ones with the head, in the last block's place), or never ("none").
+        only: names of the parameters that may be trained, an adapter's; None: all of the model.
     Raises:
         ModelError: the model has no transformer layers.
     """
@@ -85,10 +89,12 @@ def partition_blocks(
     inside: list[list[str]] = [[] for _ in layers]
     seen_layers = False
     for name, parameter in model.named_parameters():
+        seen_layers = seen_layers or name.startswith(prefix + ".")
+        if only is not None and name not in only:
+            continue
         if name.startswith(prefix + "."):
-            seen_layers = True
             inside[int(name[len(prefix) + 1 :].split(".")[0])].append(name)
-        elif id(parameter) in vocabulary:
+        elif only is None and id(parameter) in vocabulary:
             if train:
                 (head if seen_layers or tied else embedding).append(name)
         else:
@@ -112,6 +118,7 @@ def partition_blocks(
         pieces[-1] = (pieces[-1][0], pieces[-1][1] + after, pieces[-1][2])
     if layers_per_block == 0:
         pieces = [("all", [name for _, names, _ in pieces for name in names], 0)]
+    pieces = [piece for piece in pieces if piece[1]]
     return [Block(i, name, tuple(names), first) for i, (name, names, first) in enumerate(pieces)]
 
 

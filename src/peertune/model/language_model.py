@@ -11,20 +11,29 @@ from torch import Tensor, nn
 from peertune.config import ModelSection
 from peertune.data.batches import Batch
 from peertune.errors import ModelError
+from peertune.model.adapters import core_of
 from peertune.model.blocks import Block, find_layers
 from peertune.model.layers import LayerStack, has_dropout
 from peertune.model.loss import chunked_cross_entropy
 
 
 class LanguageModel:
-    """Wraps a transformers model; it takes over the forward passes of that instance's layers.
+    """Wraps a transformers model, with or without an adapter; it takes over the forward passes of its layers.
 
     Sequences are right-padded and attention is causal, so no mask is passed: padding comes after everything it could
     disturb, and the fast causal attention applies.
     """
 
-    def __init__(self, module: nn.Module, config: ModelSection) -> None:
+    def __init__(self, module: nn.Module, config: ModelSection, *, has_plain_head: bool | None = None) -> None:
+        """
+        Args:
+            module: the model.
+            has_plain_head: what another instance of the same model found; None: find out.
+        """
         self.module: Any = module
+        self.core = core_of(module)
+        """The transformers model itself."""
+        self.num_virtual = self._num_virtual()
         dropout = has_dropout(module)
         if dropout and config.prefix_cache:
             raise ModelError(
@@ -32,13 +41,13 @@ class LanguageModel:
                 " set its dropout to 0 in its config.json, or leave the cache off"
             )
         self.stack = LayerStack(
-            find_layers(module)[1],
+            find_layers(self.core)[1],
             activation_budget=config.activation_budget_mb * 1_000_000,
             prefix_cache=config.prefix_cache,
             compile=config.compile,
             has_dropout=dropout,
         )
-        self.has_plain_head = self._check_plain_head()
+        self.has_plain_head = self._check_plain_head() if has_plain_head is None else has_plain_head
 
     @property
     def device(self) -> torch.device:
@@ -67,28 +76,66 @@ class LanguageModel:
         input_ids = batch.input_ids.to(self.device)
         targets = input_ids[:, 1:][rows]
         if self.has_plain_head:
-            hidden = self.module.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-            head = self.module.get_output_embeddings()
-            loss = chunked_cross_entropy(hidden[:, :-1][rows], head.weight, getattr(head, "bias", None), targets)
+            head = self.core.get_output_embeddings()
+            hidden = self.hidden(input_ids)[0][:, :-1][rows]
+            loss = chunked_cross_entropy(hidden, head.weight, getattr(head, "bias", None), targets)
         else:
-            logits = self.module(input_ids=input_ids, use_cache=False).logits[:, :-1][rows]
-            loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+            loss = F.cross_entropy(self.all_logits(input_ids)[:, :-1][rows].float(), targets, reduction="sum")
         return loss, targets.numel()
+
+    def hidden(
+        self, input_ids: Tensor, mask: Tensor | None = None, *, use_cache: bool = False, past: Any = None
+    ) -> tuple[Tensor, Any]:
+        """Last hidden states of tokens, behind the soft prompt or prefix where there is one.
+
+        Args:
+            input_ids: [batch, length]; with `past`, the tokens that go on from it.
+            mask: [batch, tokens so far + length], 1 on tokens; None: there is no padding before a token.
+            use_cache: also return keys and values.
+            past: keys and values of the tokens so far.
+        Returns:
+            [batch, length, hidden], and the keys and values or None.
+        """
+        options: dict[str, Any] = {"use_cache": use_cache}
+        if mask is not None:
+            if past is not None:
+                places = mask.cumsum(1)[:, -input_ids.shape[1] :] - 1
+                options["position_ids"] = places + self.num_virtual
+            virtual = mask.new_ones(len(mask), self.num_virtual)
+            options["attention_mask"] = torch.cat([virtual, mask], 1)
+        if past is not None or not self.num_virtual:
+            out = self.core.base_model(input_ids=input_ids, past_key_values=past, **options)
+            return out.last_hidden_state, out.past_key_values if use_cache else None
+        prompt = self.module.get_prompt(batch_size=len(input_ids))
+        if not isinstance(prompt, Tensor):  # keys and values
+            out = self.core.base_model(input_ids=input_ids, past_key_values=prompt, **{**options, "use_cache": True})
+            return out.last_hidden_state, out.past_key_values if use_cache else None
+        tokens = self.core.get_input_embeddings()(input_ids)
+        out = self.core.base_model(inputs_embeds=torch.cat([prompt.to(tokens.dtype), tokens], 1), **options)
+        return out.last_hidden_state[:, self.num_virtual :], out.past_key_values if use_cache else None
+
+    def all_logits(self, input_ids: Tensor) -> Tensor:
+        """The model's own output [batch, length, vocabulary] for tokens [batch, length]."""
+        return self.module(input_ids=input_ids, use_cache=False).logits[:, -input_ids.shape[1] :]  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head's output [rows, vocabulary] for last hidden states [rows, hidden]."""
-        return self.module.get_output_embeddings()(hidden)  # type: ignore[no-any-return]
+        return self.core.get_output_embeddings()(hidden)  # type: ignore[no-any-return]
+
+    def _num_virtual(self) -> int:
+        config = getattr(self.module, "peft_config", {})
+        tokens = getattr(config.get("default"), "num_virtual_tokens", None) if isinstance(config, dict) else None
+        return int(tokens or 0)
 
     @torch.no_grad()
     def _check_plain_head(self) -> bool:
         """Whether logits are, bit by bit, the head applied to the last hidden state; some models scale or cap them."""
-        head = self.module.get_output_embeddings()
+        head = self.core.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             return False
         mode = self.module.training
         self.module.eval()
         ids = torch.arange(1, 6, device=self.device)[None] % head.weight.shape[0]
-        hidden = self.module.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        logits = self.module(input_ids=ids, use_cache=False).logits
+        same = torch.equal(head(self.hidden(ids)[0]), self.all_logits(ids))
         self.module.train(mode)
-        return torch.equal(head(hidden), logits)
+        return same

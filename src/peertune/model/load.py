@@ -45,25 +45,32 @@ def load_tokenizer(config: ModelSection, base: Path | None = None) -> Any:
     return tokenizer
 
 
-def load_model(config: ModelSection, device: torch.device, base: Path | None = None) -> nn.Module:
+def load_model(config: ModelSection, device: torch.device, base: Path | None = None, *, seed: int = 0) -> nn.Module:
     """The base model on `device` in the recipe's dtype, every parameter frozen.
 
+    Args:
+        seed: of random weights, where the recipe asks for those.
     Raises:
         ModelError: it cannot be loaded, is no causal language model, is too short for max_length, lacks weights or
             holds NaN.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
-    attention = None if config.attention == "auto" else config.attention
-    loaded = _from_pretrained(
-        AutoModelForCausalLM, config, base, dtype=dtype, attn_implementation=attention, output_loading_info=True
-    )
-    model: Any = loaded[0].to(device)
-    if missing := sorted(loaded[1]["missing_keys"]):
-        raise ModelError(
-            f"model.path: {config.path!r} lacks {len(missing)} weights, such as {missing[0]}; they would be random"
-        )
+    options = {"dtype": dtype, "attn_implementation": None if config.attention == "auto" else config.attention}
+    model: Any
+    if config.init == "random":
+        shape = _from_pretrained(AutoConfig, config, base)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code, **options)
+    else:
+        model, info = _from_pretrained(AutoModelForCausalLM, config, base, output_loading_info=True, **options)
+        if missing := sorted(info["missing_keys"]):
+            raise ModelError(
+                f"model.path: {config.path!r} lacks {len(missing)} weights, such as {missing[0]}; they would be random"
+            )
+    model = model.to(device)
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and positions < config.max_length:
         raise ModelError(f"model.max_length: got {config.max_length}, but {config.path!r} has {positions} positions")
@@ -87,7 +94,9 @@ def _from_pretrained(kind: Any, config: ModelSection, base: Path | None, **optio
     try:
         return kind.from_pretrained(source, trust_remote_code=config.trust_remote_code, **options)
     except Exception as error:  # transformers raises many kinds for a bad folder or a missing hub entry
-        what = "tokenizer" if "Tokenizer" in kind.__name__ else "causal language model"
+        what = {"AutoTokenizer": "tokenizer", "AutoConfig": "model's config.json"}.get(
+            kind.__name__, "causal language model"
+        )
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         if "attn_implementation" in reason:
             reason = f"model.attention = {config.attention!r} is not to be had for it: {reason}"

@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from peertune.algorithms.base import Algorithm, LocalReport
-from peertune.exchange import Exchange, Hop, Inbox, Payload, agreement
-from peertune.topology import Topology
+from peertune.exchange import Exchange, Hop, Inbox, Payload
 
 __all__ = ["Member", "agree", "play_round"]
 
@@ -26,23 +25,32 @@ class Member:
     def index(self) -> int:
         return self.algorithm.peer.index
 
+    @property
+    def is_hub(self) -> bool:
+        """Whether it is the server beside the peers."""
+        return self.algorithm.peer.batches is None
 
-def play_round(round: int, members: Sequence[Member], topology: Topology) -> list[LocalReport]:
-    """One round of every hosted peer: the local phase, then each hop."""
-    reports = [member.algorithm.local(round) for member in members]
-    for hop in members[0].algorithm.hops(round, topology):
+
+def play_round(round: int, members: Sequence[Member]) -> list[LocalReport | None]:
+    """One round of every hosted peer: the local phase, then each hop.
+
+    Returns:
+        By peer, the hub left out, what the local phase says; None where a peer had no part in the round.
+    """
+    reports = [member.algorithm.local(round) for member in members if not member.is_hub]
+    for hop in members[0].algorithm.hops(round):
         for member, inbox in _carry(round, hop, members, lambda member, hop: member.algorithm.outgoing(hop)):
             member.algorithm.mix(hop, inbox)
     return reports
 
 
-def agree(round: int, members: Sequence[Member], topology: Topology) -> int:
-    """Give every peer the bitwise same weighted average of what the peers share, a block at a time.
+def agree(round: int, members: Sequence[Member]) -> int:
+    """Give every peer the bitwise same model, the weighted average of what the peers share, a block at a time.
 
     Returns:
         The number of hops it took.
     """
-    hops = agreement(topology)
+    hops = members[0].algorithm.agreement()
     for block in members[0].algorithm.blocks:
         names = [name for name in members[0].algorithm.shared_names() if name in set(block.parameters)]
 

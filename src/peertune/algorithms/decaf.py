@@ -1,0 +1,57 @@
+"""DeCAF (arXiv 2505.21382): average the products B_j A_j of the neighbours, then back to rank r by truncated SVD.
+
+    P_i = sum_j w_ij B_j A_j  ~  B_i A_i,   B_i = U_r sqrt(S_r),  A_i = sqrt(S_r) V_r'
+
+Averaging A and B apart would add the cross terms w_ij w_ik B_j A_k. P has rank at most k r for k neighbours: with the
+factors stacked, P = [w_1 B_1 .. w_k B_k] [A_1; ..; A_k], QR of both sides leaves a core of [k r, k r], whose SVD is
+P's. The product [out, in] is never formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from peertune.algorithms.dec_lora import DecLora, DecLoraConfig
+from peertune.exchange import Hop, Inbox
+
+
+class DecafConfig(DecLoraConfig):
+    pass
+
+
+class Decaf(DecLora):
+    Config = DecafConfig
+
+    @torch.no_grad()
+    def mix(self, hop: Hop, inbox: Inbox) -> None:
+        for name in self.common:
+            if "lora_A" not in name:
+                continue
+            other = name.replace("lora_A", "lora_B")
+            peers = sorted(inbox.weights)
+            factors = [(inbox.payloads[j][other], inbox.payloads[j][name]) for j in peers]
+            b, a = average_product([inbox.weights[j] for j in peers], factors)
+            self.masters.write(other, b)
+            self.masters.write(name, a)
+
+
+def average_product(weights: Sequence[float], factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Best factors of rank r of sum_j w_j B_j A_j, in the Frobenius norm.
+
+    Args:
+        weights: w_j.
+        factors: (B_j [out, r], A_j [r, in]), float32.
+    Returns:
+        B [out, r] and A [r, in], with B'B = A A' = the product's r largest singular values.
+    """
+    rank = factors[0][1].shape[0]
+    q_b, r_b = torch.linalg.qr(torch.cat([b * w for w, (b, _) in zip(weights, factors, strict=True)], 1))
+    q_a, r_a = torch.linalg.qr(torch.cat([a for _, a in factors], 0).T)
+    u, s, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    root = s[:rank].sqrt()
+    b, a = q_b @ (u[:, :rank] * root), (root[:, None] * vt[:rank]) @ q_a.T
+    short = rank - len(root)  # fewer rows or columns than the rank
+    return torch.nn.functional.pad(b, (0, short)), torch.nn.functional.pad(a, (0, 0, 0, short))

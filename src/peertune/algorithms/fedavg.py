@@ -1,0 +1,156 @@
+"""Federated averaging over a server, its proximal and adaptive forms; with an adapter it is FedIT.
+
+Each round the server draws a share of the peers; those train from the common model for K steps or E epochs, send what
+they have, and get back
+
+    average    x <- sum_i (n_i / n) x_i                          FedAvg (McMahan et al. 2017, arXiv 1602.05629, alg. 1)
+    adam       x <- x + lr m / (sqrt(v) + tau)                   FedAdam (Reddi et al. 2021, arXiv 2003.00295, alg. 2)
+    nesterov   x <- x - lr (d + mu b),  b <- mu b + d            DiLoCo (Douillard et al. 2023, arXiv 2311.08105)
+
+with d = x - sum_i (n_i / n) x_i the pseudo-gradient, m and v its moments. FedProx (Li et al. 2020, arXiv 1812.06127,
+eq. 2) adds mu / 2 ||x_i - x||^2 to a peer's loss. FedIT (arXiv 2305.05644) is FedAvg of LoRA's factors.
+
+The server is a peer of its own beside the N, without data: two hops a round, up and down. On a complete graph there is
+none: everybody sends to everybody and does the server's part for itself, with the bitwise same result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from peertune.algorithms.base import LocalReport
+from peertune.algorithms.local_steps import LocalSteps, LocalStepsConfig
+from peertune.config import AlgorithmConfig, Decays, NonNegative, TopologySection
+from peertune.exchange import Hop, Inbox
+from peertune.optim import adam_moments
+from peertune.peer import Peer
+from peertune.seeds import numpy_rng
+from peertune.topology import Topology
+
+
+class FedavgConfig(LocalStepsConfig):
+    reset_moments: bool = True
+    """Each round starts with a new optimiser, as a client that keeps no state does."""
+    participation: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """C: share of the peers drawn for a round."""
+    local_epochs: NonNegative = 0
+    """E: passes over a peer's own data a round; 0: local_steps steps, the same for all."""
+    proximal: Annotated[float, Field(ge=0)] = 0.0
+    """FedProx's mu."""
+    server_optimizer: Literal["average", "adam", "nesterov"] = "average"
+    """What the server does with the mean."""
+    server_lr: Annotated[float, Field(gt=0)] = 1.0
+    """The server's learning rate (adam, nesterov)."""
+    server_betas: Decays = (0.9, 0.99)
+    """Decay rates of the server's moments (adam). Default: FedAdam's."""
+    server_tau: Annotated[float, Field(gt=0)] = 1e-3
+    """What is added to sqrt(v) (adam). Default: FedAdam's."""
+    server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """mu of the server's Nesterov momentum. Default: DiLoCo's."""
+
+
+class Fedavg(LocalSteps):
+    Config = FedavgConfig
+    config: FedavgConfig
+
+    def __init__(self, peer: Peer, config: AlgorithmConfig, topology: Topology) -> None:
+        super().__init__(peer, config, topology)
+        self.server: dict[str, Tensor] = {}
+        """The server's moments; kept by every peer where there is no hub."""
+
+    @classmethod
+    def graph(cls, section: TopologySection) -> TopologySection:
+        kind = "complete" if section.kind == "complete" else "star"
+        return section.model_copy(update={"kind": kind, "weights": "samples"})
+
+    @classmethod
+    def has_hub(cls, section: TopologySection) -> bool:
+        return section.kind == "star"
+
+    @property
+    def hub(self) -> int:
+        """The server's index."""
+        return self.topology.num_peers
+
+    def shares(self) -> Sequence[float]:
+        """Weight of each peer among all: n_i / n."""
+        return [float(p) for p in self.topology.stationary]
+
+    def consensus(self, round: int) -> Sequence[float]:
+        return self.shares()
+
+    def agreement(self) -> Sequence[Hop]:
+        """None is needed: each round ends with one model."""
+        return ()
+
+    def sampled(self, round: int) -> list[int]:
+        """The peers that train in a round, ascending."""
+        n = self.topology.num_peers
+        count = max(1, int(self.config.participation * n + 0.5))
+        return sorted(int(i) for i in numpy_rng(self.peer.seed, "participation", round).choice(n, count, replace=False))
+
+    def num_local_steps(self, round: int) -> int:
+        if self.peer.index not in self.sampled(round):
+            return 0
+        if not self.config.local_epochs:
+            return self.config.local_steps
+        return self.peer.num_steps(self.config.local_epochs)
+
+    def local(self, round: int) -> LocalReport | None:
+        self.anchor = {name: self.masters.snapshot(name) for name in self.common}
+        return super().local(round)
+
+    def adjust_gradients(self) -> None:
+        """grad += mu (x_i - x)."""
+        if self.config.proximal:
+            for name, anchor in self.anchor.items():
+                pull = (self.masters.snapshot(name) - anchor).mul_(self.config.proximal)
+                parameter = self.active[name]
+                parameter.grad = pull.to(parameter.dtype) if parameter.grad is None else parameter.grad.add_(pull)
+
+    def hops(self, round: int) -> Sequence[Hop]:
+        shares, chosen = self.shares(), self.sampled(round)
+        total = sum(shares[i] for i in chosen)
+        n = self.topology.num_peers
+        if not self.topology.has_hub:
+            return (Hop("gossip", {(i, j): shares[i] / total for i in chosen for j in range(n)}),)
+        up = Hop("up", {(i, self.hub): shares[i] / total for i in chosen})
+        return up, Hop("down", {(self.hub, j): 1.0 for j in range(n)})
+
+    def mix(self, hop: Hop, inbox: Inbox) -> None:
+        if hop.name == "down":
+            super().mix(hop, inbox)
+            return
+        for name in self.common:
+            before = self.masters.snapshot(name) if self.peer.index == self.hub else self.anchor[name]
+            self.masters.write(name, self.serve(name, before, inbox.mean(name)))
+
+    def serve(self, name: str, before: Tensor, mean: Tensor) -> Tensor:
+        """The server's step on one parameter: the new common value, float32, of its shape."""
+        c = self.config
+        if c.server_optimizer == "average":
+            return mean
+        if c.server_optimizer == "adam":
+            m, v = (self.server_state(f"{kind}/{name}", before) for kind in ("exp_avg", "exp_avg_sq"))
+            adam_moments(m, v, mean - before, c.server_betas)
+            return before.addcdiv(m, v.sqrt().add_(c.server_tau), value=c.server_lr)
+        pseudo_gradient = before - mean
+        buffer = self.server_state(f"momentum/{name}", before).mul_(c.server_momentum).add_(pseudo_gradient)
+        return before - c.server_lr * pseudo_gradient.add_(buffer, alpha=c.server_momentum)
+
+    def server_state(self, key: str, like: Tensor) -> Tensor:
+        """A tensor of the server's, zero at first."""
+        if key not in self.server:
+            self.server[key] = torch.zeros_like(like)
+        return self.server[key]
+
+    def extra_tensors(self) -> Mapping[str, Tensor]:
+        return self.server
+
+    def load_extra_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        self.server.update(tensors)

@@ -1,0 +1,71 @@
+"""GT-Adam: gradient tracking with adaptive momentum (Carnevale et al., arXiv 2009.01745), with K local steps.
+
+Every peer steps along s_i, which tracks the mean gradient, in place of its own gradient g_i:
+
+    x_i <- sum_j w_ij (x_j - lr adam(s_j))        s_i <- sum_j w_ij s_j + g_i(new) - g_i(old)
+
+Written with the correction c_i = s_i - g_i, whose sum over peers is zero, it takes local steps as K-GT does
+(Liu et al., arXiv 2301.01313, algorithm 1): c_i stays over the K steps, z_i is the mean of s_i = g_i + c_i over them,
+and
+
+    c_i <- c_i - z_i + sum_j w_ij z_j
+
+At K = 1 that is the tracker above. The paper adds the step after mixing; here, as in every method, it comes before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from peertune.algorithms.base import LocalReport
+from peertune.algorithms.local_steps import LocalSteps, LocalStepsConfig
+from peertune.exchange import Hop, Inbox, Payload
+
+TRACKED = "tracked/"
+
+
+class GtConfig(LocalStepsConfig):
+    pass
+
+
+class Gt(LocalSteps):
+    Config = GtConfig
+    correction: Mapping[str, Tensor]
+    """c_i of each common parameter, float32."""
+    tracked: dict[str, Tensor]
+    """z_i of the round at hand, float32."""
+
+    def local(self, round: int) -> LocalReport | None:
+        if round == 0:
+            self.correction = {name: self.masters.snapshot(name).zero_() for name in self.common}
+        self.tracked = {name: torch.zeros_like(c) for name, c in self.correction.items()}
+        return super().local(round)
+
+    def adjust_gradients(self) -> None:
+        """g_i -> s_i = g_i + c_i."""
+        share = 1 / self.config.local_steps
+        for name, correction in self.correction.items():
+            parameter = self.active[name]
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            tracked = parameter.grad.float() + correction
+            self.tracked[name].add_(tracked, alpha=share)
+            parameter.grad = tracked.to(parameter.dtype)
+
+    def outgoing(self, hop: Hop) -> Payload:
+        return {**super().outgoing(hop), **{TRACKED + name: z for name, z in self.tracked.items()}}
+
+    def mix(self, hop: Hop, inbox: Inbox) -> None:
+        super().mix(hop, inbox)
+        self.correction = {
+            name: c - self.tracked[name] + inbox.mean(TRACKED + name) for name, c in self.correction.items()
+        }
+
+    def extra_tensors(self) -> Mapping[str, Tensor]:
+        return self.correction
+
+    def load_extra_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        self.correction = tensors

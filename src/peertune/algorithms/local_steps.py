@@ -1,0 +1,162 @@
+"""Rounds of K local AdamW steps on everything that is trained, then an exchange: what most methods have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from peertune.algorithms.base import Algorithm, LocalReport
+from peertune.config import AlgorithmConfig, Decays, Positive
+from peertune.exchange import Hop, Inbox, Payload
+from peertune.model.blocks import Block
+from peertune.optim import Moments, adam_step, clip_gradients, learning_rate
+from peertune.peer import Peer
+from peertune.topology import Topology
+
+
+class LocalStepsConfig(AlgorithmConfig):
+    """Keys of every method that takes K local steps a round."""
+
+    rounds: Positive = 100
+    """T: rounds of local steps and exchange. Default: Dec-LoRA's longest."""
+    local_steps: Positive = 5
+    """K: local steps of a round. Default: Dec-LoRA's."""
+    alphas: Decays = (0.9, 0.999)
+    """Adam's decay rates a1, a2. Default: Adam's own."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Adam's epsilon. Default: Adam's own."""
+    reset_moments: bool = False
+    """Set Adam's moments back to zero at the start of each round."""
+
+
+class LocalSteps(Algorithm):
+    """x_{i,t+1} = sum_j w_ij (x_j after K AdamW steps on F_j). Subclasses say what is sent and how it is mixed."""
+
+    Config: ClassVar[type[AlgorithmConfig]] = LocalStepsConfig
+
+    def __init__(self, peer: Peer, config: AlgorithmConfig, topology: Topology) -> None:
+        super().__init__(peer, config, topology)
+        assert isinstance(config, LocalStepsConfig)
+        self.config = config
+        self.active: dict[str, torch.nn.Parameter] = {}
+        self.moments: dict[str, Moments] = {}
+        self.num_taken = 0
+        """Local steps this peer has taken."""
+
+    def arrange(self, blocks: list[Block]) -> list[Block]:
+        return [Block(0, "all", tuple(name for block in blocks for name in block.parameters), 0)]
+
+    @property
+    def num_rounds(self) -> int:
+        return self.config.rounds
+
+    def num_local_steps(self, round: int) -> int:
+        """Local steps this peer takes in a round; 0: it has no part in it."""
+        return self.config.local_steps
+
+    def trains(self, name: str, round: int) -> bool:
+        """Whether a parameter is trained in a round."""
+        return True
+
+    def local(self, round: int) -> LocalReport | None:
+        """K AdamW steps."""
+        count = self.num_local_steps(round)
+        if not count:
+            return None
+        self.activate(round)
+        total = self.num_rounds * count
+        losses, norms = [], []
+        for n in range(count):
+            losses.append(self.peer.backward(self.num_taken, self.config.grad_accumulation))
+            self.adjust_gradients()
+            norms.append(clip_gradients(self.active, self.config.max_grad_norm))
+            lr = learning_rate(self.config, round * count + n, total)
+            self.step(lr)
+            self.num_taken += 1
+        return LocalReport(torch.stack(losses).mean(), torch.stack(norms).mean(), lr)
+
+    def activate(self, round: int) -> None:
+        """Let gradients reach what the round trains, and have moments for it."""
+        names = tuple(name for name in self.blocks[0].parameters if self.trains(name, round))
+        if tuple(self.active) != names:
+            self.active = self.peer.model.activate(Block(0, "all", names, 0))
+            for name in self.active:
+                self.masters.activate(name)
+        if self.config.reset_moments:
+            self.moments = {}
+        for name, parameter in self.active.items():
+            if name not in self.moments:
+                self.moments[name] = Moments.zeros(parameter)
+
+    def adjust_gradients(self) -> None:
+        """Change the gradients at hand before they are clipped and used."""
+
+    def step(self, lr: float) -> None:
+        """AdamW on the gradients at hand."""
+        a1, a2 = self.config.alphas
+        for name, parameter in self.active.items():
+            moments = self.moments[name]
+            moments.num_steps += 1
+            adam_step(
+                self.masters,
+                name,
+                moments,
+                lr=lr,
+                alphas=self.config.alphas,
+                corrections=(1 - a1**moments.num_steps, 1 - a2**moments.num_steps),
+                eps=self.config.eps,
+                weight_decay=self.config.weight_decay,
+            )
+            parameter.grad = None
+
+    def outgoing(self, hop: Hop) -> Payload:
+        return {name: self.masters.snapshot(name) for name in self.common}
+
+    def mix(self, hop: Hop, inbox: Inbox) -> None:
+        for name in self.common:
+            self.masters.write(name, inbox.mean(name))
+
+    def position(self, round: int) -> Mapping[str, int]:
+        return {"outer_round": round, "block": 0, "inner_step": 0}
+
+    def is_boundary(self, round: int) -> bool:
+        """Ten times a run."""
+        return (round + 1) % max(1, self.num_rounds // 10) == 0
+
+    def shared_names(self, round: int | None = None) -> Sequence[str]:
+        return [name for name in self.common if round is None or self.trains(name, round)]
+
+    def state_dict(self, round: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, plain = super().state_dict(round)
+        if not self.config.reset_moments:
+            for name, moments in self.moments.items():
+                tensors |= {f"exp_avg/{name}": moments.exp_avg, f"exp_avg_sq/{name}": moments.exp_avg_sq}
+        tensors |= {f"state/{name}": t for name, t in self.extra_tensors().items()}
+        return tensors, plain | {
+            "num_taken": self.num_taken,
+            "num_steps": {name: m.num_steps for name, m in self.moments.items()},
+        }
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any], round: int) -> None:
+        super().load_state_dict(tensors, plain, round)
+        device = self.peer.model.device
+        self.num_taken = int(plain["num_taken"])
+        self.moments = {
+            name: Moments(tensors[f"exp_avg/{name}"].to(device), tensors[f"exp_avg_sq/{name}"].to(device), int(count))
+            for name, count in plain["num_steps"].items()
+            if f"exp_avg/{name}" in tensors
+        }
+        prefix = "state/"
+        extra = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        self.load_extra_tensors({name: t.to(device) for name, t in extra.items()})
+
+    def extra_tensors(self) -> Mapping[str, Tensor]:
+        """A subclass's tensors that outlive a round."""
+        return {}
+
+    def load_extra_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up what `extra_tensors` gave."""

@@ -1,0 +1,113 @@
+"""NoLoCo (arXiv 2506.10911): DiLoCo without the all-reduce; outer steps within small random groups.
+
+phi_i are the slow weights, Delta_i = theta_i - phi_i the change of H inner steps, bars are means over i's group:
+
+    b_i   <- mu b_i + Delta_bar
+    phi_i <- phi_i + lr (Delta_bar + mu b_i) + gamma (phi_bar - phi_i)
+
+The last term pulls a group's slow weights together; where all are equal (one group of all peers) it vanishes, and this
+is DiLoCo. The authors' code (jkolehm/noloco, sparse_optimizer_c.py) has heavy-ball momentum, phi <- phi + lr b, and
+passes the pull through it; `nesterov = false` gives the former, and the pull outside of the momentum is ours.
+
+A group of two is an edge: a random matching of the graph, so that a firewall's graph is respected; on a complete graph
+these are the paper's random pairs. Larger groups need a complete graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from peertune.algorithms.base import LocalReport
+from peertune.algorithms.local_steps import LocalSteps, LocalStepsConfig
+from peertune.config import AlgorithmConfig, Positive
+from peertune.errors import ConfigError
+from peertune.exchange import Hop, Inbox, Payload
+from peertune.peer import Peer
+from peertune.seeds import numpy_rng
+from peertune.topology import Topology
+
+CHANGE = "change/"
+
+
+class NolocoConfig(LocalStepsConfig):
+    local_steps: Positive = 50
+    """H: inner steps of a round."""
+    lr: Annotated[float, Field(gt=0)] = 4e-4
+    """Peak inner learning rate. Default: DiLoCo's."""
+    group_size: Annotated[int, Field(ge=2)] = 2
+    """Peers that average with each other in a round. Default: NoLoCo's."""
+    outer_lr: Annotated[float, Field(gt=0)] = 0.7
+    """Outer learning rate. Default: NoLoCo's."""
+    outer_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """mu of the outer momentum. Default: NoLoCo's."""
+    nesterov: bool = True
+    """Nesterov's form of the outer momentum, as DiLoCo; false: heavy ball."""
+    gamma: Annotated[float, Field(ge=0, le=1)] = 0.7
+    """Pull of slow weights towards their group's mean."""
+
+
+class Noloco(LocalSteps):
+    Config = NolocoConfig
+    config: NolocoConfig
+
+    def __init__(self, peer: Peer, config: AlgorithmConfig, topology: Topology) -> None:
+        super().__init__(peer, config, topology)
+        self.momentum: dict[str, Tensor] = {}
+        n = topology.num_peers
+        if min(self.config.group_size, n) > 2 and len(topology.edges) < n * (n - 1) // 2:
+            raise ConfigError(
+                f"algorithm.group_size: got {self.config.group_size} on a graph that is not complete, where groups are"
+                " edges; expected 2, or set topology.kind = 'complete'"
+            )
+
+    def groups(self, round: int) -> list[list[int]]:
+        """Disjoint groups of peers that average in a round; a peer in none of them is on its own."""
+        rng, size, n = numpy_rng(self.peer.seed, "groups", round), self.config.group_size, self.topology.num_peers
+        if size > 2:
+            order = [int(i) for i in rng.permutation(n)]
+            count = max(1, n // size)
+            return [sorted(order[i::count]) for i in range(count)]
+        groups: list[list[int]] = []
+        taken: set[int] = set()
+        for e in rng.permutation(len(self.topology.edges)):
+            edge = self.topology.edges[e]
+            if taken.isdisjoint(edge):
+                taken.update(edge)
+                groups.append(list(edge))
+        return groups
+
+    def hops(self, round: int) -> Sequence[Hop]:
+        groups = self.groups(round)
+        alone = [[i] for i in set(range(self.topology.num_peers)).difference(*groups)]
+        return (Hop("gossip", {(i, j): 1 / len(g) for g in groups + alone for i in g for j in g}),)
+
+    def local(self, round: int) -> LocalReport | None:
+        self.slow = {name: self.masters.snapshot(name) for name in self.common}
+        return super().local(round)
+
+    def outgoing(self, hop: Hop) -> Payload:
+        change = {CHANGE + name: self.masters.snapshot(name).sub_(slow) for name, slow in self.slow.items()}
+        return {**change, **self.slow}
+
+    @torch.no_grad()
+    def mix(self, hop: Hop, inbox: Inbox) -> None:
+        mu, lr = self.config.outer_momentum, self.config.outer_lr
+        for name, slow in self.slow.items():
+            change = inbox.mean(CHANGE + name)
+            if name not in self.momentum:
+                self.momentum[name] = torch.zeros_like(slow)
+            buffer = self.momentum[name].mul_(mu).add_(change)
+            step = change.add_(buffer, alpha=mu) if self.config.nesterov else buffer
+            pull = inbox.mean(name).sub_(slow)
+            self.masters.write(name, slow + step * lr + pull * self.config.gamma)
+
+    def extra_tensors(self) -> Mapping[str, Tensor]:
+        return self.momentum
+
+    def load_extra_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        self.momentum = dict(tensors)

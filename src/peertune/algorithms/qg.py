@@ -1,0 +1,62 @@
+"""QG-DAdam: quasi-global momentum with Adam (Lin et al. 2021, arXiv 2102.04761), with K local steps.
+
+The buffers m and v are not fed by local gradients but by how the model moved over the whole round, mixing included,
+which at a consensus is the same for all peers:
+
+    d = x_t - x_{t+1},  u = d / ||d||          m <- a1 m + (1 - a1) u        v <- a2 v + (1 - a2) u u
+
+A local step uses them with its fresh gradient g, but leaves them as they are:
+
+    x <- x - lr (a1 m + (1 - a1) g) / (sqrt(a2 v + (1 - a2) g g) + eps)
+
+The norm is over all that is trained. Dividing by the weights 1 - a^(t+1) that have entered is Adam's own correction.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from peertune.algorithms.base import LocalReport
+from peertune.algorithms.local_steps import LocalSteps, LocalStepsConfig
+from peertune.exchange import Hop, Inbox
+from peertune.optim import adam_moments, adam_step
+
+
+class QgConfig(LocalStepsConfig):
+    pass
+
+
+class Qg(LocalSteps):
+    Config = QgConfig
+
+    def local(self, round: int) -> LocalReport | None:
+        self.anchor = {name: self.masters.snapshot(name) for name in self.common}
+        return super().local(round)
+
+    def step(self, lr: float) -> None:
+        a1, a2 = self.config.alphas
+        for name, parameter in self.active.items():
+            moments = self.moments[name]
+            count = moments.num_steps + 1
+            adam_step(
+                self.masters,
+                name,
+                moments,
+                lr=lr,
+                alphas=self.config.alphas,
+                corrections=(1 - a1**count, 1 - a2**count),
+                eps=self.config.eps,
+                weight_decay=self.config.weight_decay,
+                keep_moments=False,
+            )
+            parameter.grad = None
+
+    @torch.no_grad()
+    def mix(self, hop: Hop, inbox: Inbox) -> None:
+        super().mix(hop, inbox)
+        moved = {name: self.anchor[name] - self.masters.snapshot(name) for name in self.common}
+        norm = torch.nn.utils.get_total_norm(list(moved.values()))
+        for name, d in moved.items():
+            moments = self.moments[name]
+            adam_moments(moments.exp_avg, moments.exp_avg_sq, d / norm if norm > 0 else d, self.config.alphas)
+            moments.num_steps += 1

@@ -1,0 +1,327 @@
+"""The methods beside DECA: against NumPy references on quadratic losses, and against each other where they coincide."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from peertune.algorithms import ALGORITHMS
+from peertune.algorithms.alternating_lora import AlternatingLora, AlternatingLoraConfig
+from peertune.algorithms.dec_lora import DecLora, DecLoraConfig
+from peertune.algorithms.decaf import average_product
+from peertune.algorithms.diloco import Diloco, DilocoConfig
+from peertune.algorithms.fedavg import Fedavg, FedavgConfig
+from peertune.algorithms.gt import TRACKED, Gt, GtConfig
+from peertune.algorithms.local_steps import LocalSteps, LocalStepsConfig
+from peertune.algorithms.noloco import Noloco, NolocoConfig
+from peertune.algorithms.qg import Qg, QgConfig
+from peertune.algorithms.rw_lora import RwLora, RwLoraConfig
+from peertune.config import TopologySection
+from peertune.errors import ConfigError
+from peertune.topology import Topology, build_topology
+from tests.quadratic import NUM_PEERS, SIZE, QuadraticPeer, gradient, simulate, start, weights_of
+
+LR, K, ROUNDS = 0.02, 3, 4
+SHORT: dict[str, Any] = {"lr": LR, "local_steps": K, "rounds": ROUNDS}
+COUNTS = [3, 1, 4, 2, 5]
+
+
+def graph(kind: Any = "ring", weights: Any = "metropolis", hub: bool = False, num_peers: int = NUM_PEERS) -> Topology:
+    built = build_topology(TopologySection(kind=kind, weights=weights), num_peers, 0, COUNTS[:num_peers])
+    return replace(built, has_hub=hub)
+
+
+def server(num_peers: int = NUM_PEERS) -> Topology:
+    return graph("star", "samples", hub=True, num_peers=num_peers)
+
+
+class Adam:
+    """Adam's moments of one peer, float64."""
+
+    def __init__(self) -> None:
+        self.m: Any = 0.0
+        self.v: Any = 0.0
+        self.t = 0
+
+    def step(self, g: np.ndarray) -> np.ndarray:
+        """What is taken from theta, over lr."""
+        self.t += 1
+        self.m, self.v = 0.9 * self.m + 0.1 * g, 0.999 * self.v + 0.001 * g * g
+        moved: np.ndarray = self.m / (1 - 0.9**self.t) / (np.sqrt(self.v / (1 - 0.999**self.t)) + 1e-8)
+        return moved
+
+
+def descend(peer: int, theta: np.ndarray, adam: Adam, first_step: int) -> np.ndarray:
+    """K Adam steps of one peer."""
+    for n in range(K):
+        theta = theta - LR * adam.step(gradient(peer, first_step + n, theta))
+    return theta
+
+
+def test_local_steps_and_gossip_are_the_numpy_reference() -> None:
+    topology = graph()
+    theta, adams = np.tile(start(), (NUM_PEERS, 1)), [Adam() for _ in range(NUM_PEERS)]
+    for t in range(ROUNDS):
+        theta = np.array([descend(i, theta[i], adams[i], t * K) for i in range(NUM_PEERS)])
+        theta = topology.weights @ theta
+    np.testing.assert_allclose(weights_of(simulate(DecLora, DecLoraConfig(**SHORT), topology)), theta, atol=2e-5)
+
+
+@pytest.mark.parametrize("steps", [1, K])
+def test_gt_is_the_numpy_reference_and_tracks_the_mean_gradient(steps: int) -> None:
+    topology = graph()
+    config = GtConfig(lr=LR, local_steps=steps, rounds=ROUNDS)
+    theta, adams = np.tile(start(), (NUM_PEERS, 1)), [Adam() for _ in range(NUM_PEERS)]
+    c = np.zeros_like(theta)
+    for t in range(ROUNDS):
+        z, own = np.zeros_like(theta), np.zeros_like(theta)
+        for n in range(steps):
+            g = np.array([gradient(i, t * steps + n, theta[i]) for i in range(NUM_PEERS)])
+            z, own = z + (g + c) / steps, own + g / steps
+            theta = theta - LR * np.array([adams[i].step(g[i] + c[i]) for i in range(NUM_PEERS)])
+        members = simulate(Gt, config, topology, t + 1)
+        tracked = np.array([np.concatenate([m.algorithm.tracked[n].numpy() for n in "ab"]) for m in members])  # type: ignore[attr-defined]
+        np.testing.assert_allclose(tracked, z, atol=1e-4)
+        np.testing.assert_allclose(tracked.mean(0), own.mean(0), atol=1e-5)
+        theta, c = topology.weights @ theta, c - z + topology.weights @ z
+        np.testing.assert_allclose(weights_of(members), theta, atol=2e-5)
+    assert np.abs(c).max() > 0.1, "the correction must be worth something"
+    assert any(name.startswith(TRACKED) for name in members[0].algorithm.outgoing(members[0].algorithm.hops(0)[0]))
+
+
+def test_qg_is_the_numpy_reference() -> None:
+    topology = graph()
+    theta = np.tile(start(), (NUM_PEERS, 1))
+    m = v = np.zeros_like(theta)
+    for t in range(ROUNDS):
+        before = theta
+        for n in range(K):
+            g = np.array([gradient(i, t * K + n, theta[i]) for i in range(NUM_PEERS)])
+            half_m, half_v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+            theta = theta - LR * half_m / (1 - 0.9 ** (t + 1)) / (np.sqrt(half_v / (1 - 0.999 ** (t + 1))) + 1e-8)
+        theta = topology.weights @ theta
+        u = before - theta
+        u /= np.linalg.norm(u, axis=1, keepdims=True)
+        m, v = 0.9 * m + 0.1 * u, 0.999 * v + 0.001 * u * u
+    np.testing.assert_allclose(weights_of(simulate(Qg, QgConfig(**SHORT), topology)), theta, atol=5e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["average", "adam", "nesterov"])
+def test_fedavg_is_the_numpy_reference(optimizer: Any) -> None:
+    config = FedavgConfig(**SHORT, server_optimizer=optimizer, server_lr=0.7 if optimizer == "nesterov" else 0.05)
+    share = np.array(COUNTS) / sum(COUNTS)
+    x = start()
+    m = v = buffer = np.zeros_like(x)
+    for t in range(ROUNDS):
+        mean = share @ np.array([descend(i, x, Adam(), t * K) for i in range(NUM_PEERS)])
+        d = x - mean
+        m, v, buffer = 0.9 * m - 0.1 * d, 0.99 * v + 0.01 * d * d, 0.9 * buffer + d
+        if optimizer == "average":
+            x = mean
+        elif optimizer == "adam":
+            x = x + 0.05 * m / (np.sqrt(v) + 1e-3)
+        else:
+            x = x - 0.7 * (d + 0.9 * buffer)
+    members = simulate(Fedavg, config, server())
+    np.testing.assert_allclose(weights_of(members), np.tile(x, (NUM_PEERS + 1, 1)), atol=5e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"server_optimizer": "adam"}, {"participation": 0.5}, {"proximal": 0.5, "local_steps": 4}]
+)
+def test_fedavg_over_a_server_is_fedavg_on_a_complete_graph_bitwise(options: dict[str, Any]) -> None:
+    config = FedavgConfig(**{**SHORT, **options})
+    star = simulate(Fedavg, config, server())
+    complete = simulate(Fedavg, config, graph("complete", "samples"))
+    np.testing.assert_array_equal(weights_of(star)[:NUM_PEERS], weights_of(complete))
+    np.testing.assert_array_equal(weights_of(star), np.tile(weights_of(star)[0], (NUM_PEERS + 1, 1)))
+
+
+def test_the_proximal_term_pulls_towards_the_common_model() -> None:
+    def moved(mu: float) -> float:
+        config = FedavgConfig(lr=LR, local_steps=20, rounds=1, proximal=mu)
+        return float(np.linalg.norm(weights_of(simulate(Fedavg, config, server()))[0] - start()))
+
+    assert moved(100.0) < moved(1.0) < moved(0.0)
+
+
+def test_part_of_the_peers_train_and_all_get_the_model() -> None:
+    config = FedavgConfig(**SHORT, participation=0.4)
+    members = simulate(Fedavg, config, server())
+    taken = [m.algorithm.num_taken for m in members[:NUM_PEERS]]  # type: ignore[attr-defined]
+    assert sum(taken) == 2 * K * ROUNDS and len(set(taken)) > 1
+    sent = [m.exchange.bytes_sent for m in members]
+    model = 2 * SIZE * 4
+    assert sent == [t // K * model for t in taken] + [ROUNDS * NUM_PEERS * model]
+
+
+def test_dec_lora_on_a_complete_graph_is_fedit() -> None:
+    """FedIT is FedAvg of an adapter; here both train the same parameters."""
+    gossip = simulate(DecLora, DecLoraConfig(**SHORT, reset_moments=True), graph("complete", "samples"))
+    fedit = simulate(Fedavg, FedavgConfig(**SHORT), server())
+    np.testing.assert_array_equal(weights_of(gossip), weights_of(fedit)[:NUM_PEERS])
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_noloco_is_the_numpy_reference(nesterov: bool) -> None:
+    topology = graph("erdos_renyi")
+    config = NolocoConfig(**SHORT, nesterov=nesterov)
+    phi, buffer = np.tile(start(), (NUM_PEERS, 1)), np.zeros((NUM_PEERS, 2 * SIZE))
+    adams = [Adam() for _ in range(NUM_PEERS)]
+    for t in range(ROUNDS):
+        members = simulate(Noloco, config, topology, t + 1)
+        groups = members[0].algorithm.groups(t)  # type: ignore[attr-defined]
+        assert all(tuple(g) in topology.edges for g in groups)
+        mix = np.eye(NUM_PEERS)
+        for i, j in groups:
+            mix[np.ix_([i, j], [i, j])] = 0.5
+        change = mix @ (np.array([descend(i, phi[i], adams[i], t * K) for i in range(NUM_PEERS)]) - phi)
+        buffer = 0.5 * buffer + change
+        phi = phi + 0.7 * (change + 0.5 * buffer if nesterov else buffer) + 0.7 * (mix @ phi - phi)
+        np.testing.assert_allclose(weights_of(members), phi, atol=5e-5)
+
+
+def test_noloco_with_one_group_is_diloco() -> None:
+    outer: dict[str, Any] = {"local_steps": K, "rounds": ROUNDS, "lr": LR}
+    noloco = NolocoConfig(**outer, group_size=NUM_PEERS, outer_momentum=0.9)
+    diloco = simulate(Diloco, DilocoConfig(**outer), server())
+    alike = simulate(Noloco, noloco, graph("complete"))
+    np.testing.assert_allclose(weights_of(alike), weights_of(diloco)[:NUM_PEERS], atol=1e-6)
+    with pytest.raises(ConfigError, match="group_size: got 5 on a graph that is not complete"):
+        simulate(Noloco, noloco, graph("ring"))
+
+
+STEPS = [name for name, method in ALGORITHMS.items() if issubclass(method, LocalSteps)]
+
+
+@pytest.mark.parametrize("name", set(STEPS) - {"qg", "diloco", "noloco", "decaf"})
+def test_a_lone_peer_takes_adamw_steps(name: str) -> None:
+    """With nobody to mix with, a method is torch's AdamW; those with an outer optimiser have forms of their own."""
+    method = ALGORITHMS[name]
+    config = method.Config(**{**SHORT, "weight_decay": 0.1, "reset_moments": False})
+    topology = server(1) if issubclass(method, Fedavg) else graph(num_peers=1)
+    [found, *_] = weights_of(simulate(method, config, topology))
+    theta = torch.tensor(start(), dtype=torch.float32, requires_grad=True)
+    optimizer = torch.optim.AdamW([theta], lr=LR, weight_decay=0.0)
+    for step in range(K * ROUNDS):
+        theta.grad = torch.tensor(gradient(0, step, theta.detach().double().numpy()), dtype=torch.float32)
+        optimizer.step()
+    np.testing.assert_allclose(found, theta.detach().numpy(), atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["noloco", "diloco"])
+def test_a_lone_peer_of_an_outer_optimiser_is_lookahead_with_nesterov(name: str) -> None:
+    method = ALGORITHMS[name]
+    options = {"outer_momentum": 0.9} if name == "noloco" else {}
+    config = method.Config(**SHORT, **options)
+    [found, *_] = weights_of(simulate(method, config, server(1) if name == "diloco" else graph(num_peers=1)))
+    phi = torch.tensor(start(), requires_grad=True)
+    outer, adam = torch.optim.SGD([phi], lr=0.7, momentum=0.9, nesterov=True), Adam()
+    for t in range(ROUNDS):
+        before = phi.detach().numpy()
+        phi.grad = torch.tensor(before - descend(0, before, adam, t * K))
+        outer.step()
+    np.testing.assert_allclose(found, phi.detach().numpy(), atol=2e-5)
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("round", [1, 3])
+def test_a_resumed_peer_goes_on_bitwise(name: str, round: int) -> None:
+    from peertune.runtimes import Member, play_round
+    from peertune.runtimes.simulation import Mailbox
+
+    method = ALGORITHMS[name]
+    topology = server() if issubclass(method, Fedavg) else graph("complete")
+    options = {"server_optimizer": "adam", "participation": 0.5} if name == "fedavg" else {}
+    config = method.Config(**SHORT, **options)
+    if name == "decaf":
+        pytest.skip("its mix is of factors, which these peers have none of; tests/test_run.py kills and resumes it")
+    whole, half = simulate(method, config, topology), simulate(method, config, topology, round)
+    mailbox, fresh = Mailbox(), []
+    for index, member in enumerate(half):
+        tensors, plain = member.algorithm.state_dict(round)
+        peer: Any = QuadraticPeer(index)
+        peer.batches = None if member.is_hub else ()
+        algorithm = method(peer, config, topology)
+        algorithm.load_state_dict({n: t.clone() for n, t in tensors.items()}, plain, round)
+        fresh.append(Member(algorithm, mailbox.endpoint(index)))
+    for r in range(round, ROUNDS):
+        play_round(r, fresh)
+    np.testing.assert_array_equal(weights_of(fresh), weights_of(whole))
+
+
+def random_factors(shapes: list[int], out: int = 17, into: int = 11) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    rng = torch.Generator().manual_seed(0)
+    return [(torch.randn(out, r, generator=rng), torch.randn(r, into, generator=rng)) for r in shapes]
+
+
+def test_decaf_finds_the_best_factors_of_the_average_product() -> None:
+    factors, weights = random_factors([3, 3, 3]), [0.5, 0.2, 0.3]
+    product = sum(w * b @ a for w, (b, a) in zip(weights, factors, strict=True))
+    b, a = average_product(weights, factors)
+    u, s, vt = torch.linalg.svd(product)
+    torch.testing.assert_close(b @ a, u[:, :3] * s[:3] @ vt[:3], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(b.T @ b, a @ a.T, rtol=1e-4, atol=1e-4)
+
+
+def test_decaf_of_rank_at_least_the_sum_of_ranks_is_the_exact_average() -> None:
+    factors, weights = random_factors([2, 2, 2]), [0.5, 0.25, 0.25]
+    product = sum(w * b @ a for w, (b, a) in zip(weights, factors, strict=True))
+    padded = [(torch.nn.functional.pad(b, (0, 4)), torch.nn.functional.pad(a, (0, 0, 0, 4))) for b, a in factors]
+    b, a = average_product(weights, padded)
+    assert b.shape == (17, 6) and a.shape == (6, 11)
+    torch.testing.assert_close(b @ a, product, rtol=1e-4, atol=1e-4)
+
+
+def test_decaf_of_a_rank_beyond_the_layers_width_is_padded() -> None:
+    factors = random_factors([8, 8], out=5, into=4)
+    b, a = average_product([0.5, 0.5], factors)
+    assert b.shape == (5, 8) and a.shape == (8, 4)
+    torch.testing.assert_close(b @ a, (factors[0][0] @ factors[0][1] + factors[1][0] @ factors[1][1]) / 2)
+
+
+def test_the_walk_keeps_to_the_graph_and_costs_a_message_a_move() -> None:
+    topology = graph("ring")
+    members = simulate(RwLora, RwLoraConfig(**{**SHORT, "rounds": 30}), topology)
+    algorithm = members[0].algorithm
+    assert isinstance(algorithm, RwLora)
+    moves = [(i, j) for i, j in zip(algorithm.walk, algorithm.walk[1:], strict=False) if i != j]
+    assert moves and all((min(m), max(m)) in topology.edges for m in moves)
+    assert sum(m.exchange.bytes_sent for m in members) == len(moves) * 2 * SIZE * 4
+    steps = [m.algorithm.num_taken for m in members]  # type: ignore[attr-defined]
+    assert steps == [K * algorithm.walk[:-1].count(i) for i in range(NUM_PEERS)]
+    assert algorithm.consensus(30)[algorithm.walk[-1]] == 1 == sum(algorithm.consensus(30))
+
+
+def test_one_factor_is_trained_at_a_time() -> None:
+    def phases(kind: Any, **options: Any) -> list[bool]:
+        config = AlternatingLoraConfig(rounds=6, **options)
+        peer: Any = QuadraticPeer(0)
+        method = AlternatingLora(peer, config, graph(kind))
+        names = ["q_proj.lora_A.default.weight", "q_proj.lora_B.default.weight"]
+        trained = [[method.trains(name, round) for name in names] for round in range(6)]
+        assert all(a != b for a, b in trained)
+        return [b for _, b in trained]
+
+    assert phases("complete") == [True, False] * 3
+    assert phases("ring") == [True, True, False, False, True, True], "a slower graph needs longer phases"
+    assert phases("complete", phase_rounds=3) == [True] * 3 + [False] * 3
+
+
+def test_local_modules_never_leave_their_peer() -> None:
+    config = DecLoraConfig(**SHORT, local_modules=["b"])
+    members = simulate(DecLora, config, graph("complete"))
+    found = weights_of(members)
+    assert np.ptp(found[:, :SIZE], axis=0).max() < 1e-6 < np.ptp(found[:, SIZE:], axis=0).max()
+    assert all(set(m.algorithm.outgoing(m.algorithm.hops(0)[0])) == {"a"} for m in members)
+    with pytest.raises(ConfigError, match="leave something to share"):
+        simulate(DecLora, DecLoraConfig(**SHORT, local_modules=["a", "b"]), graph())
+
+
+def test_the_base_class_is_a_method_too() -> None:
+    config = LocalStepsConfig(**SHORT)
+    np.testing.assert_array_equal(
+        weights_of(simulate(LocalSteps, config, graph())), weights_of(simulate(DecLora, DecLoraConfig(**SHORT), graph()))
+    )
