@@ -22,8 +22,8 @@ from _harness import finish
 
 from peertune.algorithms import METHODS
 from peertune.config import load_recipe
-from peertune.model.load import load_model
-from peertune.run import Silent, Simulation, prepare_data
+from peertune.prepare import prepare_data, prepare_model
+from peertune.run import Silent, Simulation
 from peertune.run_folder import RunFolder
 
 SHARED = Path(os.environ.get("PEERTUNE_TEST_DATA") or Path(__file__).parents[2] / "shared")
@@ -86,7 +86,7 @@ def simulation(settings: list[str], folder: str) -> Simulation:
     config, _ = load_recipe(None, settings, METHODS)
     device = torch.device("cpu")
     data = prepare_data(config, None)
-    return Simulation(config, RunFolder(Path(folder)), data, load_model(config.model, device), device, Silent(), [])
+    return Simulation(config, RunFolder(Path(folder)), data, prepare_model(config, device, None), device, Silent(), [])
 
 
 if __name__ == "__main__":

@@ -323,5 +323,6 @@ def test_local_modules_never_leave_their_peer() -> None:
 def test_the_base_class_is_a_method_too() -> None:
     config = LocalStepsConfig(**SHORT)
     np.testing.assert_array_equal(
-        weights_of(simulate(LocalSteps, config, graph())), weights_of(simulate(DecLora, DecLoraConfig(**SHORT), graph()))
+        weights_of(simulate(LocalSteps, config, graph())),
+        weights_of(simulate(DecLora, DecLoraConfig(**SHORT), graph())),
     )

@@ -56,9 +56,8 @@ def test_every_method_runs_learns_and_leaves_a_model(name: str, dtype: str, tmp_
     assert summary["seed"] == 0 and summary["peak_memory_bytes"] > 1e6 and summary["wall_s"] > 0
     assert len(summary["weights"]) == models and 0 <= summary["lambda2"] <= 1
     assert [e["round"] for e in events(out, "round")] == list(range(summary["rounds"]))
-    if config.algorithm.adapter == "bottleneck":
-        return
-    module = AutoModelForCausalLM.from_pretrained(out / "model")
+    remote = config.algorithm.adapter == "bottleneck"
+    module = AutoModelForCausalLM.from_pretrained(out / "model", trust_remote_code=remote)
     assert module.config.vocab_size == len(AutoTokenizer.from_pretrained(out / "model"))
     assert (out / "report.html").stat().st_size > 10_000
 
@@ -116,8 +115,10 @@ class Killed(BaseException):
     """Ends a run as a signal would: nothing in the code catches it."""
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, "float32") for name in ALGORITHMS] + [(name, "bfloat16") for name in ("deca", "pooled", "dpsgd", "fedavg")],
+)
 def test_a_killed_run_goes_on_bitwise(
     name: str, dtype: str, tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -142,7 +142,7 @@ def _summary_table(summary: dict[str, Any]) -> Table:
     for column in ("held-out", "before", "average model", "peers' own, mean", "worst peer"):
         table.add_column(column, justify="left" if column == "held-out" else "right")
     for name, value in metrics["average_model"].items():
-        own = [peer[name] for peer in metrics["peers"]]
+        own = [peer[name] for peer in metrics.get("personal", metrics["peers"])]
         worst = max(own) if name in ("loss", "perplexity") else min(own)
         table.add_row(name, *(f"{v:.4f}" for v in (metrics["before"][name], value, sum(own) / len(own), worst)))
     sent = summary["bytes_sent_per_peer"]
@@ -154,13 +154,17 @@ def _summary_table(summary: dict[str, Any]) -> Table:
 
 
 def _print_paths(out: Path) -> None:
+    exported = next(folder for folder in (out / "model", out / "adapter") if folder.exists())
     print(f"report: {out / 'report.html'}")
-    print(f"model:  {out / 'model'}")
-    print(f"load it with: {_loading(out / 'model')}")
+    print(f"{exported.name + ':':<8}{exported}")
+    print(f"load it with: {_loading(exported)}")
 
 
 def _loading(folder: Path) -> str:
-    return f"transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+    if (folder / "adapter_config.json").exists():
+        return f"peft.AutoPeftModelForCausalLM.from_pretrained({str(folder)!r})"
+    code = ", trust_remote_code=True" if any(folder.glob("modeling_*.py")) else ""
+    return f"transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r}{code})"
 
 
 def _quiet_libraries() -> None:

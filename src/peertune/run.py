@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -328,14 +328,10 @@ class Simulation:
         own = dict(self.average.module.named_parameters())
         weights = self.method.consensus(round)
         for name in self.method.shared_names():
-            own[name].copy_(self.method.shared(name) if agreed else self._mean(name, weights))
-
-    def _mean(self, name: str, weights: Sequence[float]) -> Tensor:
-        first, *others = [(m.algorithm, w) for m, w in zip(self.peers, weights, strict=True)]
-        total = first[0].shared(name) * first[1]
-        for algorithm, weight in others:
-            total.add_(algorithm.shared(name), alpha=weight)
-        return total
+            if agreed:
+                own[name].copy_(self.method.shared(name))
+            else:
+                own[name].copy_(_weighted_mean((member.algorithm.shared(name) for member in self.peers), weights))
 
     def _consensus_distance(self, round: int) -> float | None:
         """sqrt(mean_i ||theta_i - mean||^2) over the tensors that the round trained; None for a lone model."""
@@ -343,9 +339,9 @@ class Simulation:
             return None
         total, weights = 0.0, self.method.consensus(round + 1)
         for name in self.method.shared_names(round):
-            mean = self._mean(name, weights)
-            for member in self.peers:
-                total += float(torch.linalg.vector_norm(member.algorithm.shared(name).sub_(mean))) ** 2
+            held = [member.algorithm.shared(name) for member in self.peers]
+            mean = _weighted_mean(held, weights)
+            total += sum(float(torch.linalg.vector_norm(tensor.sub_(mean))) ** 2 for tensor in held)
         return math.sqrt(total / len(self.peers))
 
     def _wall_s(self) -> float:
@@ -357,6 +353,16 @@ class Simulation:
         trained = sum(sizes[n] for block in self.blocks for n in block.parameters)
         largest = max(sum(sizes[n] for n in block.parameters) for block in self.method.blocks)
         return (GENERATIONS + 1) * len(self.members) * (4 * trained + 8 * largest) + 4 * sum(sizes.values())
+
+
+def _weighted_mean(tensors: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
+    """sum_i w_i x_i in the order given: float32, a new tensor."""
+    pairs = zip(tensors, weights, strict=True)
+    first, weight = next(pairs)
+    total = first * weight
+    for tensor, weight in pairs:
+        total.add_(tensor, alpha=weight)
+    return total
 
 
 def _require_finite(what: str, value: float) -> None:

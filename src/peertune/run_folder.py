@@ -22,7 +22,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from peertune.errors import CheckpointError, StorageError
-from peertune.model.adapters import core_of, merge_adapter
+from peertune.model.adapters import bottleneck_code, core_of, merge_adapter
 
 FREE_KEYS = {"run.out", "run.log_every", "run.checkpoint_every", "eval.every"}
 """Keys that a resumed run may change: they do not touch what is computed."""
@@ -165,10 +165,13 @@ def save_trained(
 
 
 def save_model(folder: Path, module: Any, tokenizer: Any) -> None:
-    """Write a model and its tokenizer in the format that `from_pretrained` loads."""
+    """Write a model and its tokenizer in the format that `from_pretrained` loads; bottlenecks bring their code."""
     with storage_errors(folder):
         module.config.use_cache = True
+        code = bottleneck_code(module)
         module.save_pretrained(folder)
+        for name, text in code.items():
+            (folder / name).write_text(text, encoding="utf-8")
         tokenizer.save_pretrained(folder)
 
 

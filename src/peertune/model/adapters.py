@@ -7,35 +7,22 @@ Its weights are float32 whatever the base is held in.
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from peertune.config import AlgorithmConfig
 from peertune.errors import ConfigError, ModelError
+from peertune.model import bottleneck
 from peertune.model.blocks import find_layers
+from peertune.model.bottleneck import add_bottlenecks
 
-
-class Bottleneck(nn.Module):
-    """h <- h + U gelu(D h), D [size, hidden], U [hidden, size] (Houlsby et al. 2019, arXiv 1902.00751, section 2.1).
-
-    One stands behind each transformer layer; the paper's two a layer stand inside it. U starts at zero.
-    """
-
-    def __init__(self, hidden: int, size: int, device: torch.device) -> None:
-        super().__init__()
-        self.down = nn.Linear(hidden, size, device=device)
-        self.up = nn.Linear(size, hidden, device=device)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        inner = F.gelu(self.down(hidden.to(self.down.weight.dtype)))
-        added: Tensor = self.up(inner)
-        return hidden + added.to(hidden.dtype)
+CODE = "modeling_with_bottlenecks"
+"""Name of the module that an exported model with bottlenecks brings along."""
 
 
 def add_adapter(module: nn.Module, settings: AlgorithmConfig, seed: int) -> nn.Module:
@@ -88,6 +75,26 @@ def merge_adapter(module: nn.Module, base: nn.Module) -> nn.Module | None:
     return merged.merge_and_unload()  # type: ignore[no-any-return, operator]
 
 
+def bottleneck_code(module: nn.Module) -> Mapping[str, str]:
+    """Files that let `from_pretrained(..., trust_remote_code=True)` rebuild a model with bottlenecks, by name.
+
+    Also notes in the model's config which of them to run. Empty for a model without bottlenecks.
+    """
+    prefix, layers = find_layers(module)
+    first: Any = layers[0]
+    if not hasattr(first, "bottleneck"):
+        return {}
+    base, size = type(module).__name__, first.bottleneck.down.out_features
+    hidden = first.bottleneck.down.in_features
+    module.config.auto_map = {"AutoModelForCausalLM": f"{CODE}.{base}"}  # type: ignore[union-attr]
+    stub = (
+        f"import transformers\n\nfrom .bottleneck import add_bottlenecks\n\n\nclass {base}(transformers.{base}):\n"
+        f"    def __init__(self, config):\n        super().__init__(config)\n"
+        f"        add_bottlenecks(self.get_submodule({prefix!r}), {hidden}, {size})\n"
+    )
+    return {f"{CODE}.py": stub, "bottleneck.py": inspect.getsource(bottleneck)}
+
+
 def _add_peft(module: nn.Module, settings: AlgorithmConfig) -> nn.Module:
     import peft
 
@@ -127,6 +134,8 @@ def _wrap(module: nn.Module, config: Any) -> nn.Module:
     with warnings.catch_warnings():
         # peft asks transformers by a name that is on its way out.
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        # GPT-2's layers hold their weights transposed; peft sees that and says so.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out", category=UserWarning)
         wrapped = peft.get_peft_model(module, config)
     wrapped.train()
     for parameter in wrapped.parameters():
@@ -136,19 +145,9 @@ def _wrap(module: nn.Module, config: Any) -> nn.Module:
 
 
 def _add_bottlenecks(module: nn.Module, size: int) -> nn.Module:
-    hidden = module.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
-    for layer in find_layers(module)[1]:
-        device = next(layer.parameters()).device
-        layer.add_module("bottleneck", Bottleneck(hidden, size, device))
-        layer.register_forward_hook(_through_bottleneck)
-    return module
-
-
-def _through_bottleneck(layer: nn.Module, _inputs: Any, output: Any) -> Any:
-    """A function of the module, not a closure, so that a deep copy of a layer uses the copy's own adapter."""
-    if isinstance(output, tuple):
-        return (layer.bottleneck(output[0]), *output[1:])  # type: ignore[operator]
-    return layer.bottleneck(output)  # type: ignore[operator]
+    embeddings = module.get_input_embeddings().weight  # type: ignore[operator]
+    add_bottlenecks(find_layers(module)[1], embeddings.shape[1], size)
+    return module.to(embeddings.device)
 
 
 def _is_peft(module: nn.Module) -> bool:

@@ -1,0 +1,174 @@
+"""Adapters on every architecture: they learn, share the base, start the same on every peer, and are exported."""
+
+import copy
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from peertune.config import AlgorithmConfig, ModelSection
+from peertune.data.batches import Batch
+from peertune.errors import ConfigError
+from peertune.evaluate import evaluate
+from peertune.export import export
+from peertune.model.adapters import adapter_names, add_adapter, merge_adapter
+from peertune.model.blocks import partition_blocks
+from peertune.model.language_model import LanguageModel
+from peertune.model.load import clone_model
+from peertune.prepare import prepare_data
+from peertune.run import run
+from tests.recipes import recipe
+from tests.shapes import ARCHITECTURES, VOCABULARY, make_model
+
+KINDS: list[Any] = ["lora", "bottleneck", "prompt", "prefix"]
+
+
+def batch() -> Batch:
+    ids = torch.randint(0, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    return Batch(ids, mask, mask.bool(), (0, 1, 2))
+
+
+def frozen(name: str) -> Any:
+    return make_model(name).requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_an_adapter_learns_and_leaves_the_base_as_it_is(name: str, kind: Any) -> None:
+    module = add_adapter(frozen(name), AlgorithmConfig(adapter=kind, rank=2), seed=0)
+    names = adapter_names(module)
+    clone = clone_model(module, names)
+    mine, theirs = dict(clone.named_parameters()), dict(module.named_parameters())
+    assert all((mine[n] is theirs[n]) == (n not in names) for n in mine), "only the adapter is a copy"
+    model = LanguageModel(clone, ModelSection())
+    assert model.has_plain_head
+    [block] = partition_blocks(clone, 0, only=names)
+    assert set(block.parameters) == names
+    active = model.activate(block)
+    optimizer = torch.optim.SGD(active.values(), lr=0.1)
+    before = {n: p.detach().clone() for n, p in mine.items()}
+    losses = []
+    for _ in range(8):
+        loss, count = model.loss_sum(batch())
+        (loss / count).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item() / count)
+    assert losses[-1] < losses[0]
+    moved = {n for n, p in mine.items() if not torch.equal(p, before[n])}
+    assert moved == names
+    plain = torch.nn.functional.cross_entropy(
+        model.all_logits(batch().input_ids)[:, :-1].flatten(0, 1), batch().input_ids[:, 1:].flatten()
+    )
+    assert model.loss_sum(batch())[0].item() / 33 == pytest.approx(plain.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["lora", "bottleneck"])
+def test_an_adapter_starts_as_the_identity(kind: Any) -> None:
+    base = LanguageModel(frozen("llama"), ModelSection()).loss_sum(batch())[0]
+    adapted = LanguageModel(add_adapter(frozen("llama"), AlgorithmConfig(adapter=kind), 0), ModelSection())
+    assert torch.equal(adapted.loss_sum(batch())[0], base)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_seed_alone_makes_an_adapters_first_weights(kind: Any) -> None:
+    def weights(seed: int) -> dict[str, torch.Tensor]:
+        torch.rand(1)  # the global state is of no consequence
+        module = add_adapter(frozen("llama"), AlgorithmConfig(adapter=kind), seed)
+        return {n: p for n, p in module.named_parameters() if p.requires_grad}
+
+    one, same, other = weights(1), weights(1), weights(2)
+    assert all(torch.equal(one[n], same[n]) for n in one)
+    assert not all(torch.equal(one[n], other[n]) for n in one)
+
+
+def test_merging_gives_the_adapted_models_output() -> None:
+    module = add_adapter(frozen("llama"), AlgorithmConfig(adapter="lora", rank=2), 0)
+    for name, parameter in module.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    expected = LanguageModel(copy.deepcopy(module), ModelSection()).all_logits(batch().input_ids)
+    merged: Any = merge_adapter(module, frozen("llama"))
+    assert not [n for n, _ in merged.named_parameters() if "lora" in n]
+    torch.testing.assert_close(merged(input_ids=batch().input_ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_that_is_not_there_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"algorithm.target_modules: got \['nowhere'\]"):
+        add_adapter(frozen("llama"), AlgorithmConfig(adapter="lora", target_modules=["nowhere"]), 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_label_scores_go_through_the_adapter(kind: Any, tmp_path: Path, micro_model: Path) -> None:
+    """Prompts run once and labels that go on from them give what running both together gives."""
+    from peertune.evaluate import label_scores, label_scores_plainly
+    from peertune.prepare import prepare_model
+
+    config = recipe(tmp_path, micro_model, algorithm={"name": "dec_lora", "adapter": kind})
+    data = prepare_data(config, None)
+    module = prepare_model(config, torch.device("cpu"), None)
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model = LanguageModel(module, config.model)
+    model.module.eval()
+    samples = sorted(data.test, key=lambda s: s.prompt_length)
+    with torch.no_grad():
+        fast = label_scores(model, samples, data.tokenizer.pad_token_id, data.labels)
+        plain = label_scores_plainly(model, samples, data.tokenizer.pad_token_id, data.labels)
+    torch.testing.assert_close(fast, plain, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_exported_is_what_was_measured(kind: Any, tmp_path: Path, micro_model: Path) -> None:
+    config = recipe(
+        tmp_path,
+        micro_model,
+        algorithm={"name": "fedavg", "adapter": kind, "rounds": 3, "local_steps": 3, "lr": 3e-2},
+    )
+    measured = run(config)["metrics"]["average_model"]
+    out = tmp_path / "out"
+    if kind in ("prompt", "prefix"):
+        from peft import AutoPeftModelForCausalLM
+
+        assert not (out / "model").exists()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+            module: Any = AutoPeftModelForCausalLM.from_pretrained(out / "adapter")
+    else:
+        module = AutoModelForCausalLM.from_pretrained(out / "model", trust_remote_code=kind == "bottleneck")
+    assert AutoTokenizer.from_pretrained(out / ("model" if (out / "model").exists() else "adapter")).pad_token_id == 0
+    data = prepare_data(config, None)
+    again = evaluate(LanguageModel(module, config.model), data.test, 0, labels=data.labels)
+    assert again == pytest.approx(measured, rel=1e-4)
+    export(out, tmp_path / "copy")
+    assert any((tmp_path / "copy").glob("*.safetensors"))
+
+
+def test_only_the_adapter_is_sent_and_checkpointed(tmp_path: Path, micro_model: Path) -> None:
+    summary = run(recipe(tmp_path, micro_model, algorithm={"name": "fedavg", "adapter": "prompt", "rounds": 2}))
+    prompt = 8 * 12 * 4  # virtual tokens x hidden x float32
+    assert summary["bytes_sent_per_peer"] == [2 * prompt] * 4 and summary["bytes_sent_by_hub"] == 8 * prompt
+    held = sum(f.stat().st_size for f in (tmp_path / "out" / "checkpoints").rglob("state.safetensors"))
+    assert held < 2 * 5 * (3 * prompt + 1000)  # two generations of four peers and the hub: weights, two moments, header
+
+
+def test_personal_parts_stay_and_are_reported(tmp_path: Path, micro_model: Path) -> None:
+    summary = run(
+        recipe(
+            tmp_path,
+            micro_model,
+            algorithm={"name": "fedavg", "local_modules": ["lm_head"], "rounds": 6, "local_steps": 4},
+        )
+    )
+    metrics = summary["metrics"]
+    assert len(metrics["personal"]) == 4
+    assert len({m["loss"] for m in metrics["personal"]}) == 4, "each has a head of its own"
+    trained = json.loads((tmp_path / "out" / "events.jsonl").read_text().splitlines()[0])["model"]["trained"]
+    head = 261 * 12
+    assert summary["bytes_sent_per_peer"][0] <= 6 * 4 * (trained - head)
