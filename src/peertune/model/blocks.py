@@ -140,5 +140,6 @@ def block_table(model: nn.Module, blocks: Sequence[Block]) -> str:
     ]
     frozen = frozen_names(model, blocks)
     if frozen:
-        lines.append(f"frozen: {', '.join(frozen)} ({sum(sizes[n] for n in frozen):,} parameters)")
+        shown = ", ".join(frozen[:4]) + (f" and {len(frozen) - 4} more" if len(frozen) > 4 else "")
+        lines.append(f"frozen: {shown} ({sum(sizes[n] for n in frozen):,} parameters)")
     return "\n".join(lines)
