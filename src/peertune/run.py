@@ -26,6 +26,7 @@ from peertune.config import RunConfig
 from peertune.data.batches import Batches, UnionBatches
 from peertune.errors import CheckpointError, ConfigError, DivergedError
 from peertune.evaluate import Metrics, evaluate
+from peertune.link import Clock
 from peertune.memory import peak_bytes, reset_peak
 from peertune.model.blocks import Block, block_table, frozen_names, is_tied, partition_blocks
 from peertune.model.language_model import LanguageModel
@@ -143,7 +144,8 @@ class Simulation:
             )
         self.num_models = 1 if method.pools_data else config.run.num_peers
         self.topology = self._topology()
-        mailbox = Mailbox()
+        self.clock = Clock(self.num_models, config.link)
+        mailbox = Mailbox(self.clock)
         own = {name for block in self.blocks for name in block.parameters}
         self.base_print = base_print(module, own)
         held = [data.train] if method.pools_data else [[rendered] for rendered in data.train]
@@ -186,6 +188,7 @@ class Simulation:
 
     def _round(self, round: int) -> None:
         reports = play_round(round, self.members, self.topology)
+        self.clock.local([report.cpu_s for report in reports])
         losses = [float(report.loss) for report in reports]
         last = round + 1 == self.method.num_rounds
         for peer, (loss, report) in enumerate(zip(losses, reports, strict=True)):
@@ -194,6 +197,8 @@ class Simulation:
         if round % self.config.run.log_every == 0 or last:
             self.folder.event("round", **self._round_event(round, reports, losses))
         every = self.config.eval.every
+        if not every and self.config.eval.points:
+            every = max(1, self.method.num_rounds // self.config.eval.points)
         if every and (round + 1) % every == 0 and not last:
             self._load_average()
             self.folder.event("eval", round=round + 1, average_model=self._evaluate(self.average), peers=None)
@@ -226,6 +231,9 @@ class Simulation:
             "bytes_sent_per_peer": self._bytes_sent(),
             "rounds": rounds,
             "wall_s": wall_s,
+            "cpu_s": sum(self.clock.cpu_s),
+            "cpu_s_per_peer": self.clock.cpu_s,
+            "simulated_s": self.clock.simulated_s,
             "peak_memory_bytes": peak,
             "weights": self.topology.weights.tolist(),
             "lambda2": self.topology.second_eigenvalue,
@@ -274,6 +282,7 @@ class Simulation:
             member.algorithm.peer.batches.load_state_dict(plain["batches"])
             member.exchange.load_state_dict(plain["exchange"])
             self.before, elapsed = plain["before"], plain["wall_s"]
+            self.clock.load_state_dict(plain["clock"])
         self.started = time.monotonic() - elapsed
         self.progress.note(f"{self.folder.path}: resuming after round {done} of {self.method.num_rounds}")
         then = self.folder.read_recipe().get("versions")
@@ -292,6 +301,7 @@ class Simulation:
                 "base": self.base_print,
                 "before": self.before,
                 "wall_s": self._wall_s(),
+                "clock": self.clock.state_dict(),
             }
             self.store.save(member.index, done, tensors, state)
         self.store.prune()
@@ -351,6 +361,8 @@ class Simulation:
             "bytes_sent": self._bytes_sent(),
             "epochs": [member.algorithm.peer.batches.epochs for member in self.members],
             "wall_s": self._wall_s(),
+            "cpu_s": sum(self.clock.cpu_s),
+            "simulated_s": self.clock.simulated_s,
         }
 
     def _start_event(self) -> Mapping[str, Any]:

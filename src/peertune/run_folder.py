@@ -22,7 +22,10 @@ from safetensors import SafetensorError
 
 from peertune.errors import CheckpointError, StorageError
 
-FREE_KEYS = {"run.out", "run.log_every", "run.checkpoint_every", "eval.every"}
+FREE_KEYS = {
+    *("run.out", "run.log_every", "run.checkpoint_every", "eval.every", "eval.points"),
+    *("link.bandwidth_mbit", "link.latency_ms"),
+}
 """Keys that a resumed run may change: they do not touch what is computed."""
 
 

@@ -5,8 +5,9 @@ A process plays the peers it hosts: all N in simulation, one where every peer is
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peertune.algorithms.base import Algorithm, LocalReport
 from peertune.exchange import Exchange, Hop, Inbox, Payload, agreement
@@ -29,11 +30,17 @@ class Member:
 
 def play_round(round: int, members: Sequence[Member], topology: Topology) -> list[LocalReport]:
     """One round of every hosted peer: the local phase, then each hop."""
-    reports = [member.algorithm.local(round) for member in members]
+    reports = [_timed_local(round, member) for member in members]
     for hop in members[0].algorithm.hops(round, topology):
         for member, inbox in _carry(round, hop, members, lambda member, hop: member.algorithm.outgoing(hop)):
             member.algorithm.mix(hop, inbox)
     return reports
+
+
+def _timed_local(round: int, member: Member) -> LocalReport:
+    start = time.process_time()
+    report = member.algorithm.local(round)
+    return replace(report, cpu_s=time.process_time() - start)
 
 
 def agree(round: int, members: Sequence[Member], topology: Topology) -> int:
