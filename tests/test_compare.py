@@ -173,8 +173,8 @@ def test_tuning_chooses_by_validation_rows_and_never_reads_the_test_file(
 
     monkeypatch.setattr(prepare, "load_table", spy)
     monkeypatch.setattr(runs, "run", counted)
-    # A rate of 1e300 diverges; one of 1e-9 leaves the base as it is.
-    found, _ = make(algorithms="deca,local", tune="lr=1e-9,1e-2,1e300")
+    # A rate of 3e37 diverges; one of 1e-9 leaves the base as it is.
+    found, _ = make(algorithms="deca,local", tune="lr=1e-9,1e-2,3e37")
     assert [choice.best for choice in found.tuned] == [1e-2, 1e-2]
     assert [choice.is_at_edge for choice in found.tuned] == [False, False]
     assert [choice.qualities[2] for choice in found.tuned] == [None, None]
@@ -190,7 +190,7 @@ def test_tuning_chooses_by_validation_rows_and_never_reads_the_test_file(
     for name in ("deca", "local"):
         cell = summary_of(tmp_path / "compared" / "cells" / name / "seed-1")
         assert cell["config"]["algorithm"]["lr"] == 1e-2
-    again, told = make(algorithms="deca,local", tune="lr=1e-9,1e-2,1e300")
+    again, told = make(algorithms="deca,local", tune="lr=1e-9,1e-2,3e37")
     assert told.cells == [] and again.tuned == found.tuned, "what diverged is not tried again either"
 
 

@@ -34,16 +34,14 @@ class Curve:
     marks: Sequence[Mark]
 
 
-def curve_chart(
-    curves: Sequence[Curve], *, x_title: str, y_title: str, show_x: Show, show_y: Show, x_from_zero: bool = True
-) -> str:
-    """Lines through each curve's points, a bar at each point over its range.
+def curve_chart(curves: Sequence[Curve], *, x_title: str, y_title: str, show_x: Show, show_y: Show) -> str:
+    """Lines through each curve's points, a bar at each point over its range; x starts at zero.
 
     Returns:
         HTML.
     """
     marks = [mark for curve in curves for mark in curve.marks]
-    x_axis = linear_axis(0.0 if x_from_zero else min(m.x for m in marks), max(m.x for m in marks))
+    x_axis = linear_axis(0.0, max(m.x for m in marks))
     y_axis = linear_axis(min(m.low for m in marks), max(m.high for m in marks))
     grid = "".join(f'<path class="grid" d="M0 {_down(y_axis, t):.1f}H{SIZE}"/>' for t in y_axis.ticks)
     shapes = "".join(_shape(curve, x_axis, y_axis) for curve in curves)

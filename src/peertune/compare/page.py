@@ -38,6 +38,7 @@ SECTIONS = {
     "memory": "Over memory",
     "peers": "Peers",
     "pairs": "Pairs",
+    "tuning": "Tuning",
     "fairness": "What is shared",
     "recipe": "Recipe",
 }
@@ -55,7 +56,7 @@ def render(
     metric = rows[0].metric
     title = " · ".join(esc(name, 40) for name in cells)
     colors = {name: peer_color(i) for i, name in enumerate(cells)}
-    sections = {**SECTIONS, **({"tuning": "Tuning"} if tuned else {})}
+    sections = {id: name for id, name in SECTIONS.items() if id != "tuning" or tuned}
     links = "".join(f'<a href="#{id}">{name}</a>' for id, name in sections.items())
     direction = "higher" if shown(metric).share else "lower"
     facts = [
@@ -162,7 +163,6 @@ def _over_memory(cells: Cells, colors: Mapping[str, str], metric: str) -> str:
         y_title=_y_title(metric),
         show_x=memory,
         show_y=shown(metric).show,
-        x_from_zero=False,
     )
 
 

@@ -8,12 +8,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from peertune.compare.cells import Cell, is_better, shown
 from peertune.compare.grid import Tuned
 from peertune.compare.stats import LEVEL, Pair, mean, spread
-from peertune.report.text import NONE, duration, memory, number, plural, traffic
+from peertune.report.results import Metric
+from peertune.report.text import NONE, count, duration, memory, percent, plural, traffic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,16 +49,16 @@ class Row:
 HEAD = {
     "contestant": "method",
     "mean": "",
-    "spread": "over seeds",
     "worst_peer": "worst peer",
     "macro_f1": "macro F1",
-    "samples": "samples a peer",
-    "bytes_sent": "sent a peer",
-    "peak_memory_bytes": "peak memory",
-    "cpu_s": "CPU a peer",
-    "simulated_s": "simulated time",
+    "samples": "samples",
+    "bytes_sent": "sent",
+    "peak_memory_bytes": "memory",
+    "cpu_s": "CPU",
+    "simulated_s": "simulated",
     "tuned": "tuned",
 }
+"""Titles of the columns; samples, bytes and CPU time are a peer's. The metric's own title stands for the empty one."""
 
 
 def row(contestant: str, cells: Sequence[Cell], tuned: Tuned | None) -> Row:
@@ -85,11 +87,10 @@ def cells_of(row: Row, keys: Sequence[str]) -> list[str]:
     metric = shown(row.metric)
     texts = {
         "contestant": row.contestant,
-        "mean": metric.show(row.mean),
-        "spread": NONE if row.spread is None else f"± {metric.show(row.spread)}",
+        "mean": _with_spread(row, metric),
         "worst_peer": metric.show(row.worst_peer),
         "macro_f1": NONE if row.macro_f1 is None else shown("macro_f1").show(row.macro_f1),
-        "samples": number(row.samples),
+        "samples": count(row.samples),
         "bytes_sent": traffic(row.bytes_sent),
         "peak_memory_bytes": memory(row.peak_memory_bytes),
         "cpu_s": duration(row.cpu_s),
@@ -97,6 +98,14 @@ def cells_of(row: Row, keys: Sequence[str]) -> list[str]:
         "tuned": row.tuned,
     }
     return [texts[key] for key in keys]
+
+
+def _with_spread(row: Row, metric: Metric) -> str:
+    """ "61.1 ± 4.8 %": the unit once."""
+    if row.spread is None:
+        return metric.show(row.mean)
+    center = metric.show(row.mean).removesuffix("%").rstrip() if metric.share else metric.show(row.mean)
+    return f"{center} ± {metric.show(row.spread)}"
 
 
 def heads(rows: Sequence[Row]) -> list[str]:
@@ -113,9 +122,14 @@ def columns(rows: Sequence[Row]) -> list[str]:
 def terminal_table(rows: Sequence[Row]) -> Table:
     """The table as rich draws it."""
     direction = "higher" if shown(rows[0].metric).share else "lower"
-    table = Table(title=f"held-out {shown(rows[0].metric).title} ({direction} is better), {_seeds(rows[0].num_seeds)}")
+    table = Table(
+        title=f"held-out {shown(rows[0].metric).title} ({direction} is better), {_seeds(rows[0].num_seeds)}",
+        caption="mean ± standard deviation over seeds; samples, bytes sent and CPU time are a peer's",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     for index, title in enumerate(heads(rows)):
-        table.add_column(title, justify="right" if index else "left")
+        table.add_column(title, justify="right" if index else "left", no_wrap=index > 0)
     for each in rows:
         table.add_row(*cells_of(each, columns(rows)))
     return table
@@ -159,7 +173,8 @@ def markdown(rows: Sequence[Row], found: Sequence[Pair], sentences: Sequence[str
     return "\n\n".join(parts) + "\n"
 
 
-PAIR_HEAD = ["pair", "mean difference", f"{LEVEL:.0%} interval", "larger than the seed noise"]
+_LEVEL = percent(LEVEL, 0)
+PAIR_HEAD = ["pair", "mean difference", f"{_LEVEL} interval", "larger than the seed noise"]
 
 
 def pair_cells(pair: Pair, metric: str) -> list[str]:
@@ -182,23 +197,24 @@ def verdicts(found: Sequence[Pair], metric: str) -> list[str]:
             said = "equal" if pair.difference == 0 else f"{ahead} is ahead by {size}"
             sentences.append(f"{pair.one} and {pair.other}: {said} with this one seed.")
             continue
-        interval = f"{LEVEL:.0%} interval {' to '.join(_change(end, metric) for end in pair.interval)}"
         over = f"in {_seeds(pair.num_seeds)}"
         if pair.is_clear:
+            ends = " to ".join(_amount(end, metric) for end in sorted(map(abs, pair.interval)))
             sentences.append(
-                f"{ahead} is better than {behind} in {title} by {size} {over}: larger than the seed noise ({interval}"
-                f" for {pair.one} − {pair.other})."  # noqa: RUF001
+                f"{ahead} is better than {behind} in {title} by {size} {over}: larger than the seed noise"
+                f" ({_LEVEL} interval {ends})."
             )
         else:
+            ends = " to ".join(_change(end, metric) for end in pair.interval)
             sentences.append(
                 f"{pair.one} and {pair.other}: the mean difference of {_change(pair.difference, metric)} {over} is not"
-                f" larger than the seed noise ({interval})."
+                f" larger than the seed noise ({_LEVEL} interval {ends})."
             )
     if found and found[0].interval is None:
         sentences.append("With one seed no noise can be told: no difference here is a finding; use --seeds 0,1,2.")
     elif len(found) > 1:
         sentences.append(
-            f"{len(found)} pairs are judged at {LEVEL:.0%} each: by chance alone one in {1 / (1 - LEVEL):.0f} would"
+            f"{len(found)} pairs are judged at {_LEVEL} each: by chance alone one in {1 / (1 - LEVEL):.0f} would"
             " look like a difference."
         )
     return sentences
