@@ -50,12 +50,12 @@ HEAD = {
     "contestant": "method",
     "mean": "",
     "worst_peer": "worst peer",
-    "macro_f1": "macro F1",
+    "macro_f1": "F1",
     "samples": "samples",
     "bytes_sent": "sent",
     "peak_memory_bytes": "memory",
     "cpu_s": "CPU",
-    "simulated_s": "simulated",
+    "simulated_s": "sim. time",
     "tuned": "tuned",
 }
 """Titles of the columns; samples, bytes and CPU time are a peer's. The metric's own title stands for the empty one."""
@@ -126,12 +126,17 @@ def terminal_table(rows: Sequence[Row]) -> Table:
         title=f"held-out {shown(rows[0].metric).title} ({direction} is better), {_seeds(rows[0].num_seeds)}",
         caption="mean ± standard deviation over seeds; samples, bytes sent and CPU time are a peer's",
         box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=0,
+        pad_edge=False,
     )
-    for index, title in enumerate(heads(rows)):
-        table.add_column(title, justify="right" if index else "left", no_wrap=index > 0)
-    for each in rows:
-        table.add_row(*cells_of(each, columns(rows)))
+    keys = [key for key in columns(rows) if key != "tuned"]  # a sentence below the table says it
+    texts = [cells_of(each, keys) for each in rows]
+    for index, title in enumerate(heads(rows)[: len(keys)]):
+        # Titles and names may wrap on a narrow terminal, numbers must not.
+        width = max(len(text[index]) for text in texts) if index else None
+        table.add_column(title, justify="right" if index else "left", min_width=width)
+    for text in texts:
+        table.add_row(*text)
     return table
 
 
