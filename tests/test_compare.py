@@ -84,6 +84,8 @@ def test_a_grid_is_run_once_and_written_in_every_form(
     slugs = ["deca", "local", "deca-discrepancy-none"]
     folders = [out / "cells" / slug / f"seed-{seed}" for slug in slugs for seed in (0, 1)]
     summaries = [summary_of(folder) for folder in folders]
+    measured = [line for line in (folders[0] / "events.jsonl").read_text().splitlines() if '"event": "eval"' in line]
+    assert len(measured) == 9, "before, after every second of 16 rounds"
     assert all((folder / "report.html").exists() and not (folder / "checkpoints").exists() for folder in folders)
     own = [s["metrics"]["average_model"]["accuracy"] for s in summaries]
     assert found.rows[0].mean == pytest.approx((own[0] + own[1]) / 2)
@@ -251,7 +253,8 @@ def test_the_byte_budget_is_kept_and_nearly_used_up(make: Callable[..., tuple[Co
 
 def test_the_budget_of_seconds_is_kept_roughly(make: Callable[..., tuple[Comparison, Quiet]]) -> None:
     found, _ = make(algorithms="deca,dpsgd", seeds="0", budget="seconds", overrides=["algorithm.inner_steps=16"])
-    assert found.rows[1].cpu_s == pytest.approx(found.rows[0].cpu_s, rel=0.6)
+    assert found.rows[1].cpu_s == pytest.approx(found.rows[0].cpu_s, rel=0.4)
+    assert found.rows[1].samples < found.rows[0].samples, "a step of all blocks takes longer than one of a block"
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -305,16 +308,18 @@ def test_pairing_sees_what_the_spread_hides_and_words_have_the_metrics_direction
 def test_recipes_are_contestants_and_the_command_prints_a_table(
     path: Path, tmp_path: Path, micro_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = tmp_path / "faster.toml"
+    other = tmp_path / "fast<er>.toml"
     write_toml(tree(tmp_path, micro_model, algorithm={"lr": 2e-2}, run={"out": "elsewhere"}), other)
     arguments = ["compare", str(path), str(other), "--seeds", "3", "--out", str(tmp_path / "c")]
     assert main([*arguments, "--set", "algorithm.inner_steps=1"]) == 0
     printed = capsys.readouterr()
-    assert "recipe" in printed.out and "faster" in printed.out and "no noise can be told" in printed.out
-    assert "[2/2] faster, seed 3" in printed.err
-    config = summary_of(tmp_path / "c" / "cells" / "faster" / "seed-3")["config"]
+    assert "recipe" in printed.out and "fast<er>" in printed.out and "no noise can be told" in printed.out
+    assert "[2/2] fast<er>, seed 3" in printed.err
+    config = summary_of(tmp_path / "c" / "cells" / "fast-er" / "seed-3")["config"]
     assert (config["run"]["seed"], config["algorithm"]["lr"], config["algorithm"]["inner_steps"]) == (3, 2e-2, 1)
     assert not Path("elsewhere").exists()
+    page = (tmp_path / "c" / "compare.html").read_text()
+    assert "fast&lt;er&gt;" in page and "<er>" not in page
 
 
 ONE = ["compare", "recipe.toml"]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from peertune.checkpoint import CheckpointStore
 from peertune.config import LinkSection
 from peertune.link import Clock, hop_seconds
 from peertune.run import run
@@ -39,6 +40,28 @@ def test_a_run_counts_each_hop_of_training_and_agreement(tmp_path: Path, micro_m
     # Gossip sends alike from all peers; in the agreement the busiest of each hop counts.
     assert summary["simulated_s"] * 1e3 / 8 >= max(summary["bytes_sent_per_peer"])
     assert summary["simulated_s"] * 1e3 / 8 <= sum(summary["bytes_sent_per_peer"])
+
+
+def test_simulated_time_goes_on_over_an_interruption(
+    tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over so slow a link that computing takes no share of it, an interrupted run has the time of a whole one."""
+    link = {"bandwidth_mbit": 1e-3, "latency_ms": 0.0}
+    whole = run(recipe(tmp_path, micro_model, link=link, run={"out": str(tmp_path / "whole")}))
+    prune = CheckpointStore.prune
+
+    def dying(self: CheckpointStore) -> None:
+        prune(self)
+        if self.newest_complete() == 8:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointStore, "prune", dying)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe(tmp_path, micro_model, link=link))
+    resumed = run(recipe(tmp_path, micro_model, link=link), resume=True)
+    assert resumed["simulated_s"] == pytest.approx(whole["simulated_s"], rel=1e-2)
+    assert len(resumed["cpu_s_per_peer"]) == 4
 
 
 def test_the_link_is_no_part_of_what_a_resumed_run_must_repeat(tmp_path: Path, micro_model: Path) -> None:

@@ -134,7 +134,7 @@ def terminal_table(rows: Sequence[Row]) -> Table:
     for index, title in enumerate(heads(rows)[: len(keys)]):
         # Titles and names may wrap on a narrow terminal, numbers must not.
         width = max(len(text[index]) for text in texts) if index else None
-        table.add_column(title, justify="right" if index else "left", min_width=width)
+        table.add_column(title, justify="right" if index else "left", min_width=width, overflow="fold")
     for text in texts:
         table.add_row(*text)
     return table
