@@ -53,7 +53,7 @@ def test_the_readmes_commands_run_in_their_order(workplace: Path) -> None:
     for command in commands:
         program, *arguments = shlex.split(command)
         assert program == "peertune"
-        assert main([*arguments, *(SHORT if arguments[0] == "run" else [])]) == 0, command
+        assert main([*arguments, *(SHORT if arguments[0] in ("run", "compare") else [])]) == 0, command
 
 
 def test_the_readmes_scripts_exist_and_its_tree_is_true() -> None:

@@ -11,6 +11,7 @@ LAYERS = [
     "memory",
     "topology",
     "exchange",
+    "link",
     "data",
     "model",
     "optim",
@@ -26,6 +27,7 @@ LAYERS = [
     "run",
     "export",
     "demo",
+    "compare",
     "cli",
     "__main__",
 ]

@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,6 +27,7 @@ examples:
   peertune run recipe.toml --out runs/first         carry out a recipe
   peertune run recipe.toml --set algorithm.lr=1e-4 --set topology.kind=ring --out runs/second
   peertune run recipe.toml --out runs/first --resume
+  peertune compare recipe.toml --algorithms deca,local --seeds 0,1,2 --out runs/compared
   peertune eval runs/first/model --data test.jsonl --task classification
 """
 
@@ -65,6 +67,22 @@ class Bars:
         self._bars.update(self._task, completed=done, loss="" if loss is None else f"loss {loss:.3f}")
 
 
+class GridBars:
+    """Shows a comparison's progress: a line a cell, and a cell's own bar while it runs."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def note(self, message: str) -> None:
+        Bars(self._console).note(message)
+
+    @contextmanager
+    def cell(self, label: str, number: int, total: int) -> Iterator[Bars]:
+        self._console.print(f"[{number}/{total}] {label}", markup=False, highlight=False, emoji=False, soft_wrap=True)
+        with Bars(self._console, f"[{number}/{total}]") as bars:
+            yield bars
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     options = _parser().parse_args(arguments)
@@ -77,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"peertune: error: {error}", markup=False, highlight=False, emoji=False, soft_wrap=True)
         return error.exit_code
     except KeyboardInterrupt:
-        resumable = "; go on with --resume" if options.command is _run else ""
+        ways = {_run: "; go on with --resume", _compare: "; the same command goes on"}
+        resumable = ways.get(options.command, "")
         console.print(f"peertune: interrupted{resumable}", markup=False)
         return 130
     return 0
@@ -109,6 +128,27 @@ def _demo(options: argparse.Namespace, console: Console) -> None:
     table = demo(Path(options.out), bars)
     Console().print(table)
     _print_paths(Path(options.out) / "deca")
+
+
+def _compare(options: argparse.Namespace, console: Console) -> None:
+    from peertune.compare import Options, compare
+    from peertune.compare.table import terminal_table
+
+    asked = Options.parse(
+        options.recipes,
+        options.out,
+        algorithms=options.algorithms,
+        overrides=options.set,
+        seeds=options.seeds,
+        budget=options.budget,
+        tune=options.tune,
+    )
+    found = compare(asked, GridBars(console))
+    Console().print(terminal_table(found.rows))
+    for sentence in found.verdicts:
+        print(f"- {sentence}")
+    for kind, path in found.files.items():
+        print(f"{kind + ':':10}{path}")
 
 
 def _report(options: argparse.Namespace, console: Console) -> None:
@@ -246,6 +286,32 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="DECA on eight peers with Python's own standard library, in minutes")
     demo.add_argument("--out", default="peertune-demo", metavar="DIR")
     demo.set_defaults(command=_demo)
+
+    compare = commands.add_parser(
+        "compare",
+        help="methods side by side: the same data and budget, differences tested over seeds",
+        allow_abbrev=False,
+    )
+    compare.add_argument(
+        "recipes", nargs="+", metavar="RECIPE.toml", help="each a contestant, or one with --algorithms"
+    )
+    compare.add_argument(
+        "--algorithms", metavar="A,B,...", help="methods, each name or name:key=value, such as deca:discrepancy=none"
+    )
+    compare.add_argument("--seeds", default="0,1,2", metavar="S,S,...", help="run.seed of the cells; default: 0,1,2")
+    compare.add_argument(
+        "--set", action="append", default=[], metavar="section.key=value", help="override a key for all; repeatable"
+    )
+    compare.add_argument(
+        "--budget", default="samples", metavar="KIND", help="what all spend alike: samples (default), bytes or seconds"
+    )
+    compare.add_argument(
+        "--tune",
+        metavar="KEY=X,Y,...",
+        help="a grid of an [algorithm] key, chosen on validation rows, such as lr=1e-4,1e-3",
+    )
+    compare.add_argument("--out", default="runs/compared", metavar="DIR", help="folder; an unfinished one goes on")
+    compare.set_defaults(command=_compare)
 
     report = commands.add_parser("report", help="write a run's HTML page anew, also while the run goes on")
     report.add_argument("folder", metavar="DIR")

@@ -11,7 +11,7 @@ import json
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 
@@ -96,6 +96,8 @@ class DataSection(Section):
     """Sequences in a peer's batch."""
     max_samples: NonNegative = 0
     """Rows each peer keeps at most, chosen by the partition's seed; 0: all."""
+    validation_rows: NonNegative = 0
+    """Rows taken out of `train` before it is dealt, chosen by the partition's seed: never trained on. 0: none."""
     text_field: str = "text"
     text_b_field: str = "text_b"
     """Second text of a pair; used where a row has it."""
@@ -156,12 +158,36 @@ class AlgorithmConfig(Section):
     local_modules: list[str] = []
     """Personal parts: trained parameters whose name holds one of these texts never leave their peer."""
 
+    def num_steps(self, num_blocks: int) -> int:
+        """Local steps of a peer in a whole run, for a model of `num_blocks` blocks."""
+        raise NotImplementedError(f"{self.name}: a method's keys say how many local steps they make")
+
+    def with_steps(self, steps: int, num_blocks: int) -> Self:
+        """The same method with as near to `steps` local steps as its schedule allows.
+
+        Never more than `steps`, but for the shortest run that the schedule knows.
+        """
+        raise NotImplementedError(f"{self.name}: a method's keys say how they fit a number of local steps")
+
 
 class EvalSection(Section):
     every: NonNegative = 0
-    """Rounds between evaluations of the average model; 0: only before and after."""
+    """Rounds between evaluations of the average model; 0: only before and after, or as `points` says."""
+    points: NonNegative = 0
+    """Evaluations of the average model, evenly over the run, where `every` is 0."""
+    split: Literal["test", "validation"] = "test"
+    """What is evaluated: the rows of data.test, or those that data.validation_rows keeps back from data.train."""
     max_samples: NonNegative = 1000
     """Held-out rows used at most; 0: all."""
+
+
+class LinkSection(Section):
+    """The links that the simulated time supposes. No weight depends on them."""
+
+    bandwidth_mbit: Annotated[float, Field(gt=0)] = 100.0
+    """What a peer can send, megabits a second."""
+    latency_ms: Annotated[float, Field(ge=0)] = 20.0
+    """Time from a message's last byte sent to its arrival, milliseconds."""
 
 
 class RunConfig(Section):
@@ -171,6 +197,7 @@ class RunConfig(Section):
     topology: TopologySection = TopologySection()
     algorithm: SerializeAsAny[AlgorithmConfig] = AlgorithmConfig()
     eval: EvalSection = EvalSection()
+    link: LinkSection = LinkSection()
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved recipe as plain data; `from_dict` reads it back."""

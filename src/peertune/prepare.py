@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from peertune.config import RunConfig
 from peertune.data.chat import plain_template
-from peertune.data.load import load_table
+from peertune.data.load import Row, Table, load_table
 from peertune.data.partition import describe_partition, partition
 from peertune.data.render import Rendered, Sample, find_labels, label_tokens, render
-from peertune.errors import DataError, ModelError
+from peertune.errors import ConfigError, DataError, ModelError
 from peertune.model.adapters import adapter_names, add_adapter
 from peertune.model.blocks import Block, partition_blocks
 from peertune.model.load import load_model, load_tokenizer
@@ -31,6 +32,7 @@ class Prepared:
     train: list[Rendered]
     """By peer."""
     test: list[Sample]
+    """What is evaluated: held-out rows, or those kept back for validation."""
     labels: list[list[int]]
     """Token ids of each label; empty unless the task is classification."""
     classes: list[dict[str, Any]]
@@ -38,12 +40,26 @@ class Prepared:
 
 
 def prepare_data(config: RunConfig, base: Path | None) -> Prepared:
-    """Load, deal and tokenise the data. Raises DataError, and ModelError where the tokenizer cannot be used."""
+    """Load, deal and tokenise the data.
+
+    Raises:
+        ConfigError: rows for validation are to be evaluated, and none are kept back.
+        DataError, ModelError: the data or the tokenizer cannot be used.
+    """
     section, seed = config.data, config.run.seed
+    on_validation = config.eval.split == "validation"
+    if on_validation and not section.validation_rows:
+        raise ConfigError(
+            'eval.split: got "validation", but data.validation_rows = 0 keeps no rows back; set it, such as to 500'
+        )
     table = load_table(section.train, section, base=base)
-    test = load_table(section.test, section, base=base) if section.test else None
+    # Labels are those of all rows: one that only validation rows have is still a class.
     label_names = find_labels(table.rows, section) if section.task == "classification" else []
     partition_seed = seed if section.partition.seed is None else section.partition.seed
+    table, validation = keep_back(table, section.validation_rows, partition_seed)
+    test: list[Row] = validation
+    if not on_validation:
+        test = load_table(section.test, section, base=base).rows if section.test else []
     parts = partition(table.rows, table.source, config.run.num_peers, section, partition_seed)
     tokenizer = prepare_tokenizer(config, base)
     length = config.model.max_length
@@ -54,8 +70,8 @@ def prepare_data(config: RunConfig, base: Path | None) -> Prepared:
         except DataError as error:
             raise DataError(f"peer {peer}: {error}") from error
     held_out: list[Sample] = []
-    if test is not None:
-        held_out = render(test.rows, section, tokenizer, length, label_names).samples
+    if test:
+        held_out = render(test, section, tokenizer, length, label_names).samples
         limit = config.eval.max_samples
         if limit and len(held_out) > limit:
             keep = numpy_rng(seed, "eval").choice(len(held_out), limit, replace=False)
@@ -67,6 +83,31 @@ def prepare_data(config: RunConfig, base: Path | None) -> Prepared:
         labels=label_tokens(tokenizer, label_names),
         classes=describe_partition(table.rows, parts, section),
     )
+
+
+def keep_back(table: Table, num_rows: int, seed: int) -> tuple[Table, list[Row]]:
+    """Split rows off for validation.
+
+    Args:
+        num_rows: how many; 0: none.
+        seed: the partition's.
+    Returns:
+        The rows to train on, in their order, and the others, in theirs.
+    Raises:
+        DataError: nothing would be left to train on.
+    """
+    if num_rows == 0:
+        return table, []
+    total = len(table.rows)
+    if num_rows >= total:
+        raise DataError(
+            f"data.validation_rows: got {num_rows} of {total} training rows, expected fewer than all of them; lower it"
+        )
+    kept = np.zeros(total, dtype=bool)
+    kept[numpy_rng(seed, "validation").choice(total, num_rows, replace=False)] = True
+    train = [i for i in range(total) if not kept[i]]
+    rows = Table([table.rows[i] for i in train], [table.source[i] for i in train])
+    return rows, [table.rows[i] for i in range(total) if kept[i]]
 
 
 def prepare_tokenizer(config: RunConfig, base: Path | None) -> Any:

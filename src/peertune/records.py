@@ -12,6 +12,7 @@ import peertune
 from peertune.algorithms.base import Algorithm, LocalReport
 from peertune.config import RunConfig
 from peertune.evaluate import Metrics
+from peertune.link import Clock
 from peertune.model.blocks import Block, frozen_names
 from peertune.prepare import Prepared
 from peertune.runtimes import Member
@@ -60,6 +61,7 @@ def round_event(
     members: Sequence[Member],
     reports: Sequence[LocalReport | None],
     consensus_distance: float | None,
+    clock: Clock,
     wall_s: float,
 ) -> dict[str, Any]:
     """What a round did; lists are by peer, with null for a peer that had no part in it."""
@@ -74,6 +76,8 @@ def round_event(
         "bytes_sent": bytes_sent(members),
         "epochs": [m.algorithm.peer.batches.epochs for m in members if m.algorithm.peer.batches is not None],
         "wall_s": wall_s,
+        "cpu_s": sum(clock.cpu_s),
+        "simulated_s": clock.simulated_s,
     }
 
 
@@ -81,6 +85,7 @@ def summary_of(
     config: RunConfig,
     members: Sequence[Member],
     metrics: Mapping[str, Metrics | list[Metrics]],
+    clock: Clock,
     wall_s: float,
     peak_memory_bytes: int,
 ) -> dict[str, Any]:
@@ -97,6 +102,9 @@ def summary_of(
         "bytes_sent_by_hub": hubs[0] if hubs else None,
         "rounds": members[0].algorithm.num_rounds,
         "wall_s": wall_s,
+        "cpu_s": sum(clock.cpu_s),
+        "cpu_s_per_peer": clock.cpu_s,
+        "simulated_s": clock.simulated_s,
         "peak_memory_bytes": peak_memory_bytes,
         "weights": topology.weights.tolist(),
         "lambda2": topology.second_eigenvalue,

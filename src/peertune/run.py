@@ -24,6 +24,7 @@ from peertune.config import RunConfig
 from peertune.data.batches import Batches, UnionBatches
 from peertune.errors import CheckpointError, ConfigError, DivergedError
 from peertune.evaluate import Metrics, evaluate
+from peertune.link import Clock
 from peertune.memory import peak_bytes, reset_peak
 from peertune.model.adapters import core_of
 from peertune.model.blocks import block_table, is_tied
@@ -153,7 +154,9 @@ class Simulation:
         own = {name for block in self.blocks for name in block.parameters}
         self.base_print = base_print(module, own)
         held = [data.train] if self.pools else [[rendered] for rendered in data.train]
-        mailbox = Mailbox()
+        num_models = 1 if self.pools else config.run.num_peers
+        self.clock = Clock(num_models, config.link)
+        mailbox = Mailbox(self.clock)
         hub: list[None] = [None] if self.topology.has_hub else []
         self.data_prints = [data_print(each) for each in held] + ["" for _ in hub]
         self.members: list[Member] = []
@@ -198,6 +201,7 @@ class Simulation:
 
     def _round(self, round: int) -> None:
         reports = play_round(round, self.members)
+        self.clock.local([0.0 if report is None else report.cpu_s for report in reports])
         last = round + 1 == self.method.num_rounds
         for peer, report in enumerate(reports):
             if report is not None:
@@ -205,8 +209,11 @@ class Simulation:
                 _require_finite(f"peer {peer}, round {round}: the gradient's norm", float(report.grad_norm))
         if round % self.config.run.log_every == 0 or last:
             distance = self._consensus_distance(round)
-            self.folder.event("round", **round_event(round, self.members, reports, distance, self._wall_s()))
+            fields = round_event(round, self.members, reports, distance, self.clock, self._wall_s())
+            self.folder.event("round", **fields)
         every = self.config.eval.every
+        if not every and self.config.eval.points:
+            every = max(1, self.method.num_rounds // self.config.eval.points)
         if every and (round + 1) % every == 0 and not last:
             self._load_average(round + 1)
             self.folder.event("eval", round=round + 1, average_model=self._evaluate(self.average), peers=None)
@@ -239,7 +246,7 @@ class Simulation:
             self.folder.adapter,
         )
         self.folder.event("end", metrics=metrics, wall_s=wall_s, peak_memory_bytes=peak)
-        summary = summary_of(self.config, self.members, metrics, wall_s, peak)
+        summary = summary_of(self.config, self.members, metrics, self.clock, wall_s, peak)
         write_report(self.folder.path)
         self.folder.write_summary(summary)
         return summary
@@ -291,6 +298,7 @@ class Simulation:
                 member.algorithm.peer.batches.load_state_dict(plain["batches"])
             member.exchange.load_state_dict(plain["exchange"])
             self.before, elapsed = plain["before"], plain["wall_s"]
+            self.clock.load_state_dict(plain["clock"])
         self.started = time.monotonic() - elapsed
         self.progress.note(f"{self.folder.path}: resuming after round {done} of {self.method.num_rounds}")
         then = self.folder.read_recipe().get("versions")
@@ -312,6 +320,7 @@ class Simulation:
                 "base": self.base_print,
                 "before": self.before,
                 "wall_s": self._wall_s(),
+                "clock": self.clock.state_dict(),
             }
             self.store.save(member.index, done, tensors, state)
         self.store.prune()

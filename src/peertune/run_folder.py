@@ -24,7 +24,10 @@ from safetensors import SafetensorError
 from peertune.errors import CheckpointError, StorageError
 from peertune.model.adapters import bottleneck_code, core_of, merge_adapter
 
-FREE_KEYS = {"run.out", "run.log_every", "run.checkpoint_every", "eval.every"}
+FREE_KEYS = {
+    *("run.out", "run.log_every", "run.checkpoint_every", "eval.every", "eval.points"),
+    *("link.bandwidth_mbit", "link.latency_ms"),
+}
 """Keys that a resumed run may change: they do not touch what is computed."""
 
 

@@ -28,6 +28,8 @@ class LocalReport:
     """Mean L2 norm of the gradient before clipping; float32 scalar."""
     lr: float
     """Rate of the last step."""
+    cpu_s: float = 0.0
+    """Process CPU seconds of the phase; the runtime measures them."""
 
 
 class Algorithm(ABC):

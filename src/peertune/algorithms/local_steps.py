@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from pydantic import Field
@@ -31,6 +31,13 @@ class LocalStepsConfig(AlgorithmConfig):
     """Adam's epsilon. Default: Adam's own."""
     reset_moments: bool = False
     """Set Adam's moments back to zero at the start of each round."""
+
+    def num_steps(self, num_blocks: int) -> int:
+        return self.rounds * self.local_steps
+
+    def with_steps(self, steps: int, num_blocks: int) -> Self:
+        """Changes T; K stays."""
+        return self.model_copy(update={"rounds": max(1, steps // self.local_steps)})
 
 
 class LocalSteps(Algorithm):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field
 
@@ -28,6 +28,16 @@ class BlockwiseConfig(AlgorithmConfig):
     """Adam's decay rates a1, a2. Default: DECA's."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """Adam's epsilon. Not in the paper as we have it: Adam's own."""
+
+    def num_steps(self, num_blocks: int) -> int:
+        """T x B x R, also where all blocks are trained at once."""
+        return self.outer_rounds * num_blocks * self.inner_steps
+
+    def with_steps(self, steps: int, num_blocks: int) -> Self:
+        """T stays and R takes what fits; with too few steps for T sweeps, fewer of one step a block; one at least."""
+        sweeps = max(1, min(self.outer_rounds, steps // num_blocks))
+        inner = max(1, steps // (sweeps * num_blocks))
+        return self.model_copy(update={"outer_rounds": sweeps, "inner_steps": inner})
 
 
 @dataclass(frozen=True)

@@ -50,12 +50,6 @@ def write_report(run_dir: Path) -> Path:
 
 def render(run: Run) -> str:
     """The page as a string: a pure function of the run."""
-    here = Path(__file__).parent
-    style = (here / "report.css").read_text(encoding="utf-8")
-    script = (here / "report.js").read_text(encoding="utf-8")
-    # The policy forbids every load, and every script but ours: a second lock behind the escaping.
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'"
     links = "".join(f'<a href="#{id}">{name}</a>' for id, name in SECTIONS.items())
     body = [
         results.header(run),
@@ -71,13 +65,29 @@ def render(run: Run) -> str:
         setup.recipe(run),
         setup.notes(run),
     ]
+    return document(f"{results.title(run)} · peertune", "\n".join(body))
+
+
+def document(title: str, body: str, extra_style: str = "") -> str:
+    """A whole page with the report's style and script inside.
+
+    Args:
+        title, body: HTML.
+        extra_style: CSS that comes after the report's own.
+    """
+    here = Path(__file__).parent
+    style = (here / "report.css").read_text(encoding="utf-8") + extra_style
+    script = (here / "report.js").read_text(encoding="utf-8")
+    # The policy forbids every load, and every script but ours: a second lock behind the escaping.
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'"
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<title>{results.title(run)} · peertune</title><style>\n{style}</style></head>\n<body><main>\n"
-        + "\n".join(body)
+        f"<title>{title}</title><style>\n{style}</style></head>\n<body><main>\n"
+        + body
         + '\n</main><div id="tip" hidden></div>\n'
         f"<script>{script}</script></body></html>\n"
     )

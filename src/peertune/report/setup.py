@@ -117,9 +117,13 @@ def blocks(run: Run) -> str:
 
 def recipe(run: Run) -> str:
     """The resolved recipe, as TOML would say it."""
-    lines = _toml(run.config, "")
-    body = f'<pre class="toml">{"".join(lines).rstrip()}</pre>' if lines else empty("No recipe was recorded.")
+    body = recipe_text(run.config) if run.config else empty("No recipe was recorded.")
     return card("recipe", "Resolved recipe", body, wide=False)
+
+
+def recipe_text(config: Json) -> str:
+    """A resolved recipe as the TOML that says it, in colour."""
+    return f'<pre class="toml">{"".join(_toml(config, "")).rstrip()}</pre>'
 
 
 def notes(run: Run) -> str:

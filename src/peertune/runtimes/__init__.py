@@ -5,8 +5,9 @@ A process plays the peers it hosts: all N in simulation, one where every peer is
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peertune.algorithms.base import Algorithm, LocalReport
 from peertune.exchange import Exchange, Hop, Inbox, Payload
@@ -37,11 +38,17 @@ def play_round(round: int, members: Sequence[Member]) -> list[LocalReport | None
     Returns:
         By peer, the hub left out, what the local phase says; None where a peer had no part in the round.
     """
-    reports = [member.algorithm.local(round) for member in members if not member.is_hub]
+    reports = [_timed_local(round, member) for member in members if not member.is_hub]
     for hop in members[0].algorithm.hops(round):
         for member, inbox in _carry(round, hop, members, lambda member, hop: member.algorithm.outgoing(hop)):
             member.algorithm.mix(hop, inbox)
     return reports
+
+
+def _timed_local(round: int, member: Member) -> LocalReport | None:
+    start = time.process_time()
+    report = member.algorithm.local(round)
+    return None if report is None else replace(report, cpu_s=time.process_time() - start)
 
 
 def agree(round: int, members: Sequence[Member]) -> int:

@@ -6,13 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from peertune.exchange import Hop, Inbox, Payload
+from peertune.link import Clock
 
 
 class Mailbox:
-    """Where one hop's payloads lie until everyone has read them."""
+    """Where one hop's payloads lie until everyone has read them.
 
-    def __init__(self) -> None:
+    Args:
+        clock: told what each hop carried, where given.
+    """
+
+    def __init__(self, clock: Clock | None = None) -> None:
         self.payloads: dict[int, Payload] = {}
+        self.sizes: dict[int, int] = {}
+        """Peer -> bytes it sends in this hop."""
+        self._clock = clock
         self._num_endpoints = 0
         self._num_finished = 0
 
@@ -26,7 +34,9 @@ class Mailbox:
         inbox = Inbox(weights, {source: self.payloads[source] for source in weights})
         self._num_finished += 1
         if self._num_finished == self._num_endpoints:
-            self._num_finished, self.payloads = 0, {}
+            if self._clock is not None:
+                self._clock.hop(list(self.sizes.values()))
+            self._num_finished, self.payloads, self.sizes = 0, {}, {}
         return inbox
 
 
@@ -42,8 +52,9 @@ class SimulatedExchange:
         if out is None:
             return
         self._mailbox.payloads[self._peer] = out
-        size = sum(tensor.numel() * tensor.element_size() for tensor in out.values())
-        self._bytes_sent += size * len(hop.targets(self._peer))
+        size = sum(tensor.numel() * tensor.element_size() for tensor in out.values()) * len(hop.targets(self._peer))
+        self._mailbox.sizes[self._peer] = size
+        self._bytes_sent += size
 
     def finish(self, round: int, hop: Hop) -> Inbox | None:
         inbox = self._mailbox.collect(hop.sources(self._peer))

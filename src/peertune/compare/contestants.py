@@ -1,0 +1,108 @@
+"""Who is compared: recipes that differ in [algorithm] only, or one recipe with several methods."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+
+from peertune.algorithms import METHODS
+from peertune.compare.options import Options, split_outside_brackets
+from peertune.config import RunConfig, load_recipe
+from peertune.errors import ConfigError
+from peertune.run_folder import flatten
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contestant:
+    """One column of the comparison."""
+
+    name: str
+    config: RunConfig
+    """As the recipe has it; seed, budget and folder are set for each cell."""
+
+    @property
+    def slug(self) -> str:
+        """The name as a folder's."""
+        return _UNSAFE.sub("-", self.name).strip("-.") or "unnamed"
+
+
+def read_contestants(options: Options) -> tuple[list[Contestant], list[str]]:
+    """Load all recipes and check that they can be compared.
+
+    Returns:
+        The contestants in the order they were given, and remarks on their recipes.
+    Raises:
+        ConfigError: a recipe, a method or a key cannot be used, there are fewer than two contestants, two have one
+            name, or recipes differ in more than [algorithm].
+    """
+    if options.algorithms and len(options.recipes) > 1:
+        raise ConfigError(
+            f"--algorithms: got it with {len(options.recipes)} recipes, expected one recipe; leave it out to compare"
+            " the recipes as they are"
+        )
+    contestants: list[Contestant] = []
+    notes: list[str] = []
+    if options.algorithms:
+        for item in options.algorithms:
+            config, _ = load_recipe(options.recipes[0], [*options.overrides, *_item_overrides(item)], METHODS)
+            contestants.append(Contestant(name=item, config=config))
+    else:
+        for path in options.recipes:
+            config, remarks = load_recipe(path, options.overrides, METHODS)
+            contestants.append(Contestant(name=path.stem, config=config))
+            notes += [f"{path.stem}: {remark}" for remark in remarks]
+    if len(contestants) < 2:
+        raise ConfigError(
+            f"compare: got one contestant, {contestants[0].name!r}, expected two or more; name several recipes, or one"
+            " with --algorithms a,b"
+        )
+    _require_distinct(contestants)
+    _require_agreement(contestants)
+    return contestants, notes
+
+
+def _item_overrides(item: str) -> list[str]:
+    """`name:key=value` as overrides of a recipe; its keys must be the method's own."""
+    name, *settings = split_outside_brackets(item, ":")
+    overrides = [f"algorithm.name={json.dumps(name, ensure_ascii=False)}"]
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        key = key.strip().removeprefix("algorithm.")
+        if not key or not equals or not value.strip():
+            raise ConfigError(f"--algorithms {item!r}: got {setting!r}, expected key=value")
+        if name in METHODS and key not in METHODS[name].model_fields:
+            raise ConfigError(
+                f"--algorithms {item!r}: {name} has no key {key!r}; it has {', '.join(METHODS[name].model_fields)}"
+            )
+        overrides.append(f"algorithm.{key}={value.strip()}")
+    return overrides
+
+
+def _require_distinct(contestants: list[Contestant]) -> None:
+    seen: dict[str, str] = {}
+    for contestant in contestants:
+        # Some file systems do not tell upper from lower case.
+        slug = contestant.slug.lower()
+        if slug in seen:
+            raise ConfigError(
+                f"compare: {seen[slug]!r} and {contestant.name!r} would share the folder {contestant.slug!r}; rename a"
+                " recipe, or name each method once"
+            )
+        seen[slug] = contestant.name
+
+
+def _require_agreement(contestants: list[Contestant]) -> None:
+    first = contestants[0]
+    expected = flatten(first.config.to_dict())
+    for other in contestants[1:]:
+        got = flatten(other.config.to_dict())
+        for key in sorted(expected.keys() | got.keys()):
+            if key == "run.out" or key.startswith("algorithm.") or expected.get(key) == got.get(key):
+                continue
+            raise ConfigError(
+                f"compare: {first.name} has {key} = {json.dumps(expected.get(key))}, {other.name} has"
+                f" {json.dumps(got.get(key))}; they may differ in [algorithm] only: give all one value with --set"
+            )

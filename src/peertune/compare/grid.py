@@ -1,0 +1,340 @@
+"""The cells of a comparison, each an ordinary run folder, carried out one after the other and resumable.
+
+DIR/tune/<name>/<key-value>/           the choice of a setting, on rows kept back for validation, first seed
+DIR/probe/<name>[/<key-value>]/seed-<s>/   a short run that tells what a step costs (budgets of bytes and seconds)
+DIR/cells/<name>/seed-<s>/             what is compared
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from peertune import run as runs
+from peertune.algorithms import METHODS
+from peertune.algorithms.turns import BlockwiseConfig
+from peertune.compare import budget as budgets
+from peertune.compare.cells import Cell, Summary, is_better, metric_of, quality, read_cell
+from peertune.compare.contestants import Contestant
+from peertune.compare.options import Options
+from peertune.config import AlgorithmConfig, RunConfig, from_dict
+from peertune.data.load import load_table
+from peertune.errors import ConfigError, DivergedError
+from peertune.memory import release
+from peertune.prepare import model_blocks, prepare_model
+from peertune.report.events import read_run
+from peertune.run import Progress
+from peertune.run_folder import RunFolder, check_writable, storage_errors
+
+NUM_POINTS = 8
+"""Evaluations of a cell on the way, where the recipe does not say."""
+VALIDATION_ROWS = 500
+VALIDATION_SHARE = 10
+"""Rows kept back for tuning where the recipe keeps none: VALIDATION_ROWS, at most one row in VALIDATION_SHARE."""
+_DIVERGED = "diverged.txt"
+
+
+class GridProgress(Protocol):
+    """Told how a comparison goes on."""
+
+    def note(self, message: str) -> None:
+        """A sentence for the user."""
+
+    def cell(self, label: str, number: int, total: int) -> AbstractContextManager[Progress]:
+        """A cell begins, the `number`-th of `total` from 1; finished ones are passed over."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """The choice of a setting for one contestant."""
+
+    contestant: str
+    key: str
+    values: tuple[float | int, ...]
+    qualities: tuple[float | None, ...]
+    """On the validation rows, by value; None where training diverged."""
+    best: float | int
+
+    @property
+    def is_at_edge(self) -> bool:
+        """Whether a value beyond the grid may be better."""
+        return self.best in (self.values[0], self.values[-1])
+
+
+class Grid:
+    """All cells. Building it refuses what cannot be compared; nothing is written before `tune` or `play`."""
+
+    def __init__(self, contestants: Sequence[Contestant], options: Options, progress: GridProgress) -> None:
+        self.contestants, self.options, self.progress = contestants, options, progress
+        self.base = options.recipes[0].parent
+        first = contestants[0].config
+        check_writable(options.out, "--out")
+        if first.eval.split == "test" and not first.data.test:
+            raise ConfigError("data.test: got none, expected held-out rows to compare on; set it, or eval.split")
+        self.validation_rows = first.data.validation_rows
+        if options.tune is not None:
+            self._check_tune()
+            self.validation_rows = self.validation_rows or self._rows_for_tuning()
+        self.num_blocks = self._count_blocks()
+        self._number = 0
+        self._heard: set[str] = set()
+        self._check_known_cells()
+
+    def tune(self) -> list[Tuned]:
+        """Try the grid's values on the first seed and choose by the validation rows; nothing where none was asked."""
+        tune = self.options.tune
+        if tune is None:
+            return []
+        seed = self.options.seeds[0]
+        reference: Summary | None = None
+        found = []
+        for contestant in self.contestants:
+            qualities: list[float | None] = []
+            best: tuple[Summary, float | int] | None = None
+            for value in tune.values:
+                folder = self.options.out / "tune" / contestant.slug / _spell(tune.key, value)
+                config = self._fitted(contestant, seed, value, reference, folder, validation=True)
+                summary = self._play(config, f"{contestant.name}, tuning {tune.key} = {value:g}", may_diverge=True)
+                if summary is None:
+                    qualities.append(None)
+                    continue
+                reference = reference or summary
+                qualities.append(quality(summary, metric_of(summary)))
+                if best is None or _is_preferred(summary, best[0]):
+                    best = (summary, value)
+            if best is None:
+                raise DivergedError(
+                    f"{contestant.name}: training diverged with every {tune.key} of {_listed(tune.values)}; tune over"
+                    " smaller values"
+                )
+            found.append(
+                Tuned(
+                    contestant=contestant.name,
+                    key=tune.key,
+                    values=tune.values,
+                    qualities=tuple(qualities),
+                    best=best[1],
+                )
+            )
+        return found
+
+    def play(self, tuned: Sequence[Tuned] = ()) -> list[Cell]:
+        """Run all cells with the chosen settings: seed by seed, the contestants in their order."""
+        chosen = {choice.contestant: choice.best for choice in tuned}
+        cells = []
+        for seed in self.options.seeds:
+            reference: Summary | None = None
+            for contestant in self.contestants:
+                folder = self._cell_folder(contestant, seed)
+                config = self._fitted(contestant, seed, chosen.get(contestant.name), reference, folder)
+                summary = self._play(config, f"{contestant.name}, seed {seed}")
+                assert summary is not None
+                reference = reference or summary
+                cells.append(read_cell(contestant.name, seed, folder, summary))
+        return cells
+
+    @property
+    def num_cells(self) -> int:
+        """Runs of the whole comparison, tuning and probes included."""
+        count, seeds = len(self.contestants), len(self.options.seeds)
+        values = len(self.options.tune.values) if self.options.tune else 0
+        with_probe = 0 if self.options.budget == "samples" else count - 1
+        return (count + with_probe) * (seeds + values)
+
+    def _fitted(
+        self,
+        contestant: Contestant,
+        seed: int,
+        value: float | int | None,
+        reference: Summary | None,
+        folder: Path,
+        *,
+        validation: bool = False,
+    ) -> RunConfig:
+        """A cell's recipe, its number of steps fitted to the budget.
+
+        Args:
+            value: of the key that is tuned.
+            reference: the first contestant's cell of the same kind; None for that cell itself.
+        """
+        config = self._config(contestant, seed, value, folder, validation)
+        algorithm, blocks = config.algorithm, self.num_blocks[contestant.name]
+        first = self.contestants[0]
+        steps = budgets.steps_for_samples(first.config.algorithm, self.num_blocks[first.name], algorithm)
+        if self.options.budget == "samples" or contestant is first:
+            return _with_algorithm(config, algorithm.with_steps(steps, blocks))
+        assert reference is not None
+        # Found out before the probe is run: nothing can be fitted into no bytes.
+        if self.options.budget == "bytes" and budgets.bytes_a_peer(reference) == 0:
+            raise ConfigError(
+                f"--budget bytes: {first.name}, the first contestant, sends nothing; name one first that does"
+            )
+        probe = self._probe(contestant, seed, value, self._fit(algorithm, max(1, steps // budgets.PROBE_SHARE), blocks))
+        taken = probe.algorithm.num_steps(blocks)
+        summary = self._play(probe, f"{contestant.name}, seed {seed}, probe")
+        assert summary is not None
+        if self.options.budget == "bytes":
+            events = read_run(Path(probe.run.out))
+            steps = budgets.steps_for_bytes(budgets.bytes_a_peer(reference), summary, events, taken, steps)
+        else:
+            steps = budgets.steps_for_seconds(float(reference["cpu_s"]), summary, taken)
+        return _with_algorithm(config, self._fit(algorithm, steps, blocks))
+
+    def _fit(self, algorithm: AlgorithmConfig, steps: int, num_blocks: int) -> AlgorithmConfig:
+        if self.options.budget == "bytes":
+            return budgets.with_whole_rounds(algorithm, steps, num_blocks)
+        return algorithm.with_steps(steps, num_blocks)
+
+    def _config(
+        self, contestant: Contestant, seed: int, value: float | int | None, folder: Path, validation: bool = False
+    ) -> RunConfig:
+        tree = contestant.config.to_dict()
+        tree["run"] |= {"seed": seed, "out": str(folder)}
+        tree["data"]["validation_rows"] = self.validation_rows
+        if validation:
+            tree["eval"] |= {"split": "validation", "every": 0, "points": 0}
+        elif not tree["eval"]["every"]:
+            tree["eval"]["points"] = tree["eval"]["points"] or NUM_POINTS
+        if value is not None:
+            assert self.options.tune is not None
+            tree["algorithm"][self.options.tune.key] = value
+        return from_dict(tree, METHODS)[0]
+
+    def _probe(
+        self, contestant: Contestant, seed: int, value: float | int | None, algorithm: AlgorithmConfig
+    ) -> RunConfig:
+        folder = self.options.out / "probe" / contestant.slug
+        if value is not None and self.options.tune is not None:
+            folder /= _spell(self.options.tune.key, value)
+        config = self._config(contestant, seed, value, folder / f"seed-{seed}")
+        # What a step costs needs no evaluation.
+        data = config.data.model_copy(update={"test": ""})
+        evaluation = config.eval.model_copy(update={"every": 0, "points": 0, "split": "test"})
+        return _with_algorithm(config, algorithm).model_copy(update={"data": data, "eval": evaluation})
+
+    def _play(self, config: RunConfig, label: str, *, may_diverge: bool = False) -> Summary | None:
+        """One run: taken as it is where it is finished, else begun or gone on with; None where it diverged."""
+        self._number += 1
+        folder = RunFolder(Path(config.run.out))
+        folder.check(config.to_dict(), resume=True)
+        if folder.summary.exists():
+            return folder.read_summary()
+        mark = folder.path / _DIVERGED
+        if may_diverge and mark.exists():
+            return None
+        release()
+        with self.progress.cell(label, self._number, self.num_cells) as progress:
+            try:
+                summary = runs.run(
+                    config, base=self.base, resume=folder.holds_run, progress=_Once(progress, self._heard)
+                )
+            except DivergedError as error:
+                if not may_diverge:
+                    raise DivergedError(f"{label}: {error}") from error
+                with storage_errors(mark):
+                    mark.write_text(f"{error}\n", encoding="utf-8")
+                self.progress.note(f"{label}: diverged, so it is not chosen")
+                return None
+        # A grid's checkpoints would fill a disk; a finished run needs none.
+        shutil.rmtree(folder.checkpoints, ignore_errors=True)
+        return summary
+
+    def _cell_folder(self, contestant: Contestant, seed: int) -> Path:
+        return self.options.out / "cells" / contestant.slug / f"seed-{seed}"
+
+    def _check_tune(self) -> None:
+        tune = self.options.tune
+        assert tune is not None
+        if self.contestants[0].config.eval.split != "test":
+            raise ConfigError(
+                '--tune: got it with eval.split = "validation", expected "test": tuning splits off its own'
+            )
+        for contestant in self.contestants:
+            algorithm = contestant.config.algorithm
+            now = getattr(algorithm, tune.key, None)
+            if isinstance(now, bool) or not isinstance(now, int | float):
+                numeric = [k for k, v in algorithm if isinstance(v, int | float) and not isinstance(v, bool)]
+                raise ConfigError(
+                    f"--tune {tune.key}: {contestant.name} has no such number under [algorithm]; it has"
+                    f" {', '.join(numeric)}"
+                )
+            if f":{tune.key}=" in contestant.name.replace(" ", ""):
+                raise ConfigError(
+                    f"--tune {tune.key}: {contestant.name!r} sets it itself; leave it out of one of the two"
+                )
+            for value in tune.values:
+                tree = contestant.config.to_dict()
+                tree["algorithm"][tune.key] = value
+                from_dict(tree, METHODS)
+
+    def _rows_for_tuning(self) -> int:
+        section = self.contestants[0].config.data
+        total = len(load_table(section.train, section, base=self.base).rows)
+        rows = min(VALIDATION_ROWS, total // VALIDATION_SHARE)
+        if rows == 0:
+            raise ConfigError(
+                f"--tune: data.train has {total} rows, too few to keep a tenth back for validation; set"
+                " data.validation_rows"
+            )
+        return rows
+
+    def _count_blocks(self) -> dict[str, int]:
+        """Blocks of the model, by contestant; 1 where the schedule does not depend on them."""
+        counts = {}
+        for contestant in self.contestants:
+            config = contestant.config
+            counts[contestant.name] = 1
+            if isinstance(config.algorithm, BlockwiseConfig):
+                # An adapter changes the model, so each contestant gets one of its own.
+                module = prepare_model(config, torch.device("cpu"), self.base)
+                counts[contestant.name] = len(model_blocks(config, module))
+        return counts
+
+    def _check_known_cells(self) -> None:
+        """Refuse a folder of another comparison before hours are spent; what is tuned or probed is known later."""
+        if self.options.tune is None and self.options.budget == "samples":
+            for seed in self.options.seeds:
+                for contestant in self.contestants:
+                    folder = self._cell_folder(contestant, seed)
+                    config = self._fitted(contestant, seed, None, None, folder)
+                    RunFolder(folder).check(config.to_dict(), resume=True)
+
+
+class _Once:
+    """A cell's progress that says each sentence once in the whole grid."""
+
+    def __init__(self, progress: Progress, heard: set[str]) -> None:
+        self._progress, self._heard = progress, heard
+
+    def note(self, message: str) -> None:
+        if message not in self._heard:
+            self._heard.add(message)
+            self._progress.note(message)
+
+    def rounds(self, done: int, total: int, loss: float | None) -> None:
+        self._progress.rounds(done, total, loss)
+
+
+def _with_algorithm(config: RunConfig, algorithm: AlgorithmConfig) -> RunConfig:
+    return config.model_copy(update={"algorithm": algorithm})
+
+
+def _is_preferred(one: Summary, other: Summary) -> bool:
+    """Better by the metric; where they are equal, by the loss."""
+    metric = metric_of(one)
+    a, b = quality(one, metric), quality(other, metric)
+    return is_better(metric, a, b) if a != b else quality(one, "loss") < quality(other, "loss")
+
+
+def _spell(key: str, value: float | int) -> str:
+    return f"{key}-{value:g}"
+
+
+def _listed(values: Sequence[float | int]) -> str:
+    return ", ".join(f"{value:g}" for value in values)

@@ -1,0 +1,255 @@
+"""The comparison as one HTML page, which loads nothing: verdicts in words, tables, curves, the peers' spread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from peertune.compare import table
+from peertune.compare.cells import Cell, Point, shown
+from peertune.compare.charts import Curve, Mark, curve_chart, spread_strip
+from peertune.compare.grid import Tuned
+from peertune.compare.options import Options
+from peertune.compare.stats import Pair, mean
+from peertune.report.charts import linear_axis, peer_color, place_ticks, tick_texts
+from peertune.report.page import document
+from peertune.report.results import card
+from peertune.report.results import table as html_table
+from peertune.report.setup import recipe_text
+from peertune.report.text import count, esc, memory, number, plural, traffic
+
+Cells = Mapping[str, Sequence[Cell]]
+
+STYLE = """
+.peers { display: block; width: 100%; height: 20px; min-width: 220px; overflow: visible; }
+.peers path { vector-effect: non-scaling-stroke; fill: none; stroke-linecap: round; }
+.peers .range { stroke: var(--line); stroke-width: 3; }
+.peers .each { stroke-width: 8; stroke-opacity: 0.75; }
+.peers .result { stroke: var(--ink); stroke-width: 2.5; }
+.spread td:last-child { width: 72%; }
+.spread td:last-child, .spread th:last-child { text-align: left; padding-right: 12px; }
+.notes li.clear { background: var(--good-soft); color: var(--good); }
+"""
+
+SECTIONS = {
+    "verdicts": "Verdicts",
+    "table": "Table",
+    "samples": "Over samples",
+    "bytes": "Over bytes",
+    "memory": "Over memory",
+    "peers": "Peers",
+    "pairs": "Pairs",
+    "tuning": "Tuning",
+    "fairness": "What is shared",
+    "recipe": "Recipe",
+}
+
+
+def render(
+    options: Options,
+    cells: Cells,
+    rows: Sequence[table.Row],
+    found: Sequence[Pair],
+    tuned: Sequence[Tuned],
+    verdicts: Sequence[str],
+) -> str:
+    """The page as a string."""
+    metric = rows[0].metric
+    title = " · ".join(esc(name, 40) for name in cells)
+    colors = {name: peer_color(i) for i, name in enumerate(cells)}
+    sections = {id: name for id, name in SECTIONS.items() if id != "tuning" or tuned}
+    links = "".join(f'<a href="#{id}">{name}</a>' for id, name in sections.items())
+    direction = "higher" if shown(metric).share else "lower"
+    facts = [
+        f"held-out {esc(shown(metric).title)}, {direction} is better",
+        plural(rows[0].num_seeds, "seed"),
+        f"equal {esc(options.budget)}",
+    ]
+    dots = " <b>·</b> ".join(f"<span>{fact}</span>" for fact in facts)
+    body = [
+        f'<header><div class="brand">peertune</div><h1>{title}</h1><p class="facts">{dots}</p></header>',
+        f"<nav>{links}</nav>",
+        card("verdicts", "Which differences are larger than the seed noise", _sentences(found, verdicts)),
+        card("table", "Table", _table(rows), lead=_TABLE_LEAD),
+        card(
+            "samples",
+            "Quality over samples",
+            _over(cells, colors, metric, _of_samples, "samples drawn by a peer", count),
+        ),
+        card(
+            "bytes",
+            "Quality over bytes",
+            _over(cells, colors, metric, _of_bytes, "sent by a peer (bytes)", traffic),
+            wide=False,
+            lead="The last point has the final agreement in it.",
+        ),
+        card("memory", "Quality over memory", _over_memory(cells, colors, metric), wide=False, lead=_MEMORY_LEAD),
+        card("peers", "The peers' spread", _peers(cells, colors, metric), lead=_PEERS_LEAD),
+        card("pairs", "Pairs", _pairs(found, metric), lead=_PAIRS_LEAD),
+        *([card("tuning", "Tuning", _tuning(tuned, metric), lead=_TUNING_LEAD)] if tuned else []),
+        card("fairness", "What is shared", _fairness(options, cells), wide=False),
+        card("recipe", f"Recipe of {esc(next(iter(cells)), 40)}", _recipe(cells), wide=False),
+    ]
+    return document(f"{title} · peertune compare", "\n".join(body), STYLE)
+
+
+_TABLE_LEAD = (
+    "Quality of what peers end with: the agreed model, or without agreement each peer's own, on average. Worst peer:"
+    " the worst of the peers' own models before agreement, mean over seeds. CPU time is that of local training."
+)
+_MEMORY_LEAD = "Peak of the whole simulation: all peers in one process, the base model included."
+_PEERS_LEAD = (
+    "Dots: each peer's own model before agreement, all seeds. Tick: what the contestant ends with, mean over seeds."
+)
+_PAIRS_LEAD = (
+    "Runs of one seed share partition, graph and batches, so differences are taken seed by seed; the interval is"
+    " Student's t over them."
+)
+_TUNING_LEAD = "On rows kept back from the training data, first seed; the test rows are not read for it."
+
+
+def _sentences(found: Sequence[Pair], verdicts: Sequence[str]) -> str:
+    # The first sentences are those of the pairs, in their order.
+    kinds = [" class=clear" if pair.is_clear else "" for pair in found] + [""] * (len(verdicts) - len(found))
+    items = "".join(f"<li{kind}>{esc(text)}</li>" for kind, text in zip(kinds, verdicts, strict=True))
+    return f'<ul class="notes">{items}</ul>'
+
+
+def _table(rows: Sequence[table.Row]) -> str:
+    keys = table.columns(rows)
+    body = [[esc(cell, 80) for cell in table.cells_of(row, keys)] for row in rows]
+    body = [[f'<i class="dot" style="--c:{peer_color(i)}"></i>{first}', *rest] for i, (first, *rest) in enumerate(body)]
+    return html_table([esc(head) for head in table.heads(rows)], body)
+
+
+def _of_samples(point: Point) -> float:
+    return point.samples
+
+
+def _of_bytes(point: Point) -> float:
+    return point.bytes
+
+
+def _over(
+    cells: Cells,
+    colors: Mapping[str, str],
+    metric: str,
+    x_of: Callable[[Point], float],
+    x_title: str,
+    show_x: Callable[[float], str],
+) -> str:
+    """Quality against what was spent so far: mean over seeds, bars from the lowest to the highest seed."""
+    curves = []
+    for name, own in cells.items():
+        marks = [_mark([x_of(p) for p in points], [p.quality for p in points]) for points in _by_position(own)]
+        curves.append(Curve(name=name, color=colors[name], marks=marks))
+    lead = _curve_note(cells)
+    return curve_chart(
+        curves, x_title=x_title, y_title=_y_title(metric), show_x=_known(show_x), show_y=shown(metric).show
+    ) + (f'<p class="lead">{lead}</p>' if lead else "")
+
+
+def _over_memory(cells: Cells, colors: Mapping[str, str], metric: str) -> str:
+    curves = [
+        Curve(
+            name=name,
+            color=colors[name],
+            marks=[_mark([float(c.summary["peak_memory_bytes"]) for c in own], [c.quality for c in own])],
+        )
+        for name, own in cells.items()
+    ]
+    return curve_chart(
+        curves,
+        x_title="peak memory",
+        y_title=_y_title(metric),
+        show_x=memory,
+        show_y=shown(metric).show,
+    )
+
+
+def _by_position(cells: Sequence[Cell]) -> list[tuple[Point, ...]]:
+    """The seeds' points with the same place on their curves. Only budgets of bytes and seconds give seeds other rounds,
+    and then the shortest curve's count goes; the last points always belong together."""
+    length = min(len(cell.points) for cell in cells)
+    inner = [tuple(cell.points[i] for cell in cells) for i in range(length - 1)]
+    return [*inner, tuple(cell.points[-1] for cell in cells)]
+
+
+def _mark(xs: Sequence[float], ys: Sequence[float]) -> Mark:
+    return Mark(x=mean(xs), y=mean(ys), low=min(ys), high=max(ys))
+
+
+def _curve_note(cells: Cells) -> str:
+    few = [name for name, own in cells.items() if len(own[0].points) == 2]
+    if not few or len(few) == len(cells):
+        return ""
+    names = ", ".join(esc(name, 40) for name in few)
+    return f"{names}: start and end only; on the way nobody holds the average model, which is what is measured there."
+
+
+def _peers(cells: Cells, colors: Mapping[str, str], metric: str) -> str:
+    every = [value for own in cells.values() for cell in own for value in (*cell.peers, cell.quality)]
+    axis = linear_axis(min(every), max(every))
+    show = shown(metric).show
+    body = []
+    for name, own in cells.items():
+        values = [value for cell in own for value in cell.peers]
+        tip = f"{name}: peers {show(min(values))} to {show(max(values))}"
+        strip = spread_strip(values, mean([c.quality for c in own]), axis, colors[name], tip)
+        gap = show(max(values) - min(values))
+        body.append([esc(name, 80), show(min(values)), show(max(values)), gap, strip])
+    ticks = place_ticks(axis, "left", tick_texts(axis, show))
+    head = ["method", "lowest", "highest", "range", f'<div class="when">{ticks}</div>']
+    return html_table(head, body, "spread")
+
+
+def _pairs(found: Sequence[Pair], metric: str) -> str:
+    return html_table(
+        [esc(head) for head in table.PAIR_HEAD],
+        [[esc(cell, 160) for cell in table.pair_cells(pair, metric)] for pair in found],
+    )
+
+
+def _tuning(tuned: Sequence[Tuned], metric: str) -> str:
+    head = ["method", *(esc(f"{tuned[0].key} = {value:g}") for value in tuned[0].values), "chosen"]
+    body = []
+    for choice in tuned:
+        texts = ["diverged" if q is None else shown(metric).show(q) for q in choice.qualities]
+        best = choice.values.index(choice.best)
+        texts[best] = f"<b>{texts[best]}</b>"
+        chosen = f"{choice.best:g}" + (" (the grid's edge)" if choice.is_at_edge else "")
+        body.append([esc(choice.contestant, 80), *texts, chosen])
+    return html_table(head, body)
+
+
+def _fairness(options: Options, cells: Cells) -> str:
+    first = next(iter(cells.values()))[0]
+    config = first.summary["config"]
+    link, kept = config["link"], config["data"]["validation_rows"]
+    budget = {
+        "samples": "Every contestant draws as many samples a peer as the first's recipe foresees.",
+        "bytes": "Every contestant trains as long as the bytes a peer that the first sends allow; one that sends"
+        " nothing while it trains draws as many samples as the first.",
+        "seconds": "Every contestant trains as long as the first's CPU time of training allows, at a probe's rate.",
+    }[options.budget]
+    items = [
+        f"Seeds {', '.join(map(str, options.seeds))}: with one seed all have the same partition, graph and order of"
+        " batches.",
+        budget + " The table says what each really used.",
+        f"{count(kept)} rows kept back from training, for all." if kept else "No rows kept back from training.",
+        f"Simulated time: {number(link['bandwidth_mbit'])} Mbit/s and {number(link['latency_ms'])} ms a link; each"
+        " round waits for its slowest peer.",
+    ]
+    return f'<ul class="notes">{"".join(f"<li>{esc(item)}</li>" for item in items)}</ul>'
+
+
+def _recipe(cells: Cells) -> str:
+    return recipe_text(next(iter(cells.values()))[0].summary["config"])
+
+
+def _y_title(metric: str) -> str:
+    unit = shown(metric).unit
+    return f"held-out {shown(metric).title}" + (f" ({unit})" if unit else "")
+
+
+def _known(show: Callable[[float], str]) -> Callable[[float | None], str]:
+    return lambda value: show(value or 0.0)

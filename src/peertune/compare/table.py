@@ -1,0 +1,268 @@
+"""The comparison as tables and sentences: for the terminal, as CSV and as Markdown."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from peertune.compare.cells import Cell, is_better, shown
+from peertune.compare.grid import Tuned
+from peertune.compare.stats import LEVEL, Pair, mean, spread
+from peertune.report.results import Metric
+from peertune.report.text import NONE, count, duration, memory, percent, plural, traffic
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One contestant over all seeds."""
+
+    contestant: str
+    num_seeds: int
+    metric: str
+    mean: float
+    """Of the metric over seeds; where peers never agree, first over peers."""
+    spread: float | None
+    """Sample standard deviation over seeds."""
+    worst_peer: float
+    """Mean over seeds of the worst peer's own model."""
+    macro_f1: float | None
+    """Mean over seeds; None where there are no classes."""
+    samples: float
+    """Drawn by a peer."""
+    bytes_sent: float
+    """By a peer, the final agreement included."""
+    peak_memory_bytes: int
+    """Of the whole simulation, all peers in one process; the most over seeds."""
+    cpu_s: float
+    """CPU seconds of a peer's training."""
+    simulated_s: float
+    tuned: str
+    """The chosen setting; empty where none was tuned."""
+
+
+HEAD = {
+    "contestant": "method",
+    "mean": "",
+    "worst_peer": "worst peer",
+    "macro_f1": "F1",
+    "samples": "samples",
+    "bytes_sent": "sent",
+    "peak_memory_bytes": "memory",
+    "cpu_s": "CPU",
+    "simulated_s": "sim. time",
+    "tuned": "tuned",
+}
+"""Titles of the columns; samples, bytes and CPU time are a peer's. The metric's own title stands for the empty one."""
+
+
+def row(contestant: str, cells: Sequence[Cell], tuned: Tuned | None) -> Row:
+    """One contestant's cells as a row."""
+    qualities = [cell.quality for cell in cells]
+    f1 = [cell.f1 for cell in cells if cell.f1 is not None]
+    return Row(
+        contestant=contestant,
+        num_seeds=len(cells),
+        metric=cells[0].metric,
+        mean=mean(qualities),
+        spread=spread(qualities),
+        worst_peer=mean([cell.worst_peer for cell in cells]),
+        macro_f1=mean(f1) if f1 else None,
+        samples=mean([cell.samples for cell in cells]),
+        bytes_sent=mean([cell.bytes_sent for cell in cells]),
+        peak_memory_bytes=max(int(cell.summary["peak_memory_bytes"]) for cell in cells),
+        cpu_s=mean([cell.cpu_s for cell in cells]),
+        simulated_s=mean([float(cell.summary["simulated_s"]) for cell in cells]),
+        tuned="" if tuned is None else f"{tuned.key} = {tuned.best:g}" + (" (edge)" if tuned.is_at_edge else ""),
+    )
+
+
+def cells_of(row: Row, keys: Sequence[str]) -> list[str]:
+    """A row's texts, by the keys of `columns`."""
+    metric = shown(row.metric)
+    texts = {
+        "contestant": row.contestant,
+        "mean": _with_spread(row, metric),
+        "worst_peer": metric.show(row.worst_peer),
+        "macro_f1": NONE if row.macro_f1 is None else shown("macro_f1").show(row.macro_f1),
+        "samples": count(row.samples),
+        "bytes_sent": traffic(row.bytes_sent),
+        "peak_memory_bytes": memory(row.peak_memory_bytes),
+        "cpu_s": duration(row.cpu_s),
+        "simulated_s": duration(row.simulated_s),
+        "tuned": row.tuned,
+    }
+    return [texts[key] for key in keys]
+
+
+def _with_spread(row: Row, metric: Metric) -> str:
+    """ "61.1 ± 4.8 %": the unit once."""
+    if row.spread is None:
+        return metric.show(row.mean)
+    center = metric.show(row.mean).removesuffix("%").rstrip() if metric.share else metric.show(row.mean)
+    return f"{center} ± {metric.show(row.spread)}"
+
+
+def heads(rows: Sequence[Row]) -> list[str]:
+    """Titles of the columns; those that no row fills are left out."""
+    return [HEAD[key] or shown(rows[0].metric).title for key in columns(rows)]
+
+
+def columns(rows: Sequence[Row]) -> list[str]:
+    """Keys of the columns that are shown: the same for all rows of a comparison."""
+    without = {key for key in ("macro_f1", "tuned") if not any(getattr(row, key) not in (None, "") for row in rows)}
+    return [key for key in HEAD if key not in without]
+
+
+def terminal_table(rows: Sequence[Row]) -> Table:
+    """The table as rich draws it."""
+    direction = "higher" if shown(rows[0].metric).share else "lower"
+    table = Table(
+        title=f"held-out {shown(rows[0].metric).title} ({direction} is better), {_seeds(rows[0].num_seeds)}",
+        caption="mean ± standard deviation over seeds; samples, bytes sent and CPU time are a peer's",
+        box=SIMPLE_HEAD,
+        padding=0,
+        pad_edge=False,
+    )
+    keys = [key for key in columns(rows) if key != "tuned"]  # a sentence below the table says it
+    texts = [cells_of(each, keys) for each in rows]
+    for index, title in enumerate(heads(rows)[: len(keys)]):
+        # Titles and names may wrap on a narrow terminal, numbers must not.
+        width = max(len(text[index]) for text in texts) if index else None
+        table.add_column(title, justify="right" if index else "left", min_width=width, overflow="fold")
+    for text in texts:
+        table.add_row(*text)
+    return table
+
+
+def csv_of_rows(rows: Sequence[Row]) -> str:
+    """Plain numbers, a line a contestant; units stand in the names: _bytes, _s."""
+    return _csv([asdict(each) for each in rows])
+
+
+def csv_of_cells(cells: Sequence[Cell]) -> str:
+    """Plain numbers, a line a contestant and seed."""
+    return _csv(
+        [
+            {
+                "contestant": cell.contestant,
+                "seed": cell.seed,
+                "metric": cell.metric,
+                "quality": cell.quality,
+                "worst_peer": cell.worst_peer,
+                "macro_f1": cell.f1,
+                "samples": cell.samples,
+                "bytes_sent": cell.bytes_sent,
+                "peak_memory_bytes": cell.summary["peak_memory_bytes"],
+                "cpu_s": cell.cpu_s,
+                "simulated_s": cell.summary["simulated_s"],
+                "rounds": cell.summary["rounds"],
+                "lr": cell.summary["config"]["algorithm"]["lr"],
+                "folder": str(cell.folder),
+            }
+            for cell in cells
+        ]
+    )
+
+
+def markdown(rows: Sequence[Row], found: Sequence[Pair], sentences: Sequence[str], metric: str) -> str:
+    """Both tables and the sentences."""
+    parts = [_markdown_table(heads(rows), [cells_of(each, columns(rows)) for each in rows])]
+    parts.append(_markdown_table(PAIR_HEAD, [pair_cells(pair, metric) for pair in found]))
+    parts.append("\n".join(f"- {sentence}" for sentence in sentences))
+    return "\n\n".join(parts) + "\n"
+
+
+_LEVEL = percent(LEVEL, 0)
+PAIR_HEAD = ["pair", "mean difference", f"{_LEVEL} interval", "larger than the seed noise"]
+
+
+def pair_cells(pair: Pair, metric: str) -> list[str]:
+    """A pair's texts: who, difference, interval, verdict."""
+    interval = NONE if pair.interval is None else " to ".join(_change(end, metric) for end in pair.interval)
+    verdict = "cannot be told" if pair.interval is None else "yes" if pair.is_clear else "no"
+    return [f"{pair.one} − {pair.other}", _change(pair.difference, metric), interval, verdict]  # noqa: RUF001
+
+
+def verdicts(found: Sequence[Pair], metric: str) -> list[str]:
+    """What the pairs say, in words."""
+    title = shown(metric).title
+    sentences = []
+    for pair in found:
+        ahead, behind = pair.one, pair.other
+        if is_better(metric, 0.0, pair.difference):
+            ahead, behind = behind, ahead
+        size = _amount(pair.difference, metric)
+        if pair.interval is None:
+            said = "equal" if pair.difference == 0 else f"{ahead} is ahead by {size}"
+            sentences.append(f"{pair.one} and {pair.other}: {said} with this one seed.")
+            continue
+        over = f"in {_seeds(pair.num_seeds)}"
+        if pair.is_clear:
+            ends = " to ".join(_amount(end, metric) for end in sorted(map(abs, pair.interval)))
+            sentences.append(
+                f"{ahead} is better than {behind} in {title} by {size} {over}: larger than the seed noise"
+                f" ({_LEVEL} interval {ends})."
+            )
+        else:
+            ends = " to ".join(_change(end, metric) for end in pair.interval)
+            sentences.append(
+                f"{pair.one} and {pair.other}: the mean difference of {_change(pair.difference, metric)} {over} is not"
+                f" larger than the seed noise ({_LEVEL} interval {ends})."
+            )
+    if found and found[0].interval is None:
+        sentences.append("With one seed no noise can be told: no difference here is a finding; use --seeds 0,1,2.")
+    elif len(found) > 1:
+        sentences.append(
+            f"{len(found)} pairs are judged at {_LEVEL} each: by chance alone one in {1 / (1 - LEVEL):.0f} would"
+            " look like a difference."
+        )
+    return sentences
+
+
+def tuning_notes(tuned: Sequence[Tuned]) -> list[str]:
+    """What was chosen, and where the best may lie outside the grid."""
+    sentences = []
+    for choice in tuned:
+        listed = ", ".join(f"{value:g}" for value in choice.values)
+        said = f"{choice.contestant}: {choice.key} = {choice.best:g} of {listed}, chosen on validation rows"
+        if len(choice.values) == 1:
+            said += "; the grid has one value, so nothing was chosen between"
+        elif choice.is_at_edge:
+            said += "; it lies at the grid's edge, so a value beyond may be better: widen the grid"
+        sentences.append(said + ".")
+    return sentences
+
+
+def _change(value: float, metric: str) -> str:
+    """A signed difference, "+3.1 points" for a share."""
+    return shown(metric).gain(0.0, value)
+
+
+def _amount(value: float, metric: str) -> str:
+    return _change(abs(value), metric).lstrip("+")
+
+
+def _seeds(number: int) -> str:
+    return plural(number, "seed")
+
+
+def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---", *("---:" for _ in head[1:])], *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _csv(records: Sequence[dict[str, object]]) -> str:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(records[0]), lineterminator="\n")
+    writer.writeheader()
+    for record in records:
+        writer.writerow(
+            {k: v if isinstance(v, str) else json.dumps(v) if v is not None else "" for k, v in record.items()}
+        )
+    return file.getvalue()

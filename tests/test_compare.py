@@ -1,0 +1,390 @@
+"""`peertune compare`: fair cells, resumable, tuned on validation rows only, judged in pairs, and what it writes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peertune import prepare
+from peertune import run as runs
+from peertune.algorithms import METHODS
+from peertune.algorithms.turns import BlockwiseConfig
+from peertune.checkpoint import CheckpointStore
+from peertune.cli import main
+from peertune.compare import Comparison, Options, compare
+from peertune.compare.budget import with_whole_rounds
+from peertune.compare.stats import paired_interval, pairs, spread
+from peertune.compare.table import verdicts
+from peertune.config import from_dict
+from peertune.errors import CheckpointError, ConfigError, DataError, DivergedError
+from peertune.prepare import keep_back, prepare_data
+from peertune.run import Silent, run
+from tests.recipes import recipe, tree
+from tests.test_bad_input import write_toml
+
+NAMES = ["deca", "local", "deca:discrepancy=none"]
+
+
+class Quiet:
+    """A `GridProgress` that remembers the cells it was told of."""
+
+    def __init__(self) -> None:
+        self.cells: list[str] = []
+        self.notes: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+    @contextmanager
+    def cell(self, label: str, number: int, total: int) -> Iterator[Silent]:
+        assert 1 <= number <= total
+        self.cells.append(label)
+        yield Silent()
+
+
+@pytest.fixture
+def path(tmp_path: Path, micro_model: Path) -> Path:
+    """A recipe of four peers on a ring."""
+    write_toml(tree(tmp_path, micro_model), tmp_path / "recipe.toml")
+    return tmp_path / "recipe.toml"
+
+
+@pytest.fixture
+def make(path: Path, tmp_path: Path) -> Callable[..., tuple[Comparison, Quiet]]:
+    """Makes a comparison of `NAMES` over two seeds, unless other options are given."""
+
+    def go(**options: Any) -> tuple[Comparison, Quiet]:
+        told = Quiet()
+        chosen = {"algorithms": ",".join(NAMES), "seeds": "0,1", **options}
+        return compare(Options.parse([str(path)], str(tmp_path / "compared"), **chosen), told), told
+
+    return go
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "summary.json").read_text()))
+
+
+def test_a_grid_is_run_once_and_written_in_every_form(
+    make: Callable[..., tuple[Comparison, Quiet]], tmp_path: Path
+) -> None:
+    found, told = make()
+    out = tmp_path / "compared"
+    assert told.cells == [f"{name}, seed {seed}" for seed in (0, 1) for name in NAMES]
+    assert [row.contestant for row in found.rows] == NAMES
+    slugs = ["deca", "local", "deca-discrepancy-none"]
+    folders = [out / "cells" / slug / f"seed-{seed}" for slug in slugs for seed in (0, 1)]
+    summaries = [summary_of(folder) for folder in folders]
+    measured = [line for line in (folders[0] / "events.jsonl").read_text().splitlines() if '"event": "eval"' in line]
+    assert len(measured) == 9, "before, after every second of 16 rounds"
+    assert all((folder / "report.html").exists() and not (folder / "checkpoints").exists() for folder in folders)
+    own = [s["metrics"]["average_model"]["accuracy"] for s in summaries]
+    assert found.rows[0].mean == pytest.approx((own[0] + own[1]) / 2)
+    alone = [peer["accuracy"] for s in summaries[2:4] for peer in s["metrics"]["peers"]]
+    assert found.rows[1].mean == pytest.approx(sum(alone) / 8), "peers that never agree are measured each by its own"
+    assert found.rows[0].samples == found.rows[1].samples == 4 * 4 * 4, "four steps of each of four blocks, by four"
+    assert found.rows[1].bytes_sent == 0 < found.rows[0].bytes_sent
+    assert all(row.cpu_s > 0 and row.simulated_s > 0 and row.macro_f1 is not None for row in found.rows)
+    with found.files["table"].open() as file:
+        assert [line["contestant"] for line in csv.DictReader(file)] == NAMES
+    with found.files["cells"].open() as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["contestant"], line["seed"]) for line in lines] == [(n, str(s)) for s in (0, 1) for n in NAMES]
+    text = found.files["markdown"].read_text()
+    page = found.files["page"].read_text()
+    assert all(name in text and name in page for name in NAMES)
+    assert not re.search(r"(?:src|href)=\"(?!#)|@import|url\(", page), "the page loads nothing"
+    assert len(json.loads(found.files["json"].read_text())["pairs"]) == len(found.pairs) == 3
+
+    stamps = {file: file.stat().st_mtime_ns for folder in folders for file in folder.rglob("*")}
+    again, told = make()
+    assert told.cells == [] and again.rows == found.rows
+    assert stamps == {file: file.stat().st_mtime_ns for folder in folders for file in folder.rglob("*")}
+    more, told = make(seeds="0,1,2")
+    assert told.cells == [f"{name}, seed 2" for name in NAMES] and more.rows[0].num_seeds == 3
+    with pytest.raises(CheckpointError, match=r"algorithm\.lr"):
+        make(overrides=["algorithm.lr=0.02"])
+
+
+def test_one_seeds_cells_share_partition_graph_and_start(make: Callable[..., tuple[Comparison, Quiet]]) -> None:
+    found, _ = make(algorithms="deca,pooled,dpsgd")
+    starts: dict[str, list[Any]] = {}
+    for cell in csv.DictReader(found.files["cells"].read_text().splitlines()):
+        first = json.loads((Path(cell["folder"]) / "events.jsonl").read_text().splitlines()[0])
+        before = summary_of(Path(cell["folder"]))["metrics"]["before"]
+        starts.setdefault(cell["seed"], []).append((first["peers"], before))
+    for shared in starts.values():
+        assert len(shared) == 3 and shared[0] == shared[1] == shared[2]
+    assert starts["0"][0][0] != starts["1"][0][0], "another seed deals the rows anew"
+
+
+class Killed(BaseException):
+    """Ends a run as a signal would."""
+
+
+def test_an_interrupted_cell_goes_on_from_its_checkpoint(
+    make: Callable[..., tuple[Comparison, Quiet]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prune = CheckpointStore.prune
+
+    def dying(self: CheckpointStore) -> None:
+        prune(self)
+        if "local" in str(self.folder) and self.newest_complete() == 8:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointStore, "prune", dying)
+        with pytest.raises(Killed):
+            make(algorithms="deca,local", seeds="0")
+    _, told = make(algorithms="deca,local", seeds="0")
+    assert told.cells == ["local, seed 0"]
+    cell = tmp_path / "compared" / "cells" / "local" / "seed-0"
+    events = [json.loads(line) for line in (cell / "events.jsonl").read_text().splitlines()]
+    assert [e["round"] for e in events if e["event"] == "resume"] == [8]
+    rounds = [e for e in events if e["event"] == "round"]
+    assert [e["round"] for e in rounds] == list(range(16))
+    spent = [e["cpu_s"] for e in rounds]
+    assert spent == sorted(spent) and spent[8] > spent[7] > 0, "CPU time counts on over the interruption"
+
+
+def test_tuning_chooses_by_validation_rows_and_never_reads_the_test_file(
+    make: Callable[..., tuple[Comparison, Quiet]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    load = prepare.load_table
+
+    def spy(sources: Any, *rest: Any, **options: Any) -> Any:
+        read.append(f"{len(told_runs)} {Path(sources).name}")
+        return load(sources, *rest, **options)
+
+    told_runs: list[str] = []
+    original = runs.run
+
+    def counted(config: Any, **options: Any) -> Any:
+        told_runs.append(config.run.out)
+        if config.algorithm.lr > 1:
+            Path(config.run.out).mkdir(parents=True)
+            (Path(config.run.out) / "events.jsonl").write_text('{"event": "start", "time": 0}\n')
+            (Path(config.run.out) / "recipe.json").write_text(json.dumps({"config": config.to_dict()}))
+            raise DivergedError("the training loss became nan")
+        return original(config, **options)
+
+    monkeypatch.setattr(prepare, "load_table", spy)
+    monkeypatch.setattr(runs, "run", counted)
+    # A rate of 1e-9 leaves the base as it is.
+    found, _ = make(algorithms="deca,local", tune="lr=1e-9,1e-2,10")
+    assert [choice.best for choice in found.tuned] == [1e-2, 1e-2]
+    assert [choice.is_at_edge for choice in found.tuned] == [False, False]
+    assert [choice.qualities[2] for choice in found.tuned] == [None, None]
+    tuning = [i for i, out in enumerate(told_runs, 1) if "/tune/" in out]
+    assert len(tuning) == 6 and len(told_runs) == 10
+    assert not [line for line in read if line.endswith(" test.jsonl") and int(line.split()[0]) in tuning]
+    assert [line for line in read if line.endswith(" test.jsonl")]
+    for out in filter(lambda out: "lr-10" not in out, told_runs):
+        start = json.loads((Path(out) / "events.jsonl").read_text().splitlines()[0])
+        assert sum(peer["samples"] for peer in start["peers"]) == 54, "a tenth of 60 rows is kept back in every cell"
+        assert start["config"]["data"]["validation_rows"] == 6
+        assert (start["config"]["eval"]["split"] == "validation") == ("/tune/" in out)
+    for name in ("deca", "local"):
+        cell = summary_of(tmp_path / "compared" / "cells" / name / "seed-1")
+        assert cell["config"]["algorithm"]["lr"] == 1e-2
+    again, told = make(algorithms="deca,local", tune="lr=1e-9,1e-2,10")
+    assert told.cells == [] and again.tuned == found.tuned, "what diverged is not tried again either"
+
+
+def test_an_edge_of_the_grid_is_said(make: Callable[..., tuple[Comparison, Quiet]]) -> None:
+    found, _ = make(algorithms="deca,local", seeds="0", tune="lr=1e-9,1e-2")
+    assert all(choice.is_at_edge and choice.best == 1e-2 for choice in found.tuned)
+    assert sum("grid's edge" in sentence for sentence in found.verdicts) == 2
+    assert any("no noise can be told" in sentence for sentence in found.verdicts)
+
+
+def test_validation_rows_are_neither_trained_on_nor_tested(tmp_path: Path, micro_model: Path) -> None:
+    def ids(samples: Sequence[Any]) -> set[bytes]:
+        return {sample.input_ids.tobytes() for sample in samples}
+
+    sections: dict[str, Any] = {"data": {"validation_rows": 9}}
+    tested = prepare_data(recipe(tmp_path, micro_model, **sections), None)
+    judged = prepare_data(recipe(tmp_path, micro_model, **sections, eval={"split": "validation"}), None)
+    whole = prepare_data(recipe(tmp_path, micro_model), None)
+    train = [sample for held in judged.train for sample in held.samples]
+    assert ids(train) == ids([sample for held in tested.train for sample in held.samples])
+    assert len(judged.test) == 9 and len(train) == 51
+    assert not ids(judged.test) & ids(train)
+    assert ids(judged.test) | ids(train) == ids([sample for held in whole.train for sample in held.samples])
+    assert ids(tested.test) == ids(whole.test)
+    assert judged.labels == whole.labels
+    moved = recipe(tmp_path, micro_model, run={"seed": 1}, **sections, eval={"split": "validation"})
+    assert ids(prepare_data(moved, None).test) != ids(judged.test)
+
+
+def test_a_validation_split_that_cannot_be_is_refused(tmp_path: Path, micro_model: Path) -> None:
+    with pytest.raises(ConfigError, match=r"eval\.split.*data\.validation_rows"):
+        run(recipe(tmp_path, micro_model, eval={"split": "validation"}))
+    with pytest.raises(DataError, match=r"data\.validation_rows: got 60 of 60"):
+        run(recipe(tmp_path, micro_model, data={"validation_rows": 60}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_byte_budget_is_kept_and_nearly_used_up(make: Callable[..., tuple[Comparison, Quiet]]) -> None:
+    found, told = make(
+        algorithms="deca,dpsgd,deca:gossip_every=3,local",
+        seeds="0",
+        budget="bytes",
+        overrides=["algorithm.inner_steps=12"],
+    )
+    deca, dpsgd, rarely, local = found.rows
+    # The step that fits last is worth one sweep of the blocks, or one exchange of everything.
+    assert 0.7 * deca.bytes_sent < dpsgd.bytes_sent <= deca.bytes_sent
+    assert 0.7 * deca.bytes_sent < rarely.bytes_sent <= deca.bytes_sent
+    assert dpsgd.samples < deca.samples < rarely.samples
+    assert (local.bytes_sent, local.samples) == (0, deca.samples), "what sends nothing is held to the samples"
+    assert "deca, seed 0, probe" not in told.cells and "dpsgd, seed 0, probe" in told.cells
+
+
+def test_the_budget_of_seconds_is_kept_roughly(make: Callable[..., tuple[Comparison, Quiet]]) -> None:
+    found, _ = make(algorithms="deca,dpsgd", seeds="0", budget="seconds", overrides=["algorithm.inner_steps=16"])
+    assert found.rows[1].cpu_s == pytest.approx(found.rows[0].cpu_s, rel=0.4)
+    assert found.rows[1].samples < found.rows[0].samples, "a step of all blocks takes longer than one of a block"
+
+
+@pytest.mark.parametrize("name", METHODS)
+@given(data=st.data())
+def test_steps_round_trip_and_are_never_exceeded(name: str, data: st.DataObject) -> None:
+    config = from_dict({"algorithm": {"name": name}}, METHODS)[0].algorithm
+    blocks = data.draw(st.integers(1, 40), label="blocks")
+    shortest = config.with_steps(1, blocks).num_steps(blocks)
+    steps = data.draw(st.integers(shortest, 20_000), label="steps")
+    fitted = config.with_steps(steps, blocks)
+    assert shortest <= fitted.num_steps(blocks) <= steps
+    assert type(fitted) is type(config) and fitted.lr == config.lr
+    again = fitted.with_steps(fitted.num_steps(blocks), blocks)
+    assert again.num_steps(blocks) == fitted.num_steps(blocks)
+    own = config.num_steps(blocks)
+    assert config.with_steps(own, blocks) == config
+
+
+@given(steps=st.integers(1, 5000), blocks=st.integers(1, 12), every=st.integers(1, 9), sweeps=st.integers(1, 6))
+def test_whole_rounds_leave_no_short_one(steps: int, blocks: int, every: int, sweeps: int) -> None:
+    config = BlockwiseConfig(outer_rounds=sweeps, gossip_every=every)
+    fitted = with_whole_rounds(config, steps, blocks)
+    assert isinstance(fitted, BlockwiseConfig)
+    assert fitted.inner_steps % every == 0
+    assert fitted.num_steps(blocks) <= max(steps, blocks * every)
+
+
+def test_the_paired_interval_is_the_hand_computed_one() -> None:
+    # Differences 1, 2, 3: mean 2, s = 1, t(0.975, 2) = 4.302653; half width 4.302653 / sqrt(3) = 2.484138.
+    interval = paired_interval([1.0, 2.0, 3.0])
+    assert interval == pytest.approx((-0.484138, 4.484138), abs=1e-6)
+    # Differences 1, 2, 3, 2: mean 2, s = sqrt(2 / 3), t(0.975, 3) = 3.182446; half width 1.299228.
+    found = paired_interval([1.0, 2.0, 3.0, 2.0])
+    assert found == pytest.approx((0.700772, 3.299228), abs=1e-6)
+    assert paired_interval([0.1]) is None and spread([0.1]) is None
+
+
+def test_pairing_sees_what_the_spread_hides_and_words_have_the_metrics_direction() -> None:
+    quality = {"a": [0.50, 0.60, 0.70], "b": [0.45, 0.551, 0.649], "c": [0.65, 0.60, 0.55]}
+    found = {(p.one, p.other): p for p in pairs(quality)}
+    assert found["a", "b"].is_clear, "a is ahead by about 0.05 with every seed, though seeds differ by 0.2"
+    assert not found["a", "c"].is_clear and found["a", "c"].difference == pytest.approx(0)
+    said = verdicts(list(found.values()), "accuracy")
+    assert said[0].startswith("a is better than b in accuracy by 5.0 points")
+    assert "not larger than the seed noise" in said[1] and "3 pairs" in said[3]
+    assert verdicts([found["a", "b"]], "loss")[0].startswith("b is better than a in loss by 0.05")
+    alone = verdicts(pairs({"a": [0.5], "b": [0.4]}), "accuracy")
+    assert alone[0] == "a and b: a is ahead by 10.0 points with this one seed." and "no noise can be told" in alone[1]
+
+
+def test_recipes_are_contestants_and_the_command_prints_a_table(
+    path: Path, tmp_path: Path, micro_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "fast<er>.toml"
+    write_toml(tree(tmp_path, micro_model, algorithm={"lr": 2e-2}, run={"out": "elsewhere"}), other)
+    arguments = ["compare", str(path), str(other), "--seeds", "3", "--out", str(tmp_path / "c")]
+    assert main([*arguments, "--set", "algorithm.inner_steps=1"]) == 0
+    printed = capsys.readouterr()
+    assert "recipe" in printed.out and "fast<er>" in printed.out and "no noise can be told" in printed.out
+    assert "[2/2] fast<er>, seed 3" in printed.err
+    config = summary_of(tmp_path / "c" / "cells" / "fast-er" / "seed-3")["config"]
+    assert (config["run"]["seed"], config["algorithm"]["lr"], config["algorithm"]["inner_steps"]) == (3, 2e-2, 1)
+    assert not Path("elsewhere").exists()
+    page = (tmp_path / "c" / "compare.html").read_text()
+    assert "fast&lt;er&gt;" in page and "<er>" not in page
+
+
+ONE = ["compare", "recipe.toml"]
+BAD = {
+    "unknown method": ([*ONE, "--algorithms", "deca,decca"], ["algorithm.name", "decca", "did you mean deca"]),
+    "one contestant": (ONE, ["two or more"]),
+    "a name twice": ([*ONE, "--algorithms", "deca,deca"], ["--algorithms", "deca twice"]),
+    "unknown setting": ([*ONE, "--algorithms", "deca,local:discrepancy=none"], ["local has no key 'discrepancy'"]),
+    "setting without value": ([*ONE, "--algorithms", "deca,deca:lr"], ["'lr'", "key=value"]),
+    "bad setting": ([*ONE, "--algorithms", "deca,deca:discrepancy=nil"], ["algorithm.discrepancy", "nil"]),
+    "seeds no numbers": ([*ONE, "--algorithms", "deca,local", "--seeds", "0,x"], ["--seeds", "0,x"]),
+    "a seed twice": ([*ONE, "--algorithms", "deca,local", "--seeds", "1,1"], ["--seeds", "1 twice"]),
+    "unknown budget": ([*ONE, "--algorithms", "deca,local", "--budget", "euros"], ["--budget", "euros", "samples"]),
+    "tune no key": ([*ONE, "--algorithms", "deca,local", "--tune", "pace=1,2"], ["--tune pace", "deca", "lr"]),
+    "tune no number": ([*ONE, "--algorithms", "deca,local", "--tune", "lr=fast"], ["--tune", "lr=fast"]),
+    "tune impossible": ([*ONE, "--algorithms", "deca,local", "--tune", "lr=-1"], ["algorithm.lr", "-1", "greater"]),
+    "tuned and set": ([*ONE, "--algorithms", "deca,deca:lr=0.1", "--tune", "lr=1,2"], ["deca:lr=0.1", "itself"]),
+    "other data": (["compare", "recipe.toml", "other.toml"], ["data.batch_size", "4", "2", "[algorithm]"]),
+    "same stem": (["compare", "recipe.toml", "sub/recipe.toml"], ["share the folder"]),
+    "recipes and algorithms": (["compare", "recipe.toml", "other.toml", "--algorithms", "deca,local"], ["2 recipes"]),
+    "no held-out rows": ([*ONE, "--algorithms", "deca,local", "--set", "data.test="], ["data.test"]),
+    "no such recipe": (["compare", "missing.toml", "recipe.toml"], ["missing.toml"]),
+    "out under a file": ([*ONE, "--algorithms", "deca,local", "--out", "recipe.toml/x"], ["--out", "is a file"]),
+    "no bytes to fit": ([*ONE, "--algorithms", "local,deca", "--budget", "bytes"], ["--budget bytes", "local"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_exit_2(
+    name: str,
+    path: Path,
+    tmp_path: Path,
+    micro_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_toml(tree(tmp_path, micro_model, data={"batch_size": 2}), tmp_path / "other.toml")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "recipe.toml").write_text(path.read_text())
+    before = sorted(tmp_path.rglob("*"))
+    arguments, parts = BAD[name]
+    assert main(arguments) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("note:", "Loading"))]
+    if name == "no bytes to fit":  # only the first contestant's cell can tell that it sends nothing
+        errors = errors[-1:]
+    else:
+        assert sorted(tmp_path.rglob("*")) == before
+    assert len(errors) == 1 and errors[0].startswith("peertune: error: "), errors
+    for part in parts:
+        assert part in errors[0]
+
+
+def test_labels_of_validation_rows_are_classes_too(tmp_path: Path, micro_model: Path) -> None:
+    """Even where all rows of a label happen to be kept back."""
+    config = recipe(tmp_path, micro_model, data={"validation_rows": 57, "partition": {"kind": "iid"}})
+    config = config.model_copy(update={"run": config.run.model_copy(update={"num_peers": 1})})
+    assert len(prepare_data(config, None).labels) == 3
+
+
+def test_keeping_back_nothing_changes_nothing() -> None:
+    from peertune.data.load import Table
+
+    table = Table([{"text": str(i)} for i in range(10)], [i // 5 for i in range(10)])
+    assert keep_back(table, 0, 0) == (table, [])
+    train, validation = keep_back(table, 3, 0)
+    assert [row["text"] for row in train.rows] == sorted({str(i) for i in range(10)} - {r["text"] for r in validation})
+    assert [train.source[i] for i in range(7)] == [int(row["text"]) // 5 for row in train.rows]
