@@ -388,3 +388,23 @@ def test_keeping_back_nothing_changes_nothing() -> None:
     train, validation = keep_back(table, 3, 0)
     assert [row["text"] for row in train.rows] == sorted({str(i) for i in range(10)} - {r["text"] for r in validation})
     assert [train.source[i] for i in range(7)] == [int(row["text"]) // 5 for row in train.rows]
+
+
+def test_workers_change_nothing_but_the_time(path: Path, tmp_path: Path) -> None:
+    def found(out: str, workers: int) -> list[Any]:
+        asked = Options.parse(
+            [str(path)], str(tmp_path / out), algorithms="deca,fedavg", seeds="0", tune="lr=1e-3,1e-2", workers=workers
+        )
+        quiet = Quiet()
+        rows = [(row.contestant, row.mean, row.worst_peer) for row in compare(asked, quiet).rows]
+        assert bool(quiet.cells) == (workers == 1), "cells that workers did are found done"
+        return rows
+
+    assert found("one", 1) == found("two", 2)
+
+
+def test_workers_need_a_thread_count_and_independent_cells(path: Path, tmp_path: Path) -> None:
+    for text, extra in (("run.threads = 0", {"overrides": ["run.threads=0"]}), ("--budget bytes", {"budget": "bytes"})):
+        options: dict[str, Any] = {"algorithms": "deca,fedavg", "workers": 2, **extra}
+        with pytest.raises(ConfigError, match=text):
+            compare(Options.parse([str(path)], str(tmp_path / "out"), **options), Quiet())

@@ -142,6 +142,7 @@ def _compare(options: argparse.Namespace, console: Console) -> None:
         seeds=options.seeds,
         budget=options.budget,
         tune=options.tune,
+        workers=options.workers,
     )
     found = compare(asked, GridBars(console))
     Console().print(terminal_table(found.rows))
@@ -309,6 +310,9 @@ def _parser() -> argparse.ArgumentParser:
         "--tune",
         metavar="KEY=X,Y,...",
         help="a grid of an [algorithm] key, chosen on validation rows, such as lr=1e-4,1e-3",
+    )
+    compare.add_argument(
+        "--workers", type=_at_least(1), default=1, metavar="N", help="cells at a time, each in a process (samples only)"
     )
     compare.add_argument("--out", default="runs/compared", metavar="DIR", help="folder; an unfinished one goes on")
     compare.set_defaults(command=_compare)

@@ -7,8 +7,7 @@ DIR/cells/<name>/seed-<s>/             what is compared
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +15,13 @@ from typing import Protocol
 
 import torch
 
-from peertune import run as runs
 from peertune.algorithms import METHODS
 from peertune.algorithms.turns import BlockwiseConfig
 from peertune.compare import budget as budgets
 from peertune.compare.cells import Cell, Summary, is_better, metric_of, quality, read_cell
 from peertune.compare.contestants import Contestant
 from peertune.compare.options import Options
+from peertune.compare.workers import carry_out, diverged, play_ahead
 from peertune.config import AlgorithmConfig, RunConfig, from_dict
 from peertune.data.load import load_table
 from peertune.errors import ConfigError, DivergedError
@@ -30,14 +29,13 @@ from peertune.memory import release
 from peertune.prepare import model_blocks, prepare_model
 from peertune.report.events import read_run
 from peertune.run import Progress
-from peertune.run_folder import RunFolder, check_writable, storage_errors
+from peertune.run_folder import RunFolder, check_writable
 
 NUM_POINTS = 8
 """Evaluations of a cell on the way, where the recipe does not say."""
 VALIDATION_ROWS = 500
 VALIDATION_SHARE = 10
 """Rows kept back for tuning where the recipe keeps none: VALIDATION_ROWS, at most one row in VALIDATION_SHARE."""
-_DIVERGED = "diverged.txt"
 
 
 class GridProgress(Protocol):
@@ -75,6 +73,16 @@ class Grid:
         self.base = options.recipes[0].parent
         first = contestants[0].config
         check_writable(options.out, "--out")
+        if options.workers > 1 and options.budget != "samples":
+            raise ConfigError(
+                f"--workers: got {options.workers} with --budget {options.budget}, where a cell waits for the first"
+                " contestant's; expected 1, or --budget samples"
+            )
+        if options.workers > 1 and not first.run.threads:
+            raise ConfigError(
+                f"--workers: got {options.workers} with run.threads = 0, where each would take all cores; set it, such"
+                " as --set run.threads=1"
+            )
         if first.eval.split == "test" and not first.data.test:
             raise ConfigError("data.test: got none, expected held-out rows to compare on; set it, or eval.split")
         self.validation_rows = first.data.validation_rows
@@ -91,16 +99,21 @@ class Grid:
         tune = self.options.tune
         if tune is None:
             return []
-        seed = self.options.seeds[0]
         reference: Summary | None = None
         found = []
+        if self.options.budget == "samples":
+            ahead = [
+                (self._tuning_config(contestant, value, None), self._tuning_label(contestant, value))
+                for contestant in self.contestants
+                for value in tune.values
+            ]
+            self._ahead(ahead, may_diverge=True)
         for contestant in self.contestants:
             qualities: list[float | None] = []
             best: tuple[Summary, float | int] | None = None
             for value in tune.values:
-                folder = self.options.out / "tune" / contestant.slug / _spell(tune.key, value)
-                config = self._fitted(contestant, seed, value, reference, folder, validation=True)
-                summary = self._play(config, f"{contestant.name}, tuning {tune.key} = {value:g}", may_diverge=True)
+                config = self._tuning_config(contestant, value, reference)
+                summary = self._play(config, self._tuning_label(contestant, value), may_diverge=True)
                 if summary is None:
                     qualities.append(None)
                     continue
@@ -128,16 +141,39 @@ class Grid:
         """Run all cells with the chosen settings: seed by seed, the contestants in their order."""
         chosen = {choice.contestant: choice.best for choice in tuned}
         cells = []
+        if self.options.budget == "samples":
+            self._ahead(
+                [
+                    (self._cell_config(contestant, seed, chosen, None), f"{contestant.name}, seed {seed}")
+                    for seed in self.options.seeds
+                    for contestant in self.contestants
+                ]
+            )
         for seed in self.options.seeds:
             reference: Summary | None = None
             for contestant in self.contestants:
-                folder = self._cell_folder(contestant, seed)
-                config = self._fitted(contestant, seed, chosen.get(contestant.name), reference, folder)
+                config = self._cell_config(contestant, seed, chosen, reference)
                 summary = self._play(config, f"{contestant.name}, seed {seed}")
                 assert summary is not None
                 reference = reference or summary
-                cells.append(read_cell(contestant.name, seed, folder, summary))
+                cells.append(read_cell(contestant.name, seed, Path(config.run.out), summary))
         return cells
+
+    def _tuning_config(self, contestant: Contestant, value: float | int, reference: Summary | None) -> RunConfig:
+        tune = self.options.tune
+        assert tune is not None
+        folder = self.options.out / "tune" / contestant.slug / _spell(tune.key, value)
+        return self._fitted(contestant, self.options.seeds[0], value, reference, folder, validation=True)
+
+    def _tuning_label(self, contestant: Contestant, value: float | int) -> str:
+        assert self.options.tune is not None
+        return f"{contestant.name}, tuning {self.options.tune.key} = {value:g}"
+
+    def _cell_config(
+        self, contestant: Contestant, seed: int, chosen: Mapping[str, float | int], reference: Summary | None
+    ) -> RunConfig:
+        value = chosen.get(contestant.name)
+        return self._fitted(contestant, seed, value, reference, self._cell_folder(contestant, seed))
 
     @property
     def num_cells(self) -> int:
@@ -225,25 +261,19 @@ class Grid:
         folder.check(config.to_dict(), resume=True)
         if folder.summary.exists():
             return folder.read_summary()
-        mark = folder.path / _DIVERGED
-        if may_diverge and mark.exists():
+        if may_diverge and diverged(folder.path):
             return None
         release()
         with self.progress.cell(label, self._number, self.num_cells) as progress:
-            try:
-                summary = runs.run(
-                    config, base=self.base, resume=folder.holds_run, progress=_Once(progress, self._heard)
-                )
-            except DivergedError as error:
-                if not may_diverge:
-                    raise DivergedError(f"{label}: {error}") from error
-                with storage_errors(mark):
-                    mark.write_text(f"{error}\n", encoding="utf-8")
-                self.progress.note(f"{label}: diverged, so it is not chosen")
-                return None
-        # A grid's checkpoints would fill a disk; a finished run needs none.
-        shutil.rmtree(folder.checkpoints, ignore_errors=True)
+            summary = carry_out(config, self.base, label, may_diverge, _Once(progress, self._heard))
+        if summary is None:
+            self.progress.note(f"{label}: diverged, so it is not chosen")
         return summary
+
+    def _ahead(self, cells: Sequence[tuple[RunConfig, str]], *, may_diverge: bool = False) -> None:
+        """Run what is not finished with all workers; `_play` then finds it."""
+        if self.options.workers > 1:
+            play_ahead(cells, self.base, self.options.workers, self.progress.note, may_diverge=may_diverge)
 
     def _cell_folder(self, contestant: Contestant, seed: int) -> Path:
         return self.options.out / "cells" / contestant.slug / f"seed-{seed}"

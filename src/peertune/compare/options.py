@@ -35,6 +35,8 @@ class Options:
     seeds: tuple[int, ...] = (0, 1, 2)
     budget: Budget = "samples"
     tune: Tune | None = None
+    workers: int = 1
+    """Cells run at a time, each in a process of its own; 1: one after the other in this process."""
 
     @classmethod
     def parse(
@@ -47,6 +49,7 @@ class Options:
         seeds: str = DEFAULT_SEEDS,
         budget: str = "samples",
         tune: str | None = None,
+        workers: int = 1,
     ) -> Options:
         """The options from texts. Raises ConfigError where one cannot be used."""
         kinds: dict[str, Budget] = {kind: kind for kind in get_args(Budget)}
@@ -60,6 +63,7 @@ class Options:
             seeds=_parse_seeds(seeds),
             budget=kinds[budget],
             tune=None if tune is None else _parse_tune(tune),
+            workers=workers,
         )
 
 

@@ -1,0 +1,79 @@
+"""One cell of a comparison carried out, here or, several at a time, in processes of their own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+from peertune import run as runs
+from peertune.compare.cells import Summary
+from peertune.config import RunConfig
+from peertune.errors import DivergedError
+from peertune.run import Progress
+from peertune.run_folder import RunFolder, storage_errors
+
+_DIVERGED = "diverged.txt"
+
+
+def diverged(folder: Path) -> bool:
+    """Whether a run was given up because it diverged."""
+    return (folder / _DIVERGED).exists()
+
+
+def carry_out(
+    config: RunConfig, base: Path, label: str, may_diverge: bool, progress: Progress | None = None
+) -> Summary | None:
+    """One run, begun or gone on with; None where it diverged and may.
+
+    Raises:
+        DivergedError: it diverged and may not.
+    """
+    folder = RunFolder(Path(config.run.out))
+    try:
+        summary = runs.run(config, base=base, resume=folder.holds_run, progress=progress)
+    except DivergedError as error:
+        if not may_diverge:
+            raise DivergedError(f"{label}: {error}") from error
+        with storage_errors(folder.path):
+            (folder.path / _DIVERGED).write_text(f"{error}\n", encoding="utf-8")
+        return None
+    # A grid's checkpoints would fill a disk; a finished run needs none.
+    shutil.rmtree(folder.checkpoints, ignore_errors=True)
+    return summary
+
+
+def play_ahead(
+    cells: Sequence[tuple[RunConfig, str]],
+    base: Path,
+    workers: int,
+    note: Callable[[str], None],
+    *,
+    may_diverge: bool,
+) -> None:
+    """Carry out the cells that are not finished, each in a fresh process, so that none inherits another's memory.
+
+    Args:
+        cells: recipes with their labels.
+        workers: processes at a time.
+        note: told of each cell that is done.
+    Raises:
+        PeertuneError: a cell's; cells not begun are left.
+    """
+    todo = []
+    for config, label in cells:
+        folder = RunFolder(Path(config.run.out))
+        if not folder.summary.exists() and not (may_diverge and diverged(folder.path)):
+            todo.append((config, label))
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn, max_tasks_per_child=1) as pool:
+        futures = {pool.submit(carry_out, config, base, label, may_diverge): label for config, label in todo}
+        try:
+            for number, future in enumerate(as_completed(futures), 1):
+                future.result()
+                note(f"{futures[future]}: done ({number} of {len(todo)})")
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
