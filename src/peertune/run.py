@@ -30,6 +30,7 @@ from peertune.memory import peak_bytes, reset_peak
 from peertune.model.blocks import Block, block_table, frozen_names, is_tied, partition_blocks
 from peertune.model.language_model import LanguageModel
 from peertune.model.load import clone_model, load_model
+from peertune.model.quantization import num_weights, refuse_quantized
 from peertune.peer import Peer
 from peertune.prepare import Prepared, base_print, check_vocabulary, data_print, prepare_data
 from peertune.report import write_report
@@ -145,6 +146,7 @@ class Simulation:
         self.topology = self._topology()
         mailbox = Mailbox()
         own = {name for block in self.blocks for name in block.parameters}
+        refuse_quantized(module, own)
         self.base_print = base_print(module, own)
         held = [data.train] if method.pools_data else [[rendered] for rendered in data.train]
         self.data_prints = [data_print(each) for each in held]
@@ -335,7 +337,7 @@ class Simulation:
 
     def _foreseen_bytes(self) -> int:
         """Disk the checkpoints and the exported model will need: generations kept, one being written, the model."""
-        sizes: dict[str, int] = {name: p.numel() for name, p in self.average.module.named_parameters()}
+        sizes: dict[str, int] = {name: num_weights(p) for name, p in self.average.module.named_parameters()}
         trained = sum(sizes[n] for block in self.blocks for n in block.parameters)
         largest = max(sum(sizes[n] for n in block.parameters) for block in self.method.blocks)
         return (GENERATIONS + 1) * self.num_models * (4 * trained + 8 * largest) + 4 * sum(sizes.values())
@@ -355,7 +357,7 @@ class Simulation:
 
     def _start_event(self) -> Mapping[str, Any]:
         module = self.average.module
-        sizes = {name: p.numel() for name, p in module.named_parameters()}
+        sizes = {name: num_weights(p) for name, p in module.named_parameters()}
         held = [
             {
                 "samples": shown["samples"],
