@@ -112,11 +112,13 @@ class TimedFedAvg(FedAvg):
             raise RuntimeError(
                 f"round {server_round}: got {len(replies) - len(failed)} of {self.num_clients} clients; {failed[:1]}"
             )
-        arrays, metrics = super().aggregate_train(server_round, replies)
+        average = super().aggregate_train(server_round, replies)
         self.round_ends.append(time.monotonic())
-        self.losses.append(float(metrics["loss"]))
-        self.fit_s.append(float(metrics["fit_s"]))
-        return arrays, metrics
+        # Plain means, as peertune's log has them; Flower's own are weighted by the clients' samples.
+        reported = [reply.content["metrics"] for reply in replies]
+        self.losses.append(float(np.mean([metrics["loss"] for metrics in reported])))
+        self.fit_s.append(float(np.mean([metrics["fit_s"] for metrics in reported])))
+        return average
 
 
 def main(spec_path: str) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from peertune.config import ModelSection
 from peertune.errors import ModelError
-from peertune.model.quantization import is_finite, loading_options, quantization_states, settle
+from peertune.model.quantization import is_finite, loading_options, quantization_states, quiet, settle
 
 TINY = "tiny"
 """The name of the base model that ships with the package."""
@@ -53,6 +53,7 @@ def load_model(config: ModelSection, device: torch.device, base: Path | None = N
         ModelError: it cannot be loaded, is no causal language model, is too short for max_length, lacks weights, holds
             NaN, or is stored quantised where the recipe wants full precision.
     """
+    quiet()
     from transformers import AutoConfig, AutoModelForCausalLM
 
     options: dict[str, Any] = {

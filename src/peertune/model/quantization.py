@@ -32,6 +32,14 @@ def require_package() -> None:
         )
 
 
+def quiet() -> None:
+    """Spare users a line on stderr in which the package regrets, at its import, a kernel that nothing here uses.
+
+    peft imports it too, wherever it is installed.
+    """
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
 def loading_options(config: ModelSection, settings: Any, device: torch.device) -> dict[str, Any]:
     """Options with which `from_pretrained` quantises the linear layers, one by one as it reads them.
 
@@ -46,8 +54,6 @@ def loading_options(config: ModelSection, settings: Any, device: torch.device) -
             quantised.
     """
     require_package()
-    # At its import the package may regret, in a line on stderr, a kernel for inference that nothing here uses.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from transformers import BitsAndBytesConfig
 
     options: dict[str, Any] = {"device_map": {"": device}}
