@@ -172,7 +172,10 @@ def carry_out(command: list[str], scratch: Path, *, memory: bool = False) -> dic
     with (scratch / "stderr").open("wb") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=environment)
         peak = Peak(process.pid) if memory else None
-        output, _ = process.communicate()
+        try:
+            output, _ = process.communicate()
+        finally:
+            process.kill()  # where the wait was interrupted; else it has ended
     if process.returncode:
         tail = (scratch / "stderr").read_text(encoding="utf-8", errors="replace").strip()[-2000:]
         raise RuntimeError(f"{command[1]} ended with exit code {process.returncode}:\n{tail}")
