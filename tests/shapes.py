@@ -8,19 +8,21 @@ from torch import nn
 VOCABULARY, LAYERS = 61, 4
 
 
-def make_model(name: str, tied: bool = False) -> Any:
-    """A float32 model of an architecture with random weights: hidden 16, four layers, 61 tokens, 64 positions."""
+def make_model(
+    name: str, tied: bool = False, *, hidden: int = 16, intermediate: int = 24, vocabulary: int = VOCABULARY
+) -> Any:
+    """A float32 model of an architecture with random weights: four layers, 64 positions."""
     import transformers as hf
 
     sizes: dict[str, Any] = {
-        "vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
-        "intermediate_size": 24, "max_position_embeddings": 64, "tie_word_embeddings": tied,
+        "vocab_size": vocabulary, "hidden_size": hidden, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
+        "intermediate_size": intermediate, "max_position_embeddings": 64, "tie_word_embeddings": tied,
     }  # fmt: skip
     configs = {
         "llama": lambda: hf.LlamaConfig(**sizes, num_key_value_heads=2),
         "qwen2": lambda: hf.Qwen2Config(**sizes, num_key_value_heads=2),
         "gpt2": lambda: hf.GPT2Config(
-            vocab_size=VOCABULARY, n_embd=16, n_layer=LAYERS, n_head=4, n_positions=64, tie_word_embeddings=tied,
+            vocab_size=vocabulary, n_embd=hidden, n_layer=LAYERS, n_head=4, n_positions=64, tie_word_embeddings=tied,
             resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         ),
         "gpt_neox": lambda: hf.GPTNeoXConfig(**sizes),

@@ -3,10 +3,12 @@
 import importlib
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -155,3 +157,88 @@ def test_figures_name_no_place_on_the_machine(harness: ModuleType, tmp_path: Pat
     with pytest.raises(ValueError, match="figures"):
         harness.finish("broken", {"value": value}, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def simulate() -> ModuleType:
+    return script("simulate")
+
+
+@pytest.fixture
+def toy(tmp_path: Path, micro_model: Path) -> list[str]:
+    """Arguments of `simulate.py` for a run of a second; a full-parameter method stands in for the adapter's."""
+    rows = [json.dumps({"text": f"row {i} tells of {i * i} small things " * 4}) for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    values = {
+        "model": micro_model, "data": tmp_path / "rows.jsonl", "clients": 3, "local-steps": 2, "batch-size": 2,
+        "length": 32, "cores": 1, "work": 12, "repeats": 1, "method": "dpsgd", "results": tmp_path / "results",
+    }  # fmt: skip
+    return [part for key, value in values.items() for part in (f"--{key}", str(value))]
+
+
+def test_simulations_are_timed_and_joined_with_flowers(
+    simulate: ModuleType, toy: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Flower itself is not needed: a program that answers as its side does stands in."""
+    answer = {"round_ends": [10, 14, 18, 99], "losses": [3, 2, 1, 0], "fit_s": [9, 1, 1, 9], "versions": {"flwr": "0"}}
+    flower = tmp_path / "flower-python"
+    flower.write_text(f"#!{sys.executable}\nimport sys\nif sys.argv[1] != '-c':\n    print({json.dumps(answer)!r})\n")
+    flower.chmod(0o755)
+    simulate.main([*toy, "--flower-python", str(flower)])
+    figures = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert json.loads((tmp_path / "results" / "simulate.json").read_text())["figures"] == figures
+    assert figures["flower_versions"] == {"flwr": "0"}
+    (setting,) = figures["settings"]
+    assert (setting["clients"], setting["local_steps"], setting["rounds"]) == (3, 2, 2)
+    assert setting["flower"]["rounds_per_s"] == 2 / 8
+    assert setting["flower"]["steps_s"] == 3
+    assert (setting["flower"]["first_loss"], setting["flower"]["last_loss"]) == (3, 0)
+    ours = setting["peertune"]
+    assert ours["rounds_per_s"] > 0 and ours["first_round_s"] > 0
+    assert ours["last_loss"] < ours["first_loss"]
+    assert setting["peertune_over_flower"] == pytest.approx(ours["rounds_per_s"] * 4)
+    assert 50e6 < ours["peak_bytes"] < 5e9, "a process with torch loaded"
+
+
+def test_both_sides_of_a_simulation_get_the_same_batches(simulate: ModuleType, toy: list[str], tmp_path: Path) -> None:
+    from peertune.model.load import load_model
+    from peertune.run import Silent, Simulation, prepare_data
+    from peertune.run_folder import RunFolder
+
+    options = simulate.parser().parse_args(toy)
+    options.clients = 3
+    spec = json.loads(simulate.write_spec(options, tmp_path, 3, 2, 4).read_text())
+    with np.load(spec["arrays"]) as file:
+        arrays = dict(file)
+    config = simulate.recipe(spec, tmp_path / "out")
+    run = Simulation(
+        config, RunFolder(tmp_path), prepare_data(config, None), load_model(config.model, CPU), CPU, Silent(), []
+    )
+    assert run.method.num_rounds == 4
+    assert arrays["draws"].shape == (3, 8, 2)
+    for member, draws, held in zip(run.members, arrays["draws"], arrays["num_samples"], strict=True):
+        assert held == len(member.algorithm.peer.batches.samples)
+        for draw in draws:
+            batch = member.algorithm.peer.batches.next()
+            labels = arrays["samples"][draw][:, : batch.input_ids.shape[1]]
+            assert np.array_equal(np.where(batch.attention_mask, batch.input_ids, -100), labels)
+    adapter = [arrays[f"adapter{i}"] for i in range(arrays["num_adapter"])]
+    assert len(adapter) == 3 * 7 * 2
+    assert {min(tensor.shape) for tensor in adapter} <= {6, 8}
+
+
+def test_an_interpreter_without_flower_is_refused(
+    simulate: ModuleType, toy: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for python in (tmp_path / "no-such-python", Path("/bin/false")):
+        with pytest.raises(SystemExit) as stop:
+            simulate.main([*toy, "--flower-python", str(python)])
+        assert stop.value.code == 2
+        assert f"--flower-python: got {str(python)!r}" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_side_that_fails_says_why(simulate: ModuleType, tmp_path: Path) -> None:
+    failing = [sys.executable, "-c", "raise SystemExit('no room left')"]
+    with pytest.raises(RuntimeError, match=r"exit code 1:\nno room left"):
+        simulate.carry_out(failing, tmp_path / "scratch")

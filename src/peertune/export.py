@@ -16,7 +16,7 @@ from peertune.data.render import find_labels, label_tokens, render
 from peertune.errors import CheckpointError
 from peertune.evaluate import Metrics, evaluate
 from peertune.model.language_model import LanguageModel
-from peertune.model.load import load_model, load_tokenizer
+from peertune.model.load import load_full_model, load_model, load_tokenizer
 from peertune.optim import join_bfloat16
 from peertune.prepare import prepare_model, prepare_tokenizer
 from peertune.run_folder import RunFolder, check_writable, save_trained, storage_errors
@@ -59,7 +59,7 @@ def export(run: Path, to: Path) -> None:
     own = dict(module.named_parameters())
     for name, value in average.items():
         own[name].data.copy_(value)
-    save_trained(to, module, prepare_tokenizer(config, base), lambda: load_model(config.model, cpu, base))
+    save_trained(to, module, prepare_tokenizer(config, base), lambda: load_full_model(config.model, cpu, base))
 
 
 def evaluate_model(model: str, data: str, task: Task, *, max_samples: int = 0, max_length: int = 256) -> Metrics:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peertune.config import RunConfig
 from peertune.data.chat import plain_template
@@ -170,10 +170,18 @@ def data_print(held: Sequence[Rendered]) -> str:
 
 
 def base_print(module: nn.Module, trained: set[str]) -> str:
-    """A hash of what a checkpoint leaves out of a model: the frozen weights, and the shapes of all."""
+    """A hash of what a checkpoint leaves out of a model: frozen weights, stored buffers, scales, and all shapes."""
     digest = hashlib.sha256()
+
+    def add(name: str, tensor: Tensor, content: bool) -> None:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if content:
+            # Flat, because a tensor without dimensions has no view of its bytes.
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+
     for name, parameter in module.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        if name not in trained:
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        add(name, parameter, name not in trained)
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, nn.Parameter):
+            add(name, tensor, True)
     return digest.hexdigest()

@@ -14,6 +14,7 @@ from peertune.config import RunConfig
 from peertune.evaluate import Metrics
 from peertune.link import Clock
 from peertune.model.blocks import Block, frozen_names
+from peertune.model.quantization import num_weights
 from peertune.prepare import Prepared
 from peertune.runtimes import Member
 from peertune.topology import Topology
@@ -22,7 +23,7 @@ from peertune.topology import Topology
 def start_event(config: RunConfig, method: Algorithm, data: Prepared, notes: list[str]) -> dict[str, Any]:
     """What is known before the first round. Adds a note on rows that were cut."""
     module, topology = method.peer.model.module, method.topology
-    sizes = {name: p.numel() for name, p in module.named_parameters()}
+    sizes = {name: num_weights(p) for name, p in module.named_parameters()}
     held = [
         {
             "samples": shown["samples"],

@@ -29,7 +29,8 @@ from peertune.memory import peak_bytes, reset_peak
 from peertune.model.adapters import core_of
 from peertune.model.blocks import block_table, is_tied
 from peertune.model.language_model import LanguageModel
-from peertune.model.load import clone_model, load_model
+from peertune.model.load import clone_model, load_full_model
+from peertune.model.quantization import num_weights, refuse_quantized
 from peertune.peer import Peer
 from peertune.prepare import (
     Prepared,
@@ -152,6 +153,7 @@ class Simulation:
         self.pools = method.pools_data
         self.topology = self._topology(method)
         own = {name for block in self.blocks for name in block.parameters}
+        refuse_quantized(module, own)
         self.base_print = base_print(module, own)
         held = [data.train] if self.pools else [[rendered] for rendered in data.train]
         num_models = 1 if self.pools else config.run.num_peers
@@ -242,7 +244,7 @@ class Simulation:
             self.folder.model,
             self.average.module,
             self.data.tokenizer,
-            lambda: load_model(self.config.model, torch.device("cpu"), self.base),
+            lambda: load_full_model(self.config.model, torch.device("cpu"), self.base),
             self.folder.adapter,
         )
         self.folder.event("end", metrics=metrics, wall_s=wall_s, peak_memory_bytes=peak)
@@ -358,7 +360,7 @@ class Simulation:
 
     def _foreseen_bytes(self) -> int:
         """Disk the checkpoints and the exported model will need: generations kept, one being written, the model."""
-        sizes: dict[str, int] = {name: p.numel() for name, p in self.average.module.named_parameters()}
+        sizes: dict[str, int] = {name: num_weights(p) for name, p in self.average.module.named_parameters()}
         trained = sum(sizes[n] for block in self.blocks for n in block.parameters)
         largest = max(sum(sizes[n] for n in block.parameters) for block in self.method.blocks)
         return (GENERATIONS + 1) * len(self.members) * (4 * trained + 8 * largest) + 4 * sum(sizes.values())

@@ -67,7 +67,8 @@ def merge_adapter(module: nn.Module, base: nn.Module) -> nn.Module | None:
     if not (_is_peft(module) and module.peft_type == "LORA"):
         return None
     weights = {name: p.detach() for name, p in module.named_parameters() if "lora_" in name}
-    merged = _wrap(base, copy.deepcopy(module.peft_config["default"]))  # type: ignore[index]
+    with torch.random.fork_rng(devices=[]):
+        merged = _wrap(base, copy.deepcopy(module.peft_config["default"]))  # type: ignore[index]
     own = dict(merged.named_parameters())
     with torch.no_grad():
         for name, value in weights.items():

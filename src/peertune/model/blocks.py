@@ -13,6 +13,7 @@ from typing import Literal
 from torch import nn
 
 from peertune.errors import ModelError
+from peertune.model.quantization import num_weights
 
 TrainEmbeddings = Literal["untied", "all", "none"]
 
@@ -130,7 +131,7 @@ def frozen_names(model: nn.Module, blocks: Iterable[Block]) -> list[str]:
 
 def block_table(model: nn.Module, blocks: Sequence[Block]) -> str:
     """The partition as text, a line a block: index, name, tensors, parameters, share of what is trained."""
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    sizes = {name: num_weights(p) for name, p in model.named_parameters()}
     totals = [sum(sizes[name] for name in block.parameters) for block in blocks]
     width = max(len(block.name) for block in blocks)
     lines = [

@@ -12,6 +12,7 @@ from torch import nn
 
 from peertune.config import ModelSection
 from peertune.errors import ModelError
+from peertune.model.quantization import is_finite, loading_options, quantization_states, quiet, settle
 
 TINY = "tiny"
 """The name of the base model that ships with the package."""
@@ -46,26 +47,39 @@ def load_tokenizer(config: ModelSection, base: Path | None = None) -> Any:
 
 
 def load_model(config: ModelSection, device: torch.device, base: Path | None = None, *, seed: int = 0) -> nn.Module:
-    """The base model on `device` in the recipe's dtype, every parameter frozen.
+    """The base model on `device` in the recipe's dtype, or quantised as the recipe says, every parameter frozen.
+
 
     Args:
         seed: of random weights, where the recipe asks for those.
     Raises:
-        ModelError: it cannot be loaded, is no causal language model, is too short for max_length, lacks weights or
-            holds NaN.
+        ModelError: it cannot be loaded, is no causal language model, is too short for max_length, lacks weights, holds
+            NaN, or is stored quantised where the recipe wants full precision.
     """
+    quiet()
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
-    options = {"dtype": dtype, "attn_implementation": None if config.attention == "auto" else config.attention}
+    options: dict[str, Any] = {
+        "dtype": {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype],
+        "attn_implementation": None if config.attention == "auto" else config.attention,
+    }
     model: Any
     if config.init == "random":
+        if config.quantization != "none":
+            raise ModelError('model.init: got "random" with model.quantization, expected "pretrained" weights to quantise')
         shape = _from_pretrained(AutoConfig, config, base)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code, **options)
     else:
+        if config.quantization != "none":
+            options |= loading_options(config, _from_pretrained(AutoConfig, config, base), device)
         model, info = _from_pretrained(AutoModelForCausalLM, config, base, output_loading_info=True, **options)
+        if config.quantization == "none" and getattr(model.config, "quantization_config", None) is not None:
+            raise ModelError(
+                f'model.path: {config.path!r} is stored quantised, but model.quantization is "none"; name the'
+                ' full-precision model, or set model.quantization = "4bit" under a method that trains an adapter'
+            )
         if missing := sorted(info["missing_keys"]):
             raise ModelError(
                 f"model.path: {config.path!r} lacks {len(missing)} weights, such as {missing[0]}; they would be random"
@@ -75,17 +89,33 @@ def load_model(config: ModelSection, device: torch.device, base: Path | None = N
     if positions is not None and positions < config.max_length:
         raise ModelError(f"model.max_length: got {config.max_length}, but {config.path!r} has {positions} positions")
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if not is_finite(parameter):
             raise ModelError(f"model.path: {name} of {config.path!r} holds NaN or infinity; the base model is damaged")
         parameter.requires_grad_(False)
         parameter.data = parameter.data.contiguous()
+    settle(model, config.path)
     model.config.use_cache = False
     return model.train()  # type: ignore[no-any-return]
 
 
+def load_full_model(config: ModelSection, device: torch.device, base: Path | None = None) -> nn.Module:
+    """The base model in full precision, also where the recipe quantises it: what a trained adapter is merged into.
+
+    Merging into 4-bit weights would round the sum to 4 bits again, and lose most of what the adapter learned.
+
+    Raises:
+        ModelError: as `load_model`; also where the base is to be had in 4 bits only.
+    """
+    return load_model(config.model_copy(update={"quantization": "none"}), device, base)
+
+
 def clone_model(model: nn.Module, own: set[str]) -> nn.Module:
-    """A second instance that shares all parameters with the first but those named in `own`, which it copies."""
-    shared = {id(p): p for name, p in model.named_parameters() if name not in own}
+    """A second instance that shares all parameters with the first but those named in `own`, which it copies.
+
+    The scales of quantised parameters are shared too.
+    """
+    shared: dict[int, Any] = {id(p): p for name, p in model.named_parameters() if name not in own}
+    shared |= {id(state): state for state in quantization_states(model)}
     return copy.deepcopy(model, memo=shared)
 
 
