@@ -20,6 +20,7 @@ LAYERS = [
     "checkpoint",
     "run_folder",
     "evaluate",
+    "evaluation",
     "report",
     "prepare",
     "run",

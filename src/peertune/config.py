@@ -144,6 +144,12 @@ class EvalSection(Section):
     """Rounds between evaluations of the average model; 0: only before and after."""
     max_samples: NonNegative = 1000
     """Held-out rows used at most; 0: all."""
+    generate_samples: NonNegative = 0
+    """Held-out rows answered by greedy generation (instruction, and chat rows with calls); 0: nothing is generated."""
+    max_new_tokens: Positive = 128
+    """Tokens of a generated answer at most."""
+    choice_samples: NonNegative = 0
+    """Chat rows with calls for which each function offered is scored by its likelihood; 0: none."""
 
 
 class RunConfig(Section):

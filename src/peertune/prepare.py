@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from peertune.data.chat import plain_template
 from peertune.data.load import load_table
 from peertune.data.partition import describe_partition, partition
 from peertune.data.render import Rendered, Sample, find_labels, label_tokens, render
+from peertune.data.tools import LOSSES
 from peertune.errors import DataError, ModelError
+from peertune.evaluation import HeldOut, references, remarks
 from peertune.model.load import load_tokenizer
 from peertune.seeds import numpy_rng
 
@@ -28,11 +30,13 @@ class Prepared:
     tokenizer: Any
     train: list[Rendered]
     """By peer."""
-    test: list[Sample]
+    test: HeldOut
     labels: list[list[int]]
     """Token ids of each label; empty unless the task is classification."""
     classes: list[dict[str, Any]]
     """Who holds what, by peer, for the report."""
+    notes: list[str] = field(default_factory=list)
+    """What a user should know about the rows."""
 
 
 def prepare_data(config: RunConfig, base: Path | None) -> Prepared:
@@ -58,12 +62,16 @@ def prepare_data(config: RunConfig, base: Path | None) -> Prepared:
         if limit and len(held_out) > limit:
             keep = numpy_rng(seed, "eval").choice(len(held_out), limit, replace=False)
             held_out = [held_out[i] for i in sorted(keep)]
+    labels = label_tokens(tokenizer, label_names)
+    known = references(test.rows, held_out, section, tokenizer) if test is not None else []
+    measured = HeldOut(held_out, known, tokenizer, labels)
     return Prepared(
         tokenizer=tokenizer,
         train=train,
-        test=held_out,
-        labels=label_tokens(tokenizer, label_names),
+        test=measured,
+        labels=labels,
         classes=describe_partition(table.rows, parts, section),
+        notes=[*_shortened(train, length), *remarks(measured, config.eval)],
     )
 
 
@@ -77,7 +85,7 @@ def prepare_tokenizer(config: RunConfig, base: Path | None) -> Any:
 
 def check_vocabulary(data: Prepared, num_embeddings: int, path: str) -> None:
     """Refuse a tokenizer that is larger than the model's embedding. Raises ModelError."""
-    samples = [sample for rendered in data.train for sample in rendered.samples] + data.test
+    samples = [sample for rendered in data.train for sample in rendered.samples] + [*data.test.samples]
     largest = max(int(sample.input_ids.max()) for sample in samples)
     largest = max(largest, data.tokenizer.pad_token_id, *(token for label in data.labels for token in label), 0)
     if largest >= num_embeddings:
@@ -85,6 +93,21 @@ def check_vocabulary(data: Prepared, num_embeddings: int, path: str) -> None:
             f"model.path: the tokenizer of {path!r} makes token {largest}, but the model embeds only {num_embeddings};"
             " take the tokenizer that belongs to the model"
         )
+
+
+def _shortened(train: Sequence[Rendered], max_length: int) -> list[str]:
+    """Says how many rows' function schemas were shortened."""
+    totals: dict[str, int] = {}
+    for rendered in train:
+        for what, count in rendered.tools_cut.items():
+            totals[what] = totals.get(what, 0) + count
+    if not totals:
+        return []
+    parts = ", ".join(f"{totals[what]} {what}" for what in LOSSES if what in totals)
+    return [
+        f"functions of {sum(totals.values())} training rows were described shorter to fit model.max_length ="
+        f" {max_length}; they lost, each also what stands before it: {parts}"
+    ]
 
 
 def data_print(held: Sequence[Rendered]) -> str:

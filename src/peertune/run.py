@@ -25,7 +25,7 @@ from peertune.checkpoint import GENERATIONS, CheckpointStore
 from peertune.config import RunConfig
 from peertune.data.batches import Batches, UnionBatches
 from peertune.errors import CheckpointError, ConfigError, DivergedError
-from peertune.evaluate import Metrics, evaluate
+from peertune.evaluation import Measured, measure
 from peertune.memory import peak_bytes, reset_peak
 from peertune.model.blocks import Block, block_table, frozen_names, is_tied, partition_blocks
 from peertune.model.language_model import LanguageModel
@@ -96,7 +96,7 @@ def run(
     data = prepare_data(config, base)
     module = load_model(config.model, device, base)
     check_vocabulary(data, module.get_input_embeddings().weight.shape[0], config.model.path)  # type: ignore[operator]
-    simulation = Simulation(config, folder, data, module, device, progress, list(notes), base or Path())
+    simulation = Simulation(config, folder, data, module, device, progress, [*notes, *data.notes], base or Path())
     return simulation.carry_out(resume)
 
 
@@ -157,7 +157,7 @@ class Simulation:
         """The base, then wherever an average is wanted; shares what is frozen with the peers."""
         self.method = self.members[0].algorithm
         self.store = CheckpointStore(folder.checkpoints, self.num_models)
-        self.before: Metrics = {}
+        self.before = Measured({})
         self.started = time.monotonic()
 
     def carry_out(self, resume: bool) -> dict[str, Any]:
@@ -173,8 +173,8 @@ class Simulation:
             )
             self.folder.rewind(0)
             self.folder.event("start", **self._start_event())
-            self.before = self._evaluate(self.average)
-            self.folder.event("eval", round=0, average_model=self.before, peers=None)
+            self.before = self._evaluate(self.average, by_client=True)
+            self.folder.event("eval", round=0, average_model=self.before.overall, peers=None)
         else:
             self.folder.rewind(done)
             self.folder.event("resume", round=done)
@@ -196,7 +196,7 @@ class Simulation:
         every = self.config.eval.every
         if every and (round + 1) % every == 0 and not last:
             self._load_average()
-            self.folder.event("eval", round=round + 1, average_model=self._evaluate(self.average), peers=None)
+            self.folder.event("eval", round=round + 1, average_model=self._evaluate(self.average).overall, peers=None)
         every = self.config.run.checkpoint_every
         if last or ((round + 1) % every == 0 if every else self.method.is_boundary(round)):
             self._checkpoint(round + 1)
@@ -204,16 +204,24 @@ class Simulation:
 
     def _finish(self) -> dict[str, Any]:
         rounds = self.method.num_rounds
-        peers = [self._evaluate(member.algorithm.peer.model) for member in self.members]
+        own = [self._evaluate(member.algorithm.peer.model, by_client=True) for member in self.members]
+        peers = [measured.overall for measured in own]
         if self.method.agrees:
             hops = agree(rounds, self.members, self.topology)
             self.folder.event("agreement", hops=hops, bytes_sent=self._bytes_sent())
         self._load_average(agreed=self.method.agrees)
-        average = self._evaluate(self.average)
+        agreed = self._evaluate(self.average, by_client=True)
+        average = agreed.overall
         for name, value in average.items():
             _require_finite(f"the average model's {name}", value)
         self.folder.event("eval", round=rounds, average_model=average, peers=peers)
-        metrics = {"before": self.before, "average_model": average, "peers": peers}
+        metrics: dict[str, Any] = {"before": self.before.overall, "average_model": average, "peers": peers}
+        if agreed.by_client:
+            metrics["by_client"] = {
+                "before": self.before.by_client,
+                "average_model": agreed.by_client,
+                "peers": [measured.by_client for measured in own],
+            }
         wall_s, peak = self._wall_s(), peak_bytes(self.device)
         save_model(self.folder.model, self.average.module, self.data.tokenizer)
         self.folder.event("end", metrics=metrics, wall_s=wall_s, peak_memory_bytes=peak)
@@ -273,7 +281,8 @@ class Simulation:
             member.algorithm.load_state_dict(tensors, plain["algorithm"], done)
             member.algorithm.peer.batches.load_state_dict(plain["batches"])
             member.exchange.load_state_dict(plain["exchange"])
-            self.before, elapsed = plain["before"], plain["wall_s"]
+            self.before = Measured(plain["before"], plain.get("before_by_client", {}))
+            elapsed = plain["wall_s"]
         self.started = time.monotonic() - elapsed
         self.progress.note(f"{self.folder.path}: resuming after round {done} of {self.method.num_rounds}")
         then = self.folder.read_recipe().get("versions")
@@ -290,17 +299,18 @@ class Simulation:
                 "exchange": member.exchange.state_dict(),
                 "data": self.data_prints[member.index],
                 "base": self.base_print,
-                "before": self.before,
+                "before": self.before.overall,
+                "before_by_client": self.before.by_client,
                 "wall_s": self._wall_s(),
             }
             self.store.save(member.index, done, tensors, state)
         self.store.prune()
         self.folder.event("checkpoint", round=done)
 
-    def _evaluate(self, model: LanguageModel) -> Metrics:
-        if not self.data.test:
-            return {}
-        return evaluate(model, self.data.test, self.data.tokenizer.pad_token_id, labels=self.data.labels)
+    def _evaluate(self, model: LanguageModel, by_client: bool = False) -> Measured:
+        if not self.data.test.samples:
+            return Measured({})
+        return measure(model, self.data.test, self.config.eval, by_client=by_client)
 
     @torch.no_grad()
     def _load_average(self, agreed: bool = False) -> None:
