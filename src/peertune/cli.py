@@ -269,7 +269,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--task", choices=["text", "classification", "instruction", "chat"], help="of all files")
     evaluate.add_argument("--max-samples", type=_at_least(0), default=0, metavar="N", help="rows at most; 0: all")
     evaluate.add_argument(
-        "--max-length", type=_at_least(8), default=256, metavar="N", help="tokens of a sequence at most"
+        "--max-length",
+        type=_at_least(8),
+        default=0,
+        metavar="N",
+        help="tokens of a sequence at most; default: 256, for --lm-eval the model's own",
     )
     evaluate.add_argument(
         "--generate",

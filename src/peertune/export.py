@@ -69,7 +69,7 @@ def evaluate_model(
     task: Task | None,
     settings: EvalSection,
     *,
-    max_length: int = 256,
+    max_length: int = 0,
     harness_tasks: Sequence[str] = (),
 ) -> Iterator[dict[str, Any]]:
     """Measure a model folder or hub name on data files, then on tasks of lm-evaluation-harness.
@@ -79,7 +79,7 @@ def evaluate_model(
     Args:
         task: of all files.
         settings: how many rows of a file are used, its first ones, and how many are answered by generation.
-        max_length: longest sequence, tokens.
+        max_length: longest sequence, tokens; 0: 256 for files, the model's own for the harness.
         harness_tasks: names the harness knows.
     Yields:
         For each file "data", "samples", its metrics, and "by_client" where rows have a client; for each task of the
@@ -92,10 +92,10 @@ def evaluate_model(
         require_harness()
     if files and task is None:
         raise ConfigError("--task: got none, expected text, classification, instruction or chat beside --data")
-    chosen = ModelSection(path=model, max_length=max_length)
+    chosen = ModelSection(path=model, max_length=max_length) if max_length else ModelSection(path=model)
     tokenizer = load_tokenizer(chosen)
     # every file is read before the model, so that a wrong one is known at once
-    read = [_held_out(data, task, settings, tokenizer, max_length) for data in files if task is not None]
+    read = [_held_out(data, task, settings, tokenizer, chosen.max_length) for data in files if task is not None]
     module = load_model(chosen, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     measured = LanguageModel(module, chosen)
     for data, held_out in zip(files, read, strict=True):

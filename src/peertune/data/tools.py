@@ -77,13 +77,13 @@ def _prune_value(schema: Any, step: int, names: bool = False) -> Any:
         return schema
     kept = {}
     for key, value in schema.items():
-        if names:
+        if names and value is not None:  # see _properties
             kept[key] = {} if step >= 5 else _prune_value(value, step)
         elif key == "properties":
             kept[key] = _prune_value(value, step, names=True)
         elif key in ("items", "anyOf", "oneOf", "allOf", "additionalProperties"):
             kept[key] = _prune_value(value, step)
-        elif key in ("type", "required") or (step < 4 and key != "description"):
+        elif not names and (key in ("type", "required") or (step < 4 and key != "description")):
             kept[key] = value
     return kept
 

@@ -1,9 +1,9 @@
 """Metrics of a model: of calls, of generated answers, by client, and public benchmarks."""
 
 from peertune.evaluation.calls import Call, parse_calls, same_calls, same_names
-from peertune.evaluation.generate import generate
+from peertune.evaluation.generation import generate
 from peertune.evaluation.harness import require_harness, run_harness
-from peertune.evaluation.measure import HeldOut, Measured, measure, remarks
+from peertune.evaluation.metrics import HeldOut, Measured, measure, remarks
 from peertune.evaluation.references import Reference, references
 
 __all__ = [

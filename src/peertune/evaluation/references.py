@@ -33,7 +33,7 @@ class Reference:
     calls: tuple[Call, ...] = ()
     """The calls expected of the last turn that makes any (chat)."""
     readable: bool = True
-    """Whether those calls, as the template writes them, read back the same."""
+    """Whether the calls, as they stand in the sample, read back the same."""
     choices: tuple[tuple[str, Sample], ...] = ()
     """For each function offered its name, and a sample whose targets are that name where the first call stands."""
 
@@ -89,8 +89,8 @@ def _of_calls(
     start, end = sample.calls[-1]
     written = tokenizer.decode(sample.input_ids[start:end], clean_up_tokenization_spaces=False)
     assert isinstance(written, str)
-    if not made or made[-1][0].name not in written:  # the turn was cut off
-        return Reference(client)
+    if not made or made[-1][0].name not in written:  # the turn was cut off, or says it in some other way
+        return Reference(client, readable=False)
     before = np.flatnonzero(~sample.loss_mask[:start])
     turn = int(before[-1]) + 1 if len(before) else start
     offered = [name for tool in row.get(config.tools_field) or () if (name := function_name(tool))]

@@ -15,7 +15,7 @@ from peertune.data.render import Sample
 from peertune.evaluate import Metrics, evaluate
 from peertune.evaluation.answers import exact_match
 from peertune.evaluation.calls import parse_calls, same_calls, same_names
-from peertune.evaluation.generate import generate
+from peertune.evaluation.generation import generate
 from peertune.evaluation.references import Reference, end_tokens, only_calls
 from peertune.model.language_model import LanguageModel
 
@@ -69,7 +69,7 @@ def measure(model: LanguageModel, data: HeldOut, settings: EvalSection, *, by_cl
 
 def remarks(data: HeldOut, settings: EvalSection) -> list[str]:
     """What a user should know about how these rows will be measured."""
-    num_calls = sum(bool(reference.calls) for reference in data.references)
+    num_calls = sum(bool(sample.calls) for sample in data.samples)
     unread = sum(not reference.readable for reference in data.references)
     said = []
     if num_calls and not settings.generate_samples:
@@ -80,7 +80,8 @@ def remarks(data: HeldOut, settings: EvalSection) -> list[str]:
     if unread:
         said.append(
             f"the calls of {unread} of {num_calls} held-out rows do not read back as the chat template writes them:"
-            " they are cut off, or in a form that is not known; generated ones in that form will not count"
+            " they are cut off (raise model.max_length), or in a form that is not known, in which generated ones will"
+            " not count"
         )
     return said
 
