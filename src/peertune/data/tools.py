@@ -75,15 +75,16 @@ def _prune_value(schema: Any, step: int, names: bool = False) -> Any:
         return [_prune_value(item, step) for item in schema]
     if not isinstance(schema, Mapping):
         return schema
+    if names:
+        there = {key: value for key, value in schema.items() if value is not None}  # see _properties
+        return {key: {} if step >= 5 else _prune_value(value, step) for key, value in there.items()}
     kept = {}
     for key, value in schema.items():
-        if names and value is not None:  # see _properties
-            kept[key] = {} if step >= 5 else _prune_value(value, step)
-        elif key == "properties":
+        if key == "properties":
             kept[key] = _prune_value(value, step, names=True)
         elif key in ("items", "anyOf", "oneOf", "allOf", "additionalProperties"):
             kept[key] = _prune_value(value, step)
-        elif not names and (key in ("type", "required") or (step < 4 and key != "description")):
+        elif key in ("type", "required") or (step < 4 and key != "description"):
             kept[key] = value
     return kept
 
