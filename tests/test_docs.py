@@ -14,7 +14,15 @@ ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
 SHORT = [
     part
-    for text in ("algorithm.outer_rounds=1", "algorithm.inner_steps=1", "data.max_samples=16", "eval.max_samples=16")
+    for text in (
+        "algorithm.outer_rounds=1",
+        "algorithm.inner_steps=1",
+        "data.max_samples=16",
+        "eval.max_samples=8",
+        "eval.generate_samples=1",
+        "eval.max_new_tokens=4",
+        "eval.choice_samples=1",
+    )
     for part in ("--set", text)
 ]
 

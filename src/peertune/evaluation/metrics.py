@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -59,12 +60,17 @@ def measure(model: LanguageModel, data: HeldOut, settings: EvalSection, *, by_cl
     outcomes: list[dict[str, bool]] = [{} for _ in rows]
     _choose(model, data, settings.choice_samples, outcomes)
     _answer(model, data, settings, outcomes)
-    overall = _aggregate(model, data, list(rows), outcomes)
-    if not by_client:
-        return Measured(overall)
-    clients = sorted({reference.client for reference in data.references} - {""})
+    clients = sorted({reference.client for reference in data.references}) if by_client else []
+    if not any(clients):
+        return Measured(_losses(model, data, rows) | _shares(rows, outcomes))
     held = {client: [i for i in rows if data.references[i].client == client] for client in clients}
-    return Measured(overall, {client: _aggregate(model, data, mine, outcomes) for client, mine in held.items()})
+    losses = {client: _losses(model, data, mine) for client, mine in held.items()}
+    if data.labels:  # F1 is no mean of the clients'
+        overall = _losses(model, data, rows)
+    else:
+        overall = _combine([(losses[client], [data.samples[i] for i in mine]) for client, mine in held.items()])
+    parts = {client: losses[client] | _shares(mine, outcomes) for client, mine in held.items() if client}
+    return Measured(overall | _shares(rows, outcomes), parts)
 
 
 def remarks(data: HeldOut, settings: EvalSection) -> list[str]:
@@ -86,18 +92,32 @@ def remarks(data: HeldOut, settings: EvalSection) -> list[str]:
     return said
 
 
-def _aggregate(
-    model: LanguageModel, data: HeldOut, rows: Sequence[int], outcomes: Sequence[Mapping[str, bool]]
-) -> Metrics:
-    """Metrics over some rows."""
+def _losses(model: LanguageModel, data: HeldOut, rows: Sequence[int]) -> Metrics:
+    """What needs no answer, over some rows."""
     samples, pad_id = [data.samples[i] for i in rows], data.tokenizer.pad_token_id
     metrics = evaluate(model, samples, pad_id, labels=data.labels)
     if calling := only_calls(samples):
         metrics["call_loss"] = evaluate(model, calling, pad_id)["loss"]
-    for name in dict.fromkeys(name for outcome in outcomes for name in outcome):
-        if values := [outcomes[i][name] for i in rows if name in outcomes[i]]:
-            metrics[name] = float(np.mean(values))
     return metrics
+
+
+def _combine(parts: Sequence[tuple[Metrics, Sequence[Sample]]]) -> Metrics:
+    """The losses over all samples, of those over each part, each weighted by its tokens to be predicted."""
+    combined: Metrics = {}
+    for name, counted in (("loss", list[Sample]), ("call_loss", only_calls)):
+        weights = [sum(int(sample.loss_mask.sum()) for sample in counted(samples)) for _, samples in parts]
+        if total := sum(weights):
+            combined[name] = sum(m.get(name, 0.0) * w for (m, _), w in zip(parts, weights, strict=True)) / total
+        if name == "loss":
+            combined["perplexity"] = math.exp(min(combined[name], 700.0))
+    return combined
+
+
+def _shares(rows: Sequence[int], outcomes: Sequence[Mapping[str, bool]]) -> Metrics:
+    """How often each outcome was good, over the rows that have it."""
+    names = dict.fromkeys(name for outcome in outcomes for name in outcome)
+    values = {name: [outcomes[i][name] for i in rows if name in outcomes[i]] for name in names}
+    return {name: float(np.mean(found)) for name, found in values.items() if found}
 
 
 @torch.no_grad()
