@@ -18,6 +18,7 @@ SHORT = [
         "algorithm.outer_rounds=1",
         "algorithm.inner_steps=1",
         "data.max_samples=16",
+        "data.batch_size=2",
         "eval.max_samples=8",
         "eval.generate_samples=1",
         "eval.max_new_tokens=4",

@@ -103,10 +103,12 @@ def _shortened(train: Sequence[Rendered], max_length: int) -> list[str]:
             totals[what] = totals.get(what, 0) + count
     if not totals:
         return []
-    parts = ", ".join(f"{totals[what]} {what}" for what in LOSSES if what in totals)
+    # a row that lost one thing lost those before it too
+    without = {what: sum(totals.get(later, 0) for later in LOSSES[i:]) for i, what in enumerate(LOSSES)}
+    parts = ", ".join(f"{what} in {without[what]}" for what in LOSSES[1:] if without[what])
     return [
         f"functions of {sum(totals.values())} training rows were described shorter to fit model.max_length ="
-        f" {max_length}; they lost, each also what stands before it: {parts}"
+        f" {max_length}; left out: {parts}"
     ]
 
 

@@ -104,7 +104,7 @@ def _losses(model: LanguageModel, data: HeldOut, rows: Sequence[int]) -> Metrics
 def _combine(parts: Sequence[tuple[Metrics, Sequence[Sample]]]) -> Metrics:
     """The losses over all samples, of those over each part, each weighted by its tokens to be predicted."""
     combined: Metrics = {}
-    for name, counted in (("loss", list[Sample]), ("call_loss", only_calls)):
+    for name, counted in (("loss", list), ("call_loss", only_calls)):
         weights = [sum(int(sample.loss_mask.sum()) for sample in counted(samples)) for _, samples in parts]
         if total := sum(weights):
             combined[name] = sum(m.get(name, 0.0) * w for (m, _), w in zip(parts, weights, strict=True)) / total
