@@ -322,6 +322,8 @@ def test_a_run_gives_the_metrics_of_calls_by_client(tmp_path: Path, chatty_model
         metrics["average_model"]["call_loss"], rel=0.05
     )
     assert nested["average_model"]["c0"]["call_loss"] < nested["before"]["c0"]["call_loss"]
+    (tmp_path / "out" / "summary.json").unlink()  # as if killed after the last checkpoint
+    assert run(config, resume=True)["metrics"] == metrics
     events = [json.loads(line) for line in (tmp_path / "out" / "events.jsonl").read_text().splitlines()]
     assert any("were described shorter to fit model.max_length = 96" in n for n in events[0]["notes"])
     assert "call loss" in (tmp_path / "out" / "report.html").read_text()

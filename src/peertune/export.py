@@ -93,9 +93,14 @@ def evaluate_model(
     if files and task is None:
         raise ConfigError("--task: got none, expected text, classification, instruction or chat beside --data")
     chosen = ModelSection(path=model, max_length=max_length) if max_length else ModelSection(path=model)
-    tokenizer = load_tokenizer(chosen)
     # every file is read before the model, so that a wrong one is known at once
-    read = [_held_out(data, task, settings, tokenizer, chosen.max_length) for data in files if task is not None]
+    sections = [DataSection(train=data, task=task) for data in files if task is not None]
+    tables = [load_table(section.train, section).rows for section in sections]
+    tokenizer = load_tokenizer(chosen)
+    read = [
+        _held_out(rows, section, settings, tokenizer, chosen.max_length)
+        for rows, section in zip(tables, sections, strict=True)
+    ]
     module = load_model(chosen, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     measured = LanguageModel(module, chosen)
     for data, held_out in zip(files, read, strict=True):
@@ -109,10 +114,10 @@ def evaluate_model(
             yield {"lm_eval": name, **metrics}
 
 
-def _held_out(data: str, task: Task, settings: EvalSection, tokenizer: Any, max_length: int) -> HeldOut:
-    section = DataSection(train=data, task=task)
-    rows = load_table(data, section).rows
-    names = find_labels(rows, section) if task == "classification" else []
+def _held_out(
+    rows: list[dict[str, Any]], section: DataSection, settings: EvalSection, tokenizer: Any, max_length: int
+) -> HeldOut:
+    names = find_labels(rows, section) if section.task == "classification" else []
     samples = render(rows[: settings.max_samples or None], section, tokenizer, max_length, names).samples
     known = references(rows, samples, section, tokenizer)
     return HeldOut(samples, known, tokenizer, label_tokens(tokenizer, names))
