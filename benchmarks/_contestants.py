@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from peertune.algorithms.deca import Deca, DecaConfig
 from peertune.config import ModelSection
 from peertune.data.batches import Batch, Batches
+from peertune.model.attention import choose_attention
 from peertune.model.blocks import partition_blocks
 from peertune.model.language_model import LanguageModel
 from peertune.optim import Moments
@@ -321,6 +322,7 @@ class Peertune(Contestant):
             compile=self.options.compile,
         )
         blocks = partition_blocks(self.model, 1, section.train_embeddings)
+        choose_attention(self.model, section, self.device)
         self.queue = Queue()
         self.peer = Peer(index=0, model=LanguageModel(self.model, section), blocks=blocks, batches=self.queue, seed=0)
         config = DecaConfig(lr=LR, alphas=BETAS, eps=EPS, layers_per_block=1, discrepancy="none")

@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--local-steps", type=int, nargs="+", default=[1, 20])
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--length", type=int, default=64, help="tokens of a sequence; rows are packed")
-    parser.add_argument("--cores", type=int, default=os.cpu_count(), help="peertune's threads; Flower's actors")
+    parser.add_argument("--cores", type=int, default=os.cpu_count(), help="peertune's peers at a time; Flower's actors")
     parser.add_argument("--work", type=int, default=480, help="client steps a measurement has at least")
     parser.add_argument("--max-rounds", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=3)
@@ -293,7 +293,8 @@ def recipe(spec: dict[str, Any], out: Path) -> RunConfig:
     settings = [
         f"run.out={str(out)!r}",
         f"run.num_peers={spec['clients']}",
-        f"run.threads={spec['cores']}",
+        "run.threads=1",
+        f"run.parallel_peers={spec['cores']}",
         "run.device=cpu",
         f"run.checkpoint_every={never}",
         f"run.log_every={never}",

@@ -10,15 +10,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peertune.config import AlgorithmConfig, ModelSection
+from peertune.config import AlgorithmConfig, EvalSection, ModelSection
 from peertune.data.batches import Batch
-from peertune.errors import ConfigError
+from peertune.errors import ConfigError, ModelError
 from peertune.evaluate import evaluate
-from peertune.export import export
+from peertune.export import evaluate_model, export
 from peertune.model.adapters import adapter_names, add_adapter, merge_adapter
 from peertune.model.blocks import partition_blocks
 from peertune.model.language_model import LanguageModel
-from peertune.model.load import clone_model
+from peertune.model.load import clone_model, load_model
 from peertune.prepare import prepare_data
 from peertune.run import run
 from tests.recipes import recipe
@@ -117,7 +117,7 @@ def test_label_scores_go_through_the_adapter(kind: Any, tmp_path: Path, micro_mo
             torch.nn.init.normal_(parameter, std=0.3)
     model = LanguageModel(module, config.model)
     model.module.eval()
-    samples = sorted(data.test, key=lambda s: s.prompt_length)
+    samples = sorted(data.test.samples, key=lambda s: s.prompt_length)
     with torch.no_grad():
         fast = label_scores(model, samples, data.tokenizer.pad_token_id, data.labels)
         plain = label_scores_plainly(model, samples, data.tokenizer.pad_token_id, data.labels)
@@ -144,10 +144,24 @@ def test_what_is_exported_is_what_was_measured(kind: Any, tmp_path: Path, micro_
         module = AutoModelForCausalLM.from_pretrained(out / "model", trust_remote_code=kind == "bottleneck")
     assert AutoTokenizer.from_pretrained(out / ("model" if (out / "model").exists() else "adapter")).pad_token_id == 0
     data = prepare_data(config, None)
-    again = evaluate(LanguageModel(module, config.model), data.test, 0, labels=data.labels)
+    again = evaluate(LanguageModel(module, config.model), data.test.samples, 0, labels=data.labels)
     assert again == pytest.approx(measured, rel=1e-4)
     export(out, tmp_path / "copy")
-    assert any((tmp_path / "copy").glob("*.safetensors"))
+    [line] = evaluate_model(
+        str(tmp_path / "copy"),
+        [str(config.data.test)],
+        "classification",
+        EvalSection(max_samples=0),
+        max_length=config.model.max_length,
+        trust_remote_code=kind == "bottleneck",
+    )
+    assert {key: line[key] for key in measured} == pytest.approx(measured, rel=1e-4)
+
+
+def test_bottlenecks_are_not_left_out_in_silence(tmp_path: Path, micro_model: Path) -> None:
+    run(recipe(tmp_path, micro_model, algorithm={"name": "dec_adapter", "rounds": 1}))
+    with pytest.raises(ModelError, match="trust_remote_code"):
+        load_model(ModelSection(path=str(tmp_path / "out" / "model"), max_length=40), torch.device("cpu"))
 
 
 def test_only_the_adapter_is_sent_and_checkpointed(tmp_path: Path, micro_model: Path) -> None:

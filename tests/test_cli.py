@@ -70,7 +70,7 @@ def test_eval_repeats_the_runs_own_figures(finished: Path, tmp_path: Path, capsy
     assert main(["eval", str(finished / "model"), *options]) == 0
     got = json.loads(capsys.readouterr().out.splitlines()[-1])
     expected = json.loads((finished / "summary.json").read_text())["metrics"]["average_model"]
-    assert got.pop("samples") == 12
+    assert got.pop("samples") == 12 and got.pop("data") == str(tmp_path / "test.jsonl")
     assert got == pytest.approx(expected, rel=1e-4)
 
 

@@ -218,13 +218,13 @@ def test_validation_rows_are_neither_trained_on_nor_tested(tmp_path: Path, micro
     whole = prepare_data(recipe(tmp_path, micro_model), None)
     train = [sample for held in judged.train for sample in held.samples]
     assert ids(train) == ids([sample for held in tested.train for sample in held.samples])
-    assert len(judged.test) == 9 and len(train) == 51
-    assert not ids(judged.test) & ids(train)
-    assert ids(judged.test) | ids(train) == ids([sample for held in whole.train for sample in held.samples])
-    assert ids(tested.test) == ids(whole.test)
+    assert len(judged.test.samples) == 9 and len(train) == 51
+    assert not ids(judged.test.samples) & ids(train)
+    assert ids(judged.test.samples) | ids(train) == ids([sample for held in whole.train for sample in held.samples])
+    assert ids(tested.test.samples) == ids(whole.test.samples)
     assert judged.labels == whole.labels
     moved = recipe(tmp_path, micro_model, run={"seed": 1}, **sections, eval={"split": "validation"})
-    assert ids(prepare_data(moved, None).test) != ids(judged.test)
+    assert ids(prepare_data(moved, None).test.samples) != ids(judged.test.samples)
 
 
 def test_a_validation_split_that_cannot_be_is_refused(tmp_path: Path, micro_model: Path) -> None:

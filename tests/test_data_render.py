@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from peertune.config import DataSection
 from peertune.data import Rendered, Sample, find_labels, label_tokens, load_table, plain_template, render
+from peertune.data.tools import signature
 from peertune.errors import DataError
 
 TEXT = DataSection(task="text")
@@ -239,7 +240,7 @@ def test_real_conversations_learn_exactly_the_assistants_turns(
         assert full(english, sample)[-len(said[-1]) :] == said[-1]
         assert english.decode(sample.input_ids[: sample.prompt_length]).endswith("<|assistant|>")
         for tool in row.get("tools") or []:  # english-4m's template leaves tools out
-            assert json.dumps(tool["function"], separators=(",", ":"), ensure_ascii=False) in full(english, sample)
+            assert signature(tool) in full(english, sample)
 
 
 @pytest.mark.parametrize("length", [48, 128])
@@ -321,7 +322,7 @@ def test_tools_go_where_the_template_puts_them(byte_tokenizer: PreTrainedTokeniz
 def test_tools_that_the_template_leaves_out_are_listed(
     system: bool, english: PreTrainedTokenizerBase, byte_tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    schema = '{"name":"f","description":"é","parameters":{"type":"object"}}'
+    schema = "f() - é"
     opening = [{"role": "system", "content": "Be kind."}] if system else []
     [sample] = render([chat(*opening, user("q"), assistant("a"), tools=[TOOL])], CHAT, english, 400).samples
     kind = "Be kind.\n\n" if system else ""

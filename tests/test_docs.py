@@ -20,7 +20,11 @@ SHORT = [
         "algorithm.rounds=2",
         "algorithm.local_steps=1",
         "data.max_samples=16",
-        "eval.max_samples=16",
+        "data.batch_size=2",
+        "eval.max_samples=8",
+        "eval.generate_samples=1",
+        "eval.max_new_tokens=4",
+        "eval.choice_samples=1",
     )
     for part in ("--set", text)
 ]

@@ -21,6 +21,7 @@ LAYERS = [
     "checkpoint",
     "run_folder",
     "evaluate",
+    "evaluation",
     "report",
     "prepare",
     "records",

@@ -17,10 +17,10 @@ from peertune.config import ModelSection
 from peertune.data.batches import Batch
 from peertune.errors import ModelError
 from peertune.model import quantization
+from peertune.model.adapters import merge_adapter
 from peertune.model.blocks import block_table, partition_blocks
 from peertune.model.language_model import LanguageModel
 from peertune.model.load import clone_model, load_full_model, load_model
-from peertune.model.adapters import merge_adapter
 from peertune.model.quantization import is_quantized, num_weights, quantization_states
 from peertune.prepare import base_print
 from peertune.run import run

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from peertune import checkpoint
 from peertune.algorithms import ALGORITHMS
 from peertune.checkpoint import CheckpointStore
-from peertune.errors import CheckpointError, DivergedError, StorageError
+from peertune.errors import CheckpointError, ConfigError, DivergedError, StorageError
 from peertune.run import run
 from tests.recipes import recipe, tree
 
@@ -319,3 +319,13 @@ def test_pooled_is_one_model_on_the_union_of_the_batches(tmp_path: Path, micro_m
     each = events(tmp_path / "alone", "round")[0]["loss"]
     # Labels differ in length, so tokens weigh the peers slightly unequally.
     assert first == pytest.approx([sum(each) / 4], rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["deca", "fedavg", "gt"])
+def test_peers_that_train_at_the_same_time_end_bitwise_the_same(name: str, tmp_path: Path, micro_model: Path) -> None:
+    for out, parallel in (("one", 1), ("three", 3)):
+        section = {"out": str(tmp_path / out), "parallel_peers": parallel}
+        run(recipe(tmp_path, micro_model, run=section, algorithm={"name": name, "rounds": 4}))
+    assert same(weights(tmp_path / "one"), weights(tmp_path / "three"))
+    with pytest.raises(ConfigError, match=r"run.parallel_peers: got 2 with run.threads = 2"):
+        run(recipe(tmp_path, micro_model, run={"out": str(tmp_path / "no"), "parallel_peers": 2, "threads": 2}))

@@ -166,12 +166,29 @@ def _export(options: argparse.Namespace, console: Console) -> None:
 
 
 def _eval(options: argparse.Namespace, console: Console) -> None:
+    from peertune.config import EvalSection
+    from peertune.errors import ConfigError
     from peertune.export import evaluate_model
 
-    metrics = evaluate_model(
-        options.model, options.data, options.task, max_samples=options.max_samples, max_length=options.max_length
+    tasks = [name for name in (options.lm_eval or "").split(",") if name]
+    if not options.data and not tasks:
+        raise ConfigError("eval: got nothing to measure on, expected --data FILE with --task, or --lm-eval TASKS")
+    settings = EvalSection(
+        max_samples=options.max_samples,
+        generate_samples=options.generate,
+        max_new_tokens=options.max_new_tokens,
+        choice_samples=options.choices,
     )
-    print(json.dumps(metrics))
+    for line in evaluate_model(
+        options.model,
+        options.data,
+        options.task,
+        settings,
+        max_length=options.max_length,
+        harness_tasks=tasks,
+        trust_remote_code=options.trust_remote_code,
+    ):
+        print(json.dumps(line), flush=True)
 
 
 def _summary_table(summary: dict[str, Any]) -> Table:
@@ -184,7 +201,7 @@ def _summary_table(summary: dict[str, Any]) -> Table:
         table.add_column(column, justify="left" if column == "held-out" else "right")
     for name, value in metrics["average_model"].items():
         own = [peer[name] for peer in metrics.get("personal", metrics["peers"])]
-        worst = max(own) if name in ("loss", "perplexity") else min(own)
+        worst = max(own) if name in ("loss", "call_loss", "perplexity") else min(own)
         table.add_row(name, *(f"{v:.4f}" for v in (metrics["before"][name], value, sum(own) / len(own), worst)))
     sent = summary["bytes_sent_per_peer"]
     table.caption = (
@@ -326,13 +343,40 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--to", required=True, metavar="DIR")
     export.set_defaults(command=_export)
 
-    evaluate = commands.add_parser("eval", help="metrics of a model on a data file, as one JSON line")
+    evaluate = commands.add_parser("eval", help="metrics of a model on data files, one JSON line each")
     evaluate.add_argument("model", metavar="MODEL", help="folder or hub name")
-    evaluate.add_argument("--data", required=True, metavar="FILE")
-    evaluate.add_argument("--task", required=True, choices=["text", "classification", "instruction", "chat"])
+    evaluate.add_argument("--data", nargs="+", default=[], metavar="FILE")
+    evaluate.add_argument("--task", choices=["text", "classification", "instruction", "chat"], help="of all files")
     evaluate.add_argument("--max-samples", type=_at_least(0), default=0, metavar="N", help="rows at most; 0: all")
     evaluate.add_argument(
-        "--max-length", type=_at_least(8), default=256, metavar="N", help="tokens of a sequence at most"
+        "--max-length",
+        type=_at_least(8),
+        default=0,
+        metavar="N",
+        help="tokens of a sequence at most; default: 256, for --lm-eval the model's own",
+    )
+    evaluate.add_argument(
+        "--generate",
+        type=_at_least(0),
+        default=0,
+        metavar="N",
+        help="rows of a file answered by greedy generation: calls, final numbers",
+    )
+    evaluate.add_argument(
+        "--max-new-tokens", type=_at_least(1), default=128, metavar="N", help="tokens of an answer at most"
+    )
+    evaluate.add_argument(
+        "--choices",
+        type=_at_least(0),
+        default=0,
+        metavar="N",
+        help="rows with calls where the functions offered are scored by their likelihood",
+    )
+    evaluate.add_argument(
+        "--lm-eval", metavar="TASK,TASK", help="tasks of lm-evaluation-harness; needs pip install 'peertune[eval]'"
+    )
+    evaluate.add_argument(
+        "--trust-remote-code", action="store_true", help="let code that comes with the model run, such as bottlenecks'"
     )
     evaluate.set_defaults(command=_eval)
     return parser

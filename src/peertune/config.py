@@ -44,6 +44,8 @@ class RunSection(Section):
     """"auto" (a GPU if there is one), "cpu", "cuda" or "cuda:0"."""
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """CPU threads for PyTorch; 0 keeps PyTorch's choice. Results are bitwise repeatable for one thread count."""
+    parallel_peers: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Simulated peers that train at the same time on a CPU, a thread each; results are those of threads = 1."""
     checkpoint_every: NonNegative = 0
     """Rounds between checkpoints; 0: at the end of each block's turn."""
     log_every: Positive = 1
@@ -60,7 +62,7 @@ class ModelSection(Section):
     quantization: Literal["none", "4bit"] = "none"
     """Hold the base's linear layers in 4 bits (NF4), under a method that trains an adapter; needs bitsandbytes."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
-    """Attention kernels; "auto" is transformers' choice. On a CPU in bfloat16 "eager" is the faster for short texts."""
+    """Attention kernels; "auto" is transformers' choice, but on a CPU in bfloat16 our own for up to 512 tokens."""
     max_length: Annotated[int, Field(ge=8)] = 256
     """Longest sequence, tokens; longer text is cut or packed."""
     trust_remote_code: bool = False
@@ -181,6 +183,12 @@ class EvalSection(Section):
     """What is evaluated: the rows of data.test, or those that data.validation_rows keeps back from data.train."""
     max_samples: NonNegative = 1000
     """Held-out rows used at most; 0: all."""
+    generate_samples: NonNegative = 0
+    """Held-out rows answered by greedy generation (instruction, and chat rows with calls); 0: nothing is generated."""
+    max_new_tokens: Positive = 128
+    """Tokens of a generated answer at most."""
+    choice_samples: NonNegative = 0
+    """Chat rows with calls for which each function offered is scored by its likelihood; 0: none."""
 
 
 class LinkSection(Section):

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from peertune.algorithms import METHODS
 from peertune.checkpoint import CheckpointStore
-from peertune.config import DataSection, ModelSection, from_dict
+from peertune.config import DataSection, EvalSection, ModelSection, from_dict
 from peertune.data.load import load_table
 from peertune.data.render import find_labels, label_tokens, render
-from peertune.errors import CheckpointError
-from peertune.evaluate import Metrics, evaluate
+from peertune.errors import CheckpointError, ConfigError
+from peertune.evaluation import HeldOut, measure, references, require_harness, run_harness
 from peertune.model.language_model import LanguageModel
-from peertune.model.load import load_full_model, load_model, load_tokenizer
+from peertune.model.load import load_full_model, load_tokenizer, load_trained
 from peertune.optim import join_bfloat16
 from peertune.prepare import prepare_model, prepare_tokenizer
 from peertune.run_folder import RunFolder, check_writable, save_trained, storage_errors
@@ -62,25 +63,65 @@ def export(run: Path, to: Path) -> None:
     save_trained(to, module, prepare_tokenizer(config, base), lambda: load_full_model(config.model, cpu, base))
 
 
-def evaluate_model(model: str, data: str, task: Task, *, max_samples: int = 0, max_length: int = 256) -> Metrics:
-    """Metrics of a model folder or hub name on one data file.
+def evaluate_model(
+    model: str,
+    files: Sequence[str],
+    task: Task | None,
+    settings: EvalSection,
+    *,
+    max_length: int = 0,
+    harness_tasks: Sequence[str] = (),
+    trust_remote_code: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """Measure a model folder or hub name on data files, then on tasks of lm-evaluation-harness.
 
-    For classification the labels are those found in the file.
+    For classification the labels are those found in a file.
 
     Args:
-        max_samples: the file's first rows, at most; 0: all.
-        max_length: longest sequence, tokens.
+        task: of all files.
+        settings: how many rows of a file are used, its first ones, and how many are answered by generation.
+        max_length: longest sequence, tokens; 0: 256 for files, the model's own for the harness.
+        harness_tasks: names the harness knows.
+        trust_remote_code: let code run that comes with the model, such as exported bottlenecks need.
+    Yields:
+        For each file "data", "samples", its metrics, and "by_client" where rows have a client; for each task of the
+        harness "lm_eval" and its metrics.
     Raises:
+        ConfigError: there are files and no task, or the harness is not installed or refuses.
         ModelError, DataError: model or data cannot be used.
     """
-    section = DataSection(train=data, task=task)
-    rows = load_table(data, section).rows
-    names = find_labels(rows, section) if task == "classification" else []
-    chosen = ModelSection(path=model, max_length=max_length)
+    if harness_tasks:
+        require_harness()
+    if files and task is None:
+        raise ConfigError("--task: got none, expected text, classification, instruction or chat beside --data")
+    chosen = ModelSection(path=model, trust_remote_code=trust_remote_code)
+    if max_length:
+        chosen = chosen.model_copy(update={"max_length": max_length})
+    # every file is read before the model, so that a wrong one is known at once
+    sections = [DataSection(train=data, task=task) for data in files if task is not None]
+    tables = [load_table(section.train, section).rows for section in sections]
     tokenizer = load_tokenizer(chosen)
-    samples = render(rows[: max_samples or None], section, tokenizer, max_length, names).samples
-    module = load_model(chosen, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    metrics = evaluate(
-        LanguageModel(module, chosen), samples, tokenizer.pad_token_id, labels=label_tokens(tokenizer, names)
-    )
-    return {"samples": len(samples), **metrics}
+    read = [
+        _held_out(rows, section, settings, tokenizer, chosen.max_length)
+        for rows, section in zip(tables, sections, strict=True)
+    ]
+    module = load_trained(chosen, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    measured = LanguageModel(module, chosen)
+    for data, held_out in zip(files, read, strict=True):
+        found = measure(measured, held_out, settings, by_client=True)
+        nested = {"by_client": found.by_client} if found.by_client else {}
+        yield {"data": data, "samples": len(held_out.samples), **found.overall, **nested}
+    if harness_tasks:
+        limit = settings.max_samples
+        results = run_harness(module, tokenizer, harness_tasks, limit=limit, max_length=max_length)
+        for name, metrics in results.items():
+            yield {"lm_eval": name, **metrics}
+
+
+def _held_out(
+    rows: list[dict[str, Any]], section: DataSection, settings: EvalSection, tokenizer: Any, max_length: int
+) -> HeldOut:
+    names = find_labels(rows, section) if section.task == "classification" else []
+    samples = render(rows[: settings.max_samples or None], section, tokenizer, max_length, names).samples
+    known = references(rows, samples, section, tokenizer)
+    return HeldOut(samples, known, tokenizer, label_tokens(tokenizer, names))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from peertune.data.chat import plain_template
 from peertune.data.load import Row, Table, load_table
 from peertune.data.partition import describe_partition, partition
 from peertune.data.render import Rendered, Sample, find_labels, label_tokens, render
+from peertune.data.tools import LOSSES
 from peertune.errors import ConfigError, DataError, ModelError
+from peertune.evaluation import HeldOut, references, remarks
 from peertune.model.adapters import adapter_names, add_adapter
 from peertune.model.blocks import Block, partition_blocks
 from peertune.model.load import load_model, load_tokenizer
@@ -31,12 +33,14 @@ class Prepared:
     tokenizer: Any
     train: list[Rendered]
     """By peer."""
-    test: list[Sample]
+    test: HeldOut
     """What is evaluated: held-out rows, or those kept back for validation."""
     labels: list[list[int]]
     """Token ids of each label; empty unless the task is classification."""
     classes: list[dict[str, Any]]
     """Who holds what, by peer, for the report."""
+    notes: list[str] = field(default_factory=list)
+    """What a user should know about the rows."""
 
 
 def prepare_data(config: RunConfig, base: Path | None) -> Prepared:
@@ -76,12 +80,16 @@ def prepare_data(config: RunConfig, base: Path | None) -> Prepared:
         if limit and len(held_out) > limit:
             keep = numpy_rng(seed, "eval").choice(len(held_out), limit, replace=False)
             held_out = [held_out[i] for i in sorted(keep)]
+    labels = label_tokens(tokenizer, label_names)
+    known = references(test, held_out, section, tokenizer)
+    measured = HeldOut(held_out, known, tokenizer, labels)
     return Prepared(
         tokenizer=tokenizer,
         train=train,
-        test=held_out,
-        labels=label_tokens(tokenizer, label_names),
+        test=measured,
+        labels=labels,
         classes=describe_partition(table.rows, parts, section),
+        notes=[*_shortened(train, length), *remarks(measured, config.eval)],
     )
 
 
@@ -148,7 +156,7 @@ def model_blocks(config: RunConfig, module: nn.Module, frozen: Sequence[str] = (
 
 def check_vocabulary(data: Prepared, num_embeddings: int, path: str) -> None:
     """Refuse a tokenizer that is larger than the model's embedding. Raises ModelError."""
-    samples = [sample for rendered in data.train for sample in rendered.samples] + data.test
+    samples = [sample for rendered in data.train for sample in rendered.samples] + [*data.test.samples]
     largest = max(int(sample.input_ids.max()) for sample in samples)
     largest = max(largest, data.tokenizer.pad_token_id, *(token for label in data.labels for token in label), 0)
     if largest >= num_embeddings:
@@ -156,6 +164,23 @@ def check_vocabulary(data: Prepared, num_embeddings: int, path: str) -> None:
             f"model.path: the tokenizer of {path!r} makes token {largest}, but the model embeds only {num_embeddings};"
             " take the tokenizer that belongs to the model"
         )
+
+
+def _shortened(train: Sequence[Rendered], max_length: int) -> list[str]:
+    """Says how many rows' function schemas were shortened."""
+    totals: dict[str, int] = {}
+    for rendered in train:
+        for what, count in rendered.tools_cut.items():
+            totals[what] = totals.get(what, 0) + count
+    if not totals:
+        return []
+    # a row that lost one thing lost those before it too
+    without = {what: sum(totals.get(later, 0) for later in LOSSES[i:]) for i, what in enumerate(LOSSES)}
+    parts = ", ".join(f"{what} in {without[what]}" for what in LOSSES[1:] if without[what])
+    return [
+        f"functions of {sum(totals.values())} training rows were described shorter to fit model.max_length ="
+        f" {max_length}; left out: {parts}"
+    ]
 
 
 def data_print(held: Sequence[Rendered]) -> str:

@@ -11,7 +11,6 @@ import torch
 import peertune
 from peertune.algorithms.base import Algorithm, LocalReport
 from peertune.config import RunConfig
-from peertune.evaluate import Metrics
 from peertune.link import Clock
 from peertune.model.blocks import Block, frozen_names
 from peertune.model.quantization import num_weights
@@ -85,7 +84,7 @@ def round_event(
 def summary_of(
     config: RunConfig,
     members: Sequence[Member],
-    metrics: Mapping[str, Metrics | list[Metrics]],
+    metrics: Mapping[str, Any],
     clock: Clock,
     wall_s: float,
     peak_memory_bytes: int,

@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,12 +24,13 @@ from peertune.checkpoint import GENERATIONS, CheckpointStore
 from peertune.config import RunConfig
 from peertune.data.batches import Batches, UnionBatches
 from peertune.errors import CheckpointError, ConfigError, DivergedError
-from peertune.evaluate import Metrics, evaluate
+from peertune.evaluation import Measured, measure
 from peertune.link import Clock
 from peertune.memory import peak_bytes, reset_peak
 from peertune.model.adapters import core_of
 from peertune.model.blocks import block_table, is_tied
 from peertune.model.language_model import LanguageModel
+from peertune.model.layers import has_dropout
 from peertune.model.load import clone_model, load_full_model
 from peertune.model.quantization import num_weights, refuse_quantized
 from peertune.peer import Peer
@@ -44,7 +46,7 @@ from peertune.prepare import (
 from peertune.records import bytes_sent, round_event, start_event, summary_of, versions
 from peertune.report import write_report
 from peertune.run_folder import RunFolder, save_trained
-from peertune.runtimes import Member, agree, play_round
+from peertune.runtimes import Member, agree, play_round, thread_pool
 from peertune.runtimes.simulation import Mailbox
 from peertune.seeds import derive_seed
 from peertune.topology import Topology, build_topology
@@ -96,8 +98,8 @@ def run(
         progress.note(f"{folder.path}: this run is finished already")
         return folder.read_summary()
     device = resolve_device(config.run.device)
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
+    if config.run.threads or config.run.parallel_peers > 1:
+        torch.set_num_threads(config.run.threads or 1)
     if device.type == "cuda":
         # Else the attention's backward pass adds in an order of its own, and no two runs are bitwise equal.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -106,7 +108,7 @@ def run(
     data = prepare_data(config, base)
     module = prepare_model(config, device, base)
     check_vocabulary(data, core_of(module).get_input_embeddings().weight.shape[0], config.model.path)
-    simulation = Simulation(config, folder, data, module, device, progress, list(notes), base or Path())
+    simulation = Simulation(config, folder, data, module, device, progress, [*notes, *data.notes], base or Path())
     return simulation.carry_out(resume)
 
 
@@ -174,7 +176,8 @@ class Simulation:
         self.peers = [member for member in self.members if not member.is_hub]
         self.method = self.members[0].algorithm
         self.store = CheckpointStore(folder.checkpoints, len(self.members))
-        self.before: Metrics = {}
+        self.pool = self._pool()
+        self.before = Measured({})
         self.started = time.monotonic()
 
     def carry_out(self, resume: bool) -> dict[str, Any]:
@@ -190,8 +193,8 @@ class Simulation:
             )
             self.folder.rewind(0)
             self.folder.event("start", **start_event(self.config, self.method, self.data, self.notes))
-            self.before = self._evaluate(self.average)
-            self.folder.event("eval", round=0, average_model=self.before, peers=None)
+            self.before = self._evaluate(self.average, by_client=True)
+            self.folder.event("eval", round=0, average_model=self.before.overall, peers=None)
         else:
             self.folder.rewind(done)
             self.folder.event("resume", round=done)
@@ -202,7 +205,7 @@ class Simulation:
         return self._finish()
 
     def _round(self, round: int) -> None:
-        reports = play_round(round, self.members)
+        reports = play_round(round, self.members, self.pool)
         self.clock.local([0.0 if report is None else report.cpu_s for report in reports])
         last = round + 1 == self.method.num_rounds
         for peer, report in enumerate(reports):
@@ -218,7 +221,7 @@ class Simulation:
             every = max(1, self.method.num_rounds // self.config.eval.points)
         if every and (round + 1) % every == 0 and not last:
             self._load_average(round + 1)
-            self.folder.event("eval", round=round + 1, average_model=self._evaluate(self.average), peers=None)
+            self.folder.event("eval", round=round + 1, average_model=self._evaluate(self.average).overall, peers=None)
         every = self.config.run.checkpoint_every
         if last or ((round + 1) % every == 0 if every else self.method.is_boundary(round)):
             self._checkpoint(round + 1)
@@ -227,18 +230,26 @@ class Simulation:
 
     def _finish(self) -> dict[str, Any]:
         rounds = self.method.num_rounds
-        peers = [self._evaluate(member.algorithm.peer.model) for member in self.peers]
+        own = [self._evaluate(member.algorithm.peer.model, by_client=True) for member in self.peers]
+        peers = [measured.overall for measured in own]
         hops = agree(rounds, self.members)
         if hops:
             self.folder.event("agreement", hops=hops, bytes_sent=bytes_sent(self.members))
         self._load_average(rounds, agreed=self.method.agrees)
-        average = self._evaluate(self.average)
+        agreed = self._evaluate(self.average, by_client=True)
+        average = agreed.overall
         for name, value in average.items():
             _require_finite(f"the average model's {name}", value)
         self.folder.event("eval", round=rounds, average_model=average, peers=peers)
-        metrics: dict[str, Any] = {"before": self.before, "average_model": average, "peers": peers}
+        metrics: dict[str, Any] = {"before": self.before.overall, "average_model": average, "peers": peers}
         if self.config.algorithm.local_modules:
-            metrics["personal"] = [self._evaluate(member.algorithm.peer.model) for member in self.peers]
+            metrics["personal"] = [self._evaluate(member.algorithm.peer.model).overall for member in self.peers]
+        if agreed.by_client:
+            metrics["by_client"] = {
+                "before": self.before.by_client,
+                "average_model": agreed.by_client,
+                "peers": [measured.by_client for measured in own],
+            }
         wall_s, peak = self._wall_s(), peak_bytes(self.device)
         save_trained(
             self.folder.model,
@@ -252,6 +263,22 @@ class Simulation:
         write_report(self.folder.path)
         self.folder.write_summary(summary)
         return summary
+
+    def _pool(self) -> Executor | None:
+        """Threads for the peers' local phases, where the recipe asks for them."""
+        section = self.config.run
+        if section.parallel_peers == 1:
+            return None
+        for reason, applies in (
+            (f"run.threads = {section.threads}, expected 1", section.threads > 1),
+            (f"device {self.device}, expected a CPU", self.device.type != "cpu"),
+            ("a model with dropout, whose draws come from one generator", has_dropout(self.average.module)),
+        ):
+            if applies:
+                raise ConfigError(
+                    f"run.parallel_peers: got {section.parallel_peers} with {reason}; set run.parallel_peers = 1"
+                )
+        return thread_pool(section.parallel_peers)
 
     def _topology(self, method: type[Algorithm]) -> Topology:
         if self.pools:
@@ -299,7 +326,8 @@ class Simulation:
             if member.algorithm.peer.batches is not None:
                 member.algorithm.peer.batches.load_state_dict(plain["batches"])
             member.exchange.load_state_dict(plain["exchange"])
-            self.before, elapsed = plain["before"], plain["wall_s"]
+            self.before = Measured(plain["before"], plain.get("before_by_client", {}))
+            elapsed = plain["wall_s"]
             self.clock.load_state_dict(plain["clock"])
         self.started = time.monotonic() - elapsed
         self.progress.note(f"{self.folder.path}: resuming after round {done} of {self.method.num_rounds}")
@@ -320,7 +348,8 @@ class Simulation:
                 "consensus": list(member.algorithm.consensus(done)),
                 "data": self.data_prints[member.index],
                 "base": self.base_print,
-                "before": self.before,
+                "before": self.before.overall,
+                "before_by_client": self.before.by_client,
                 "wall_s": self._wall_s(),
                 "clock": self.clock.state_dict(),
             }
@@ -328,10 +357,10 @@ class Simulation:
         self.store.prune()
         self.folder.event("checkpoint", round=done)
 
-    def _evaluate(self, model: LanguageModel) -> Metrics:
-        if not self.data.test:
-            return {}
-        return evaluate(model, self.data.test, self.data.tokenizer.pad_token_id, labels=self.data.labels)
+    def _evaluate(self, model: LanguageModel, by_client: bool = False) -> Measured:
+        if not self.data.test.samples:
+            return Measured({})
+        return measure(model, self.data.test, self.config.eval, by_client=by_client)
 
     @torch.no_grad()
     def _load_average(self, round: int, agreed: bool = False) -> None:

@@ -60,6 +60,8 @@ class Fedavg(LocalSteps):
 
     def __init__(self, peer: Peer, config: AlgorithmConfig, topology: Topology) -> None:
         super().__init__(peer, config, topology)
+        self.anchor: dict[str, Tensor] = {}
+        """The common model at the start of the round, where it is needed."""
         self.server: dict[str, Tensor] = {}
         """The server's moments; kept by every peer where there is no hub."""
 
@@ -102,7 +104,9 @@ class Fedavg(LocalSteps):
         return self.peer.num_steps(self.config.local_epochs)
 
     def local(self, round: int) -> LocalReport | None:
-        self.anchor = {name: self.masters.snapshot(name) for name in self.common}
+        serves = self.config.server_optimizer != "average" and not self.topology.has_hub
+        if self.config.proximal or serves:
+            self.anchor = {name: self.masters.snapshot(name) for name in self.common}
         return super().local(round)
 
     def adjust_gradients(self) -> None:
@@ -127,14 +131,15 @@ class Fedavg(LocalSteps):
             super().mix(hop, inbox)
             return
         for name in self.common:
-            before = self.masters.snapshot(name) if self.peer.index == self.hub else self.anchor[name]
-            self.masters.write(name, self.serve(name, before, inbox.mean(name)))
+            mean = inbox.mean(name)
+            if self.config.server_optimizer != "average":
+                before = self.masters.snapshot(name) if self.peer.index == self.hub else self.anchor[name]
+                mean = self.serve(name, before, mean)
+            self.masters.write(name, mean)
 
     def serve(self, name: str, before: Tensor, mean: Tensor) -> Tensor:
-        """The server's step on one parameter: the new common value, float32, of its shape."""
+        """The server's optimiser on one parameter: the new common value, float32, of its shape."""
         c = self.config
-        if c.server_optimizer == "average":
-            return mean
         if c.server_optimizer == "adam":
             m, v = (self.server_state(f"{kind}/{name}", before) for kind in ("exp_avg", "exp_avg_sq"))
             adam_moments(m, v, mean - before, c.server_betas)

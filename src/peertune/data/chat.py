@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jinja2.exceptions import TemplateError
 
 from peertune.data.tokens import Tokens, bos_tokens, common_length, encode
+from peertune.data.tools import LOSSES, prune, signature
 from peertune.errors import DataError
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]
 Span = tuple[int, int]
+Conversation = tuple[Sequence[Message], Sequence[Any] | None, str]
+"""Messages, function schemas, and the row's name for errors."""
 
 _PLAIN_TEMPLATE = """\
 {%- set titles = {'system': 'Context', 'user': 'Request', 'assistant': 'Reply', 'tool': 'Tool result'} -%}
@@ -54,6 +57,26 @@ class Transcript:
     text: str
     turns: list[Span]
     """Characters [start, end) of each assistant turn with its end token: what is to be learned."""
+    calls: list[Span]
+    """Characters [start, end) of the calls within each turn; empty where it has none."""
+    listing: str = ""
+    """The functions as they stand in the first turn, where the template itself leaves them out."""
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """A conversation as tokens."""
+
+    ids: Tokens
+    """int32 [length]"""
+    turns: list[Span]
+    """Tokens [start, end) of each assistant turn."""
+    calls: list[Span]
+    """Tokens [start, end) of the calls within each turn; empty where it has none."""
+    cut: bool = False
+    """Whether the conversation itself, not only what is said of the functions, lost a part."""
+    loss: int = 0
+    """What the functions' schemas lost: an index into `LOSSES`."""
 
 
 def plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -88,12 +111,15 @@ class ChatRenderer:
             return None
         kept = [self._prepare(message) for message in messages[: spoken[-1] + 1]]
         text = self._render(kept, tools, where)
+        listing = ""
         if tools and text == self._render(kept, None, where):
             length = len(kept)
-            kept, text = self._fold_tools(kept, tools, where)
+            listing = "Functions that may be called:\n" + "\n".join(map(signature, tools))
+            kept, text = self._fold_tools(kept, listing, where)
             spoken = [i + len(kept) - length for i in spoken]
             tools = None
         turns: list[Span] = []
+        calls: list[Span] = []
         for i in spoken:
             opening = self._render(kept[:i], tools, where, generation_prompt=True) if i else ""
             whole = text if i == len(kept) - 1 else self._render(kept[: i + 1], tools, where)
@@ -103,44 +129,83 @@ class ChatRenderer:
                 start, end = _search(kept[i], text, opening, whole, turns[-1][1] if turns else 0, where)
             # white space after the end token is the template's, no generation reaches it
             said = text[start:end].rstrip()
-            turns.append((start, start + len(said) if said.endswith(self._end_tokens) else end))
-        return Transcript(where, kept, tools, text[: turns[-1][1]], turns)
+            end = start + len(said) if said.endswith(self._end_tokens) else end
+            turns.append((start, end))
+            calls.append(self._find_calls(kept[: i + 1], tools, whole, text[start:end], start, where))
+        return Transcript(where, kept, tools, text[: turns[-1][1]], turns, calls, listing)
 
-    def tokenize(self, transcripts: Sequence[Transcript]) -> list[tuple[Tokens, list[Span]]]:
-        """Token ids of each transcript, int32 [length], and the tokens [start, end) of its assistant turns."""
+    def tokenize(self, transcripts: Sequence[Transcript]) -> list[Tokenized]:
+        """The tokens of each transcript, uncut."""
         texts = encode(self.tokenizer, [t.text for t in transcripts])
-        borders = [[border for turn in t.turns for border in turn] for t in transcripts]
+        borders = [[border for span in (*t.turns, *t.calls) for border in span] for t in transcripts]
         prefixes = [t.text[:b] for t, row in zip(transcripts, borders, strict=True) for b in row if b < len(t.text)]
         encoded = iter(encode(self.tokenizer, prefixes))
         found = []
         for transcript, ids, row in zip(transcripts, texts, borders, strict=True):
             places = [common_length(next(encoded), ids) if b < len(transcript.text) else len(ids) for b in row]
-            found.append((ids, list(zip(places[::2], places[1::2], strict=True))))
+            spans = list(zip(places[::2], places[1::2], strict=True))
+            found.append(Tokenized(ids, spans[: len(transcript.turns)], spans[len(transcript.turns) :]))
         return found
 
-    def shorten(
-        self, transcript: Transcript, ids: Tokens, turns: list[Span], max_length: int
-    ) -> tuple[Tokens, list[Span]]:
+    def fit(self, conversations: Sequence[Conversation], max_length: int) -> list[Tokenized | None]:
+        """Conversations as at most max_length tokens each.
+
+        Where one is longer, its functions lose what `LOSSES` names, no more than is needed; where that is not enough,
+        it is cut as `shorten` says.
+
+        Returns:
+            For each the tokens, or None where the assistant says nothing.
+        Raises:
+            DataError: as `transcribe` does.
+        """
+        transcripts = [self.transcribe(*conversation) for conversation in conversations]
+        there = [i for i, transcript in enumerate(transcripts) if transcript is not None]
+        tokens = self.tokenize([t for t in transcripts if t is not None])
+        fitted: list[Tokenized | None] = [None] * len(transcripts)
+        for i, whole in zip(there, tokens, strict=True):
+            fitted[i] = whole
+        for step in range(1, len(LOSSES)):
+            left = [i for i in there if conversations[i][1] and _length(fitted[i]) > max_length]
+            for i in left:
+                messages, tools, where = conversations[i]
+                transcripts[i] = self.transcribe(messages, [prune(tool, step) for tool in tools or ()], where)
+            retried = [t for i in left if (t := transcripts[i]) is not None]
+            for i, shorter in zip(left, self.tokenize(retried), strict=True):
+                fitted[i] = replace(shorter, loss=step)
+        for i in there:
+            tokenized, transcript = fitted[i], transcripts[i]
+            if tokenized is not None and transcript is not None and len(tokenized.ids) > max_length:
+                shortened = self.shorten(transcript, tokenized, max_length)
+                fitted[i] = replace(shortened, cut=True, loss=tokenized.loss)
+        return fitted
+
+    def shorten(self, transcript: Transcript, tokenized: Tokenized, max_length: int) -> Tokenized:
         """Cut a conversation to max_length tokens, sparing its last assistant turn as long as possible.
 
         In this order: the oldest exchanges go (a user's message and all up to the next one; system turns stay); the
         longest texts that are not the assistant's lose their ends, until a quarter of max_length is left before the
-        last assistant turn; the rest loses its end.
+        last assistant turn; the rest loses its end. The functions listed are not cut where the last turn calls one: it
+        may be the one that went.
 
         Args:
             transcript: the conversation.
-            ids, turns: what `tokenize` gave for it.
+            tokenized: what `tokenize` gave for it.
             max_length: tokens that may stay.
         Returns:
-            Token ids, int32 [max_length or fewer], and the tokens [start, end) of the assistant turns left.
+            The tokens, max_length or fewer, with the assistant turns that are left.
         """
+        ids, turns, calls = tokenized.ids, tokenized.turns, tokenized.calls
         while len(ids) > max_length and (recent := _without_oldest(transcript.messages)):
             shorter = self.transcribe(recent, transcript.tools, transcript.where)
             assert shorter is not None  # the last message is the assistant's
-            transcript = shorter
-            [(ids, turns)] = self.tokenize([transcript])
+            transcript = replace(shorter, listing=transcript.listing)
+            [short] = self.tokenize([transcript])
+            ids, turns, calls = short.ids, short.turns, short.calls
         text, keep = transcript.text, np.ones(len(ids), dtype=np.bool_)
-        others = [m["content"].strip() for m in transcript.messages if m["role"] != "assistant"]
+        contents = [m["content"] for m in transcript.messages if m["role"] != "assistant"]
+        if transcript.listing and calls[-1][0] < calls[-1][1]:
+            contents = [part for content in contents for part in content.split(transcript.listing)]
+        others = [content.strip() for content in contents]
         for content in sorted(others, key=len, reverse=True):
             excess = min(int(keep.sum()) - max_length, int(keep[: turns[-1][0]].sum()) - max_length // 4)
             at = text.find(content)
@@ -151,8 +216,35 @@ class ChatRenderer:
                 start, end = common_length(before, ids), common_length(upto, ids)
                 keep[max(start, end - excess) : end] = False
         places = np.concatenate([[0], np.cumsum(keep)])
-        left = [(int(places[a]), min(int(places[b]), max_length)) for a, b in turns]
-        return ids[keep][:max_length], [(a, b) for a, b in left if a < b]
+
+        def moved(span: Span) -> Span:
+            return min(int(places[span[0]]), max_length), min(int(places[span[1]]), max_length)
+
+        left = [(moved(turn), moved(call)) for turn, call in zip(turns, calls, strict=True)]
+        left = [(turn, call) for turn, call in left if turn[0] < turn[1]]
+        return Tokenized(ids[keep][:max_length], [turn for turn, _ in left], [call for _, call in left])
+
+    def _find_calls(
+        self, messages: list[Message], tools: Sequence[Any] | None, whole: str, said: str, start: int, where: str
+    ) -> Span:
+        """Characters [start, end) of the last message's calls: what its turn would not have without them.
+
+        Args:
+            whole: the conversation up to that turn.
+            said: the turn, which begins at character `start` of the conversation.
+        """
+        if not messages[-1].get("tool_calls"):
+            return start, start
+        silent = {key: value for key, value in messages[-1].items() if key != "tool_calls"}
+        try:
+            without = self._render([*messages[:-1], silent], tools, where)
+        except DataError:  # a template may refuse a turn that says nothing
+            return start, start + len(said)
+        before = _num_alike(whole, without)
+        after = _num_alike(whole[before:][::-1], without[before:][::-1])
+        first = max(0, before - whole.rfind(said)) if said in whole else 0
+        last = min(len(said), len(whole) - after - whole.rfind(said)) if said in whole else len(said)
+        return start + first, start + max(first, last)
 
     def _prepare(self, message: Message) -> Message:
         prepared = {**message, "content": message.get("content") or ""}
@@ -176,11 +268,8 @@ class ChatRenderer:
             raise DataError(f"{where}: the model's chat template refuses this conversation: {error}") from None
         return text
 
-    def _fold_tools(self, messages: list[Message], tools: Sequence[Any], where: str) -> tuple[list[Message], str]:
-        """The messages with the tools in their system turn, or in the first turn where the template knows no system."""
-        schemas = (tool.get("function", tool) if isinstance(tool, dict) else tool for tool in tools)
-        lines = [json.dumps(schema, separators=(",", ":"), ensure_ascii=False) for schema in schemas]
-        listing = "Functions that may be called:\n" + "\n".join(lines)
+    def _fold_tools(self, messages: list[Message], listing: str, where: str) -> tuple[list[Message], str]:
+        """The messages with the listing in their system turn, or in the first turn where the template has no system."""
         first = messages[0]
         merged = {**first, "content": "\n\n".join(filter(None, [first["content"], listing]))}
         if first["role"] != "system":
@@ -190,6 +279,15 @@ class ChatRenderer:
             except DataError:
                 merged["content"] = "\n\n".join(filter(None, [listing, first["content"]]))
         return [merged, *messages[1:]], self._render([merged, *messages[1:]], None, where)
+
+
+def _num_alike(a: str, b: str) -> int:
+    """Number of characters that two texts begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _length(tokenized: Tokenized | None) -> int:
+    return 0 if tokenized is None else len(tokenized.ids)
 
 
 def _says_something(message: Message) -> bool:

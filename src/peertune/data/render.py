@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from peertune.config import DataSection
 from peertune.data.chat import ChatRenderer
 from peertune.data.tokens import Tokens, bos_tokens, encode
+from peertune.data.tools import LOSSES
 from peertune.errors import DataError
 
 if TYPE_CHECKING:
@@ -39,6 +40,10 @@ class Sample:
     """Index into the labels (classification)."""
     prompt_length: int = 0
     """Tokens before the label or before the assistant's last turn; 0 for text."""
+    row: int = -1
+    """Index of its row among those rendered; -1 for text, which is packed."""
+    calls: tuple[tuple[int, int], ...] = ()
+    """Tokens [start, end) of the calls of each assistant turn that makes any."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +53,13 @@ class Rendered:
     samples: list[Sample]
     num_rows: int
     num_cut: int
-    """Rows that were longer than max_length and lost a part. Text is packed, not cut."""
+    """Rows that were longer than max_length and lost a part, beside what was said of functions. Text is packed."""
     num_dropped: int
     """Rows with nothing to learn from: an empty text or answer, or no room for one."""
     num_tokens: int
     num_target_tokens: int
+    tools_cut: Mapping[str, int] = field(default_factory=dict)
+    """Rows whose function schemas were shortened to make room, by what the schemas lost; see `data.tools.LOSSES`."""
 
 
 def find_labels(rows: Rows, config: DataSection) -> list[str]:
@@ -112,12 +119,13 @@ def render(
         DataError: a label that is not among `labels`, a conversation that the chat template refuses, or rows of which
             none leaves a token to be predicted.
     """
+    tools_cut: dict[str, int] = {}
     if config.task == "text":
         samples, num_cut, num_dropped = _pack(rows, config, tokenizer, max_length)
     elif config.task == "classification":
         samples, num_cut, num_dropped = _classify(rows, config, tokenizer, max_length, labels)
     else:
-        samples, num_cut, num_dropped = _converse(rows, config, tokenizer, max_length)
+        samples, num_cut, num_dropped, tools_cut = _converse(rows, config, tokenizer, max_length)
     if not samples:
         raise DataError(
             f"data: none of {len(rows)} rows leaves a token to predict within model.max_length = {max_length}: they "
@@ -125,7 +133,7 @@ def render(
         )
     num_tokens = sum(len(sample.input_ids) for sample in samples)
     num_targets = sum(int(sample.loss_mask.sum()) for sample in samples)
-    return Rendered(samples, len(rows), num_cut, num_dropped, num_tokens, num_targets)
+    return Rendered(samples, len(rows), num_cut, num_dropped, num_tokens, num_targets, tools_cut)
 
 
 def _pack(
@@ -172,34 +180,34 @@ def _classify(
         left_text = min(len(text), room - left_pair)
         num_cut += left_pair < len(pair) or left_text < len(text)
         prompt = np.concatenate([bos, text[:left_text], pair[:left_pair], cue])
-        samples.append(_sample(prompt, targets[index_of[name]], index_of[name]))
+        samples.append(_sample(prompt, targets[index_of[name]], index_of[name], number - 1))
     return samples, num_cut, len(rows) - len(samples)
 
 
-def _sample(prompt: Tokens, target: Tokens, label: int) -> Sample:
+def _sample(prompt: Tokens, target: Tokens, label: int, row: int) -> Sample:
     ids = np.concatenate([prompt, target])
-    return Sample(ids, np.arange(len(ids)) >= len(prompt), label, len(prompt))
+    return Sample(ids, np.arange(len(ids)) >= len(prompt), label, len(prompt), row)
 
 
 def _converse(
     rows: Rows, config: DataSection, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> tuple[list[Sample], int, int]:
-    renderer = ChatRenderer(tokenizer)
-    named = ((f"row {number}", row) for number, row in enumerate(rows, 1))
-    found = [renderer.transcribe(*_conversation(row, config), where) for where, row in named]
-    transcripts = [transcript for transcript in found if transcript is not None]
-    samples, num_cut = [], 0
-    for transcript, (ids, turns) in zip(transcripts, renderer.tokenize(transcripts), strict=True):
-        if too_long := len(ids) > max_length:
-            ids, turns = renderer.shorten(transcript, ids, turns, max_length)
-        mask = np.zeros(len(ids), dtype=np.bool_)
-        for start, end in turns:
+) -> tuple[list[Sample], int, int, dict[str, int]]:
+    conversations = [(*_conversation(row, config), f"row {number}") for number, row in enumerate(rows, 1)]
+    samples, num_cut, losses = [], 0, [0] * len(LOSSES)
+    for row, fitted in enumerate(ChatRenderer(tokenizer).fit(conversations, max_length)):
+        if fitted is None:
+            continue
+        mask = np.zeros(len(fitted.ids), dtype=np.bool_)
+        for start, end in fitted.turns:
             mask[start:end] = True
         mask[:1] = False  # the first token has nothing before it to be predicted from
         if mask.any():
-            num_cut += too_long
-            samples.append(Sample(ids, mask, -1, turns[-1][0]))
-    return samples, num_cut, len(rows) - len(samples)
+            num_cut += fitted.cut
+            losses[fitted.loss] += 1
+            calls = tuple((start, end) for start, end in fitted.calls if start < end)
+            samples.append(Sample(fitted.ids, mask, -1, fitted.turns[-1][0], row, calls))
+    tools_cut = {what: count for what, count in zip(LOSSES[1:], losses[1:], strict=True) if count}
+    return samples, num_cut, len(rows) - len(samples), tools_cut
 
 
 def _conversation(row: Mapping[str, Any], config: DataSection) -> tuple[list[dict[str, Any]], Sequence[Any] | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 
 from peertune.config import ModelSection
 from peertune.errors import ModelError
+from peertune.model.attention import choose_attention
 from peertune.model.quantization import is_finite, loading_options, quantization_states, quiet, settle
 
 TINY = "tiny"
@@ -66,7 +68,9 @@ def load_model(config: ModelSection, device: torch.device, base: Path | None = N
     model: Any
     if config.init == "random":
         if config.quantization != "none":
-            raise ModelError('model.init: got "random" with model.quantization, expected "pretrained" weights to quantise')
+            raise ModelError(
+                'model.init: got "random" with model.quantization, expected "pretrained" weights to quantise'
+            )
         shape = _from_pretrained(AutoConfig, config, base)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -84,7 +88,13 @@ def load_model(config: ModelSection, device: torch.device, base: Path | None = N
             raise ModelError(
                 f"model.path: {config.path!r} lacks {len(missing)} weights, such as {missing[0]}; they would be random"
             )
+        if any("bottleneck" in name for name in info["unexpected_keys"]):
+            raise ModelError(
+                f"model.path: {config.path!r} holds bottleneck adapters, which its own code puts in place; set"
+                " model.trust_remote_code = true to let that run"
+            )
     model = model.to(device)
+    choose_attention(model, config, device)
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and positions < config.max_length:
         raise ModelError(f"model.max_length: got {config.max_length}, but {config.path!r} has {positions} positions")
@@ -96,6 +106,19 @@ def load_model(config: ModelSection, device: torch.device, base: Path | None = N
     settle(model, config.path)
     model.config.use_cache = False
     return model.train()  # type: ignore[no-any-return]
+
+
+def load_trained(config: ModelSection, device: torch.device) -> nn.Module:
+    """As `load_model`, but the folder may also be an adapter's, as peft writes it; its base is loaded with it."""
+    if not (Path(resolve_path(config.path)) / "adapter_config.json").exists():
+        return load_model(config, device)
+    from peft import AutoPeftModelForCausalLM
+
+    with warnings.catch_warnings():
+        # peft asks transformers by a name that is on its way out.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        module: nn.Module = _from_pretrained(AutoPeftModelForCausalLM, config, None)
+    return module.to(device)
 
 
 def load_full_model(config: ModelSection, device: torch.device, base: Path | None = None) -> nn.Module:

@@ -52,9 +52,14 @@ class Metric:
 METRICS = {
     "accuracy": Metric(title="accuracy", unit="%", share=True),
     "exact_match": Metric(title="exact match", unit="%", share=True),
+    "call_accuracy": Metric(title="call accuracy", unit="%", share=True),
+    "function_name_accuracy": Metric(title="function name accuracy", unit="%", share=True),
+    "function_name_choice_accuracy": Metric(title="function choice accuracy", unit="%", share=True),
     "macro_f1": Metric(title="macro F1", unit="%", share=True),
     "loss": Metric(title="loss", unit="nats", share=False),
+    "call_loss": Metric(title="call loss", unit="nats", share=False),
     "perplexity": Metric(title="perplexity", unit="", share=False),
+    "calls_parsed": Metric(title="calls parsed", unit="%", share=True),
 }
 """In the order in which one of them is the headline."""
 

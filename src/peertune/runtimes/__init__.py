@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from threading import current_thread, main_thread
+
+import torch
 
 from peertune.algorithms.base import Algorithm, LocalReport
 from peertune.exchange import Exchange, Hop, Inbox, Payload
 
-__all__ = ["Member", "agree", "play_round"]
+__all__ = ["Member", "agree", "play_round", "thread_pool"]
 
 
 @dataclass(frozen=True)
@@ -32,23 +36,33 @@ class Member:
         return self.algorithm.peer.batches is None
 
 
-def play_round(round: int, members: Sequence[Member]) -> list[LocalReport | None]:
+def play_round(round: int, members: Sequence[Member], pool: Executor | None = None) -> list[LocalReport | None]:
     """One round of every hosted peer: the local phase, then each hop.
 
+    Args:
+        pool: threads that play several peers' local phases at the same time; None: one peer after the other.
     Returns:
         By peer, the hub left out, what the local phase says; None where a peer had no part in the round.
     """
-    reports = [_timed_local(round, member) for member in members if not member.is_hub]
+    peers = [member for member in members if not member.is_hub]
+    reports = list((map if pool is None else pool.map)(_timed_local, [round] * len(peers), peers))
     for hop in members[0].algorithm.hops(round):
         for member, inbox in _carry(round, hop, members, lambda member, hop: member.algorithm.outgoing(hop)):
             member.algorithm.mix(hop, inbox)
     return reports
 
 
+def thread_pool(num_peers: int) -> ThreadPoolExecutor:
+    """For `play_round`: so many peers at a time, each on one thread of PyTorch's."""
+    return ThreadPoolExecutor(num_peers, "peer", initializer=torch.set_num_threads, initargs=(1,))
+
+
 def _timed_local(round: int, member: Member) -> LocalReport | None:
-    start = time.process_time()
+    # In a pool's thread, whose operators have no threads of their own, the process's clock would count all peers.
+    clock = time.process_time if current_thread() is main_thread() else time.thread_time
+    start = clock()
     report = member.algorithm.local(round)
-    return None if report is None else replace(report, cpu_s=time.process_time() - start)
+    return None if report is None else replace(report, cpu_s=clock() - start)
 
 
 def agree(round: int, members: Sequence[Member]) -> int:

@@ -1,0 +1,44 @@
+"""Whether a generated answer is the expected one: by its final number, or word by word."""
+
+from __future__ import annotations
+
+import re
+
+_NUMBER = re.compile(r"(?<![\w.])[-+]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?![\d])")
+
+
+def exact_match(generated: str, expected: str) -> bool:
+    """Whether an answer is right.
+
+    Where the expected one ends in "#### N", as those of GSM8K do, or is nothing but a number, numbers are compared: the
+    generated one is what follows "####", else the last in the text. Else the texts are compared, without case,
+    punctuation at the end and differences of white space.
+    """
+    marked = "####" in expected
+    number = last_number(expected.rpartition("####")[2])
+    if number is not None and (marked or not _NUMBER.sub("", expected).strip(" \n\t.%$€£")):
+        return answered_number(generated) == number
+    return normalise(generated) == normalise(expected)
+
+
+def answered_number(text: str) -> float | None:
+    """The number after the first "####", else the last one; None where there is none."""
+    # a model that does not stop goes on with a question of its own
+    _, mark, after = text.partition("####")
+    first = _NUMBER.search(after) if mark else None
+    return _value(first[0]) if first else last_number(text)
+
+
+def last_number(text: str) -> float | None:
+    """The last number in a text; None where there is none."""
+    found = _NUMBER.findall(text)
+    return _value(found[-1]) if found else None
+
+
+def normalise(text: str) -> str:
+    """A text without case, punctuation at its end and differences of white space."""
+    return " ".join(text.lower().split()).rstrip(".!?,;: ")
+
+
+def _value(number: str) -> float:
+    return float(number.replace(",", "").replace("$", ""))

@@ -1,0 +1,131 @@
+"""Causal attention for short sequences in bfloat16 on a CPU, by batched matrix products, a few sequences at a time.
+
+Their scores [heads, length, length] stay in the processor's cache, the products run on its matrix units, and the
+backward pass makes the probabilities anew from q and k, so nothing of size length^2 is kept. PyTorch's fused kernel
+for CPUs takes several times as long at 100 tokens, and somewhat longer at 256. Numerics are those of transformers'
+"eager" attention: scores and probabilities in bfloat16, the softmax's sums in float32.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peertune.config import ModelSection
+
+NAME = "peertune_short"
+"""What transformers knows it by, as `attn_implementation`."""
+SCORES_BYTES = 1 << 20
+"""Scores made at a time: more would leave the cache, fewer make the threads wait for each other."""
+MAX_LENGTH = 512
+"""Longer sequences outgrow the cache; the fused kernel takes them."""
+
+
+def register() -> str:
+    """Make it known to transformers. Returns `NAME`."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    return NAME
+
+
+def choose_attention(model: Any, config: ModelSection, device: torch.device) -> None:
+    """Where the recipe leaves attention to us, take this one if the model is in bfloat16 on a CPU and can have it."""
+    wanted = config.attention == "auto" and config.dtype == "bfloat16" and device.type == "cpu"
+    if wanted and getattr(model, "_supports_attention_backend", False):
+        model.set_attn_implementation(register())
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """An attention function as transformers calls it; whatever is not plain and short goes to its "sdpa".
+
+    Args:
+        query: [batch, heads, length, head size].
+        key, value: [batch, key heads, length, head size].
+    Returns:
+        [batch, length, heads, head size], and None for the weights.
+    """
+    plain = all(kwargs.get(key) is None for key in ("softcap", "position_bias", "cache"))
+    length = query.shape[2]
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if (
+        attention_mask is None
+        and causal
+        and plain
+        and not dropout
+        and 1 < length == key.shape[2] <= MAX_LENGTH
+        and query.dtype == torch.bfloat16
+        and query.device.type == "cpu"
+    ):
+        groups = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (key, value))
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        out: Tensor = _ShortAttention.apply(query * scale, key, value)  # type: ignore[no-untyped-call]
+        return out.transpose(1, 2).contiguous(), None
+    # By name: that the module stands in the package is not for type checkers to know.
+    sdpa = importlib.import_module("transformers.integrations.sdpa_attention").sdpa_attention_forward
+    found: tuple[Tensor, None] = sdpa(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+    )
+    return found
+
+
+class _ShortAttention(torch.autograd.Function):
+    """softmax(q k' + causal mask) v, for q, k, v [batch, heads, length, head size], q already scaled."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        mask = _causal_mask(q)
+        out = torch.empty(q.shape, dtype=q.dtype)
+        for q_, k_, v_, out_ in _chunks(q, k, v, out):
+            torch.bmm(_probabilities(q_, k_, mask), v_, out=out_)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = ctx.saved_tensors
+        mask = _causal_mask(q)
+        grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+        for q_, k_, v_, grad, gq, gk, gv in _chunks(q, k, v, *grads, grad_q, grad_k, grad_v):
+            p = _probabilities(q_, k_, mask)
+            torch.bmm(p.transpose(1, 2), grad, out=gv)
+            grad_p = torch.bmm(grad, v_.transpose(1, 2))
+            grad_s = torch._softmax_backward_data(grad_p, p, -1, p.dtype)
+            torch.bmm(grad_s, k_, out=gq)
+            torch.bmm(grad_s.transpose(1, 2), q_, out=gk)
+        return grad_q, grad_k, grad_v
+
+
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors [batch, heads, length, head size] as [some sequences x heads, length, head size]."""
+    _, heads, length, _ = tensors[0].shape
+    size = max(1, SCORES_BYTES // (2 * heads * length * length))
+    for parts in zip(*(torch.split(x, size) for x in tensors), strict=True):
+        yield tuple(x.flatten(0, 1) for x in parts)
+
+
+def _causal_mask(q: Tensor) -> Tensor:
+    length = q.shape[2]
+    return torch.full((length, length), float("-inf"), dtype=q.dtype).triu_(1)
+
+
+def _probabilities(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+    """[n, length, length] of q, k [n, length, head size]."""
+    return torch.baddbmm(mask, q, k.transpose(1, 2)).softmax(-1)

@@ -1,0 +1,395 @@
+"""Generation, metrics of calls and answers, by client, and public benchmarks through a package that may be missing."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from peertune.cli import main
+from peertune.config import DataSection, EvalSection, ModelSection
+from peertune.data import collate, load_table, render
+from peertune.errors import ConfigError
+from peertune.evaluate import evaluate
+from peertune.evaluation import HeldOut, generate, generation, measure, references, remarks, run_harness
+from peertune.evaluation import metrics as measuring
+from peertune.evaluation.references import end_tokens, only_calls
+from peertune.model.language_model import LanguageModel
+from peertune.model.load import load_model
+from peertune.run import run
+from tests.conftest import make_byte_tokenizer
+from tests.recipes import recipe
+from tests.shapes import ARCHITECTURES, make_model
+
+CHAT = DataSection(task="chat")
+INSTRUCTION = DataSection(task="instruction")
+TEMPLATE = (
+    "{% for m in messages %}{{ {'system': '', 'user': '?', 'assistant': '!'}[m.role] + (m.content or '') }}"
+    "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}{{ '<|im_end|>' if m.role == 'assistant' else '' }}"
+    "{% endfor %}{{ '!' if add_generation_prompt else '' }}"
+)
+
+
+def tool(name: str, *arguments: str) -> dict[str, Any]:
+    properties = {a: {"type": "string", "description": f"what {a} is"} for a in arguments}
+    return {"name": name, "description": f"Does {name}.", "parameters": {"type": "object", "properties": properties}}
+
+
+def row(asked: str, name: str, offered: Sequence[str] = ("on", "off"), client: str = "", **arguments: Any) -> Any:
+    call = {"name": name, "arguments": arguments}
+    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    return {"messages": messages, "tools": [tool(f) for f in offered], **({"client": client} if client else {})}
+
+
+ROWS = [row("a", "on", client="x"), row("bb", "off", client="y", n=1), row("ccc", "on", client="y", n=2)]
+
+
+def held_out(rows: Sequence[Any], tokenizer: PreTrainedTokenizerBase, length: int = 96) -> HeldOut:
+    samples = render(rows, CHAT, tokenizer, length).samples
+    return HeldOut(samples, references(rows, samples, CHAT, tokenizer), tokenizer)
+
+
+@pytest.fixture
+def chatty() -> PreTrainedTokenizerBase:
+    tokenizer = make_byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture
+def micro(micro_model: Path) -> LanguageModel:
+    section = ModelSection(path=str(micro_model), max_length=96)
+    return LanguageModel(load_model(section, torch.device("cpu")), section)
+
+
+# generation
+
+
+def greedily(model: LanguageModel, prompt: np.ndarray, num: int, ends: set[int]) -> list[int]:
+    """The reference: no cache, no padding."""
+    ids, new = torch.as_tensor(prompt.astype(np.int64))[None], []
+    model.module.eval()
+    with torch.no_grad():
+        for _ in range(num):
+            token = int(model.module(input_ids=ids, use_cache=False).logits[0, -1].argmax())
+            if token in ends:
+                break
+            new.append(token)
+            ids = torch.cat([ids, torch.tensor([[token]])], 1)
+    return new
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_generation_is_greedy_in_any_batch(name: str, byte_tokenizer: PreTrainedTokenizerBase) -> None:
+    model = LanguageModel(make_model(name), ModelSection())
+    model.module.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=9.0)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, 61, n).astype(np.int32) for n in (5, 12, 5, 9, 1)]
+    expected = [greedily(model, prompt, 8, {2, 7}) for prompt in prompts]
+    got = generate(model, byte_tokenizer, prompts, max_new_tokens=8, stop=[7], batch_size=3)
+    assert got == [byte_tokenizer.decode(ids) for ids in expected]
+    assert len({len(ids) for ids in expected}) > 1 or len(expected[0]) == 8
+
+
+def test_prompts_go_alone_where_padding_changes_what_is_said(
+    byte_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = LanguageModel(make_model("llama"), ModelSection())
+    sizes = []
+    original, forward = generation._continue, model.module.forward
+
+    def blind(*args: Any, attention_mask: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)  # as models with a running state: padding is read like text
+
+    def counted(model: Any, tokenizer: Any, prompts: Any, ends: Any, limit: int) -> Any:
+        sizes.append(len(prompts))
+        return original(model, tokenizer, prompts, ends, limit)
+
+    monkeypatch.setattr(generation, "_continue", counted)
+    prompts = [np.arange(3, 3 + n, dtype=np.int32) for n in (4, 9, 6)]
+    generate(model, byte_tokenizer, prompts, max_new_tokens=3)
+    assert sizes == [1, 2, 3]
+    monkeypatch.setattr(model.module, "forward", blind)
+    expected = [greedily(model, prompt, 3, {2}) for prompt in prompts]
+    assert generate(model, byte_tokenizer, prompts, max_new_tokens=3) == list(map(byte_tokenizer.decode, expected))
+    assert sizes[3:] == [1, 2, 1, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_generation_ends_where_positions_do(name: str, byte_tokenizer: PreTrainedTokenizerBase) -> None:
+    model = LanguageModel(make_model(name), ModelSection())
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(3, 61, n).astype(np.int32) for n in (10, 62, 64, 70, 0, 30)]
+    rooms = (8, 2, 0, 0, 0, 8)
+    expected = [greedily(model, p, room, {2}) if room else [] for p, room in zip(prompts, rooms, strict=True)]
+    model.module.train()
+    got = generate(model, byte_tokenizer, prompts, max_new_tokens=8)
+    assert got == [byte_tokenizer.decode(ids) if ids else "" for ids in expected]
+    assert model.module.training
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own call
+def test_generation_with_adapters(byte_tokenizer: PreTrainedTokenizerBase) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base = LanguageModel(make_model("llama"), ModelSection())
+    adapted = get_peft_model(base.module, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    model: Any = SimpleNamespace(module=adapted, device=base.device, stack=base.stack)
+    prompts = [np.arange(3, 3 + n, dtype=np.int32) for n in (4, 9)]
+    expected = [greedily(model, prompt, 8, {2}) for prompt in prompts]
+    assert generate(model, byte_tokenizer, prompts, max_new_tokens=8) == list(map(byte_tokenizer.decode, expected))
+
+
+# metrics of calls
+
+
+def test_only_the_calls_count_in_their_loss(micro: LanguageModel, chatty: PreTrainedTokenizerBase) -> None:
+    said = row("q", "on")
+    said["messages"][1]["content"] = "Well: "
+    silent = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "no"}], "tools": None}
+    data = held_out([said, silent], chatty)
+    [calling] = only_calls(data.samples)
+    assert chatty.decode(calling.input_ids[calling.loss_mask]) == '[{"name": "on", "arguments": {}}]'
+    assert chatty.decode(data.samples[0].input_ids[data.samples[0].loss_mask]).startswith("Well: [{")
+    with torch.no_grad():
+        loss, count = micro.loss_sum(collate([calling], 0))
+    metrics = measure(micro, data, EvalSection()).overall
+    assert metrics["call_loss"] == pytest.approx(float(loss) / count, rel=1e-5)
+    assert metrics["loss"] == evaluate(micro, data.samples, 0)["loss"] != metrics["call_loss"]
+    assert set(metrics) == {"loss", "perplexity", "call_loss"}
+    assert "call_loss" not in measure(micro, held_out([silent], chatty), EvalSection()).overall
+    assert end_tokens(data.samples, chatty) == [4]
+
+
+def test_calls_in_text_are_counted(
+    micro: LanguageModel, chatty: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = ['[{"name": "on", "arguments": {}}]', '[{"name": "off", "arguments": {"n": 2}}]', "[{"]
+    prompts: list[str] = []
+
+    def answer(model: Any, tokenizer: Any, given: Any, **options: Any) -> list[str]:
+        prompts.extend(tokenizer.decode(prompt) for prompt in given)
+        assert options == {"max_new_tokens": 7, "stop": [4]}
+        return written[: len(given)]
+
+    monkeypatch.setattr(measuring, "generate", answer)
+    data = held_out(ROWS, chatty, 200)
+    found = measure(micro, data, EvalSection(generate_samples=3, max_new_tokens=7), by_client=True)
+    assert prompts == [
+        f"Functions that may be called:\non() - Does on.\noff() - Does off.?{q}!" for q in ("a", "bb", "ccc")
+    ]
+    assert found.overall["calls_parsed"] == found.overall["function_name_accuracy"] == pytest.approx(2 / 3)
+    assert found.overall["call_accuracy"] == pytest.approx(1 / 3)
+    assert [found.by_client[c]["call_accuracy"] for c in ("x", "y")] == [1.0, 0.0]
+    assert [found.by_client[c]["function_name_accuracy"] for c in ("x", "y")] == [1.0, 0.5]
+    counts = [sum(int(s.loss_mask.sum()) for s in part) for part in (data.samples[:1], data.samples[1:])]
+    weighted = sum(n * found.by_client[c]["loss"] for n, c in zip(counts, ("x", "y"), strict=True)) / sum(counts)
+    assert found.overall["loss"] == pytest.approx(weighted, rel=1e-5)
+    written[:] = ['[{"name": "off", "arguments": {"n": 1.0}}]']
+    few = measure(micro, data, EvalSection(generate_samples=1, max_new_tokens=7)).overall
+    assert few["function_name_accuracy"] == 0.0 and few["calls_parsed"] == 1.0
+
+
+def test_functions_are_chosen_by_their_likelihood(micro: LanguageModel, chatty: PreTrainedTokenizerBase) -> None:
+    rows = [row("a", "on", ("on", "on_off", "o")), row("b", "off", ("on", "off")), row("c", "on", ("on",))]
+    data = held_out(rows, chatty, 200)
+    names = [[name for name, _ in known.choices] for known in data.references]
+    assert names == [["on", "on_off", "o"], ["off", "on"], []]
+    right = []
+    for known in data.references[:2]:
+        scores = []
+        for name, sample in known.choices:
+            assert chatty.decode(sample.input_ids).endswith('[{"name": "' + name + '"')
+            text = chatty.decode(sample.input_ids[sample.loss_mask])
+            # what all names begin with tells nothing
+            assert (name + '"').endswith(text) and ('"' + name).startswith('"o')
+            logits = micro.module(input_ids=torch.as_tensor(sample.input_ids.astype(np.int64))[None]).logits[0]
+            where = np.flatnonzero(sample.loss_mask)
+            scores.append(float(logits.log_softmax(-1)[where - 1, sample.input_ids[where]].sum()))
+        right.append(scores[0] == max(scores))
+    metrics = measure(micro, data, EvalSection(choice_samples=9)).overall
+    assert metrics["function_name_choice_accuracy"] == pytest.approx(np.mean(right))
+
+
+def test_a_model_that_learned_its_calls_makes_them(micro: LanguageModel, chatty: PreTrainedTokenizerBase) -> None:
+    rows = [row(asked, name, ("on", "of"), n=number) for asked, name, number in (("aa", "on", 1), ("zz", "of", 2))]
+    data = held_out(rows, chatty, 160)
+    micro.module.requires_grad_(True)
+    micro.module.config.max_position_embeddings = 256
+    optimizer = torch.optim.Adam(micro.module.parameters(), lr=1e-2)
+    batch = collate(data.samples, 0)
+    settings = EvalSection(generate_samples=2, choice_samples=2, max_new_tokens=60)
+    before = measure(micro, data, settings).overall
+    assert before["call_accuracy"] == before["calls_parsed"] == 0
+    for _ in range(200):
+        loss, count = micro.loss_sum(batch)
+        (loss / count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = measure(micro, data, settings).overall
+    assert after["call_loss"] < 0.1 < before["call_loss"]
+    for name in ("call_accuracy", "function_name_accuracy", "calls_parsed", "function_name_choice_accuracy"):
+        assert after[name] == 1.0, name
+
+
+def test_references_that_cannot_be_read_are_told(chatty: PreTrainedTokenizerBase) -> None:
+    data = held_out(ROWS, chatty)
+    [said] = remarks(data, EvalSection())
+    assert "3 held-out rows make calls, but eval.generate_samples is 0" in said
+    assert remarks(data, EvalSection(generate_samples=1)) == []
+    chatty.chat_template = TEMPLATE.replace("m.tool_calls | tojson", "m.tool_calls[0].name + '()'")
+    [said] = remarks(held_out(ROWS, chatty), EvalSection(generate_samples=1))
+    assert "the calls of 3 of 3 held-out rows do not read back" in said
+    chatty.chat_template = TEMPLATE
+    [said] = remarks(held_out(ROWS, chatty, 60), EvalSection(generate_samples=1))
+    assert "the calls of 3 of 3 held-out rows do not read back" in said and "cut off" in said
+
+
+@pytest.mark.parametrize("length", [256, 512])
+def test_real_rows_always_offer_every_function(length: int, english: PreTrainedTokenizerBase, shared: Path) -> None:
+    rows = load_table(str(shared / "data" / "toolchat-bfcl-test.jsonl.gz"), CHAT).rows[:120]
+    rendered = render(rows, CHAT, english, length)
+    assert rendered.tools_cut and rendered.num_cut < len(rows) // 4
+    for sample, known in zip(rendered.samples, references(rows, rendered.samples, CHAT, english), strict=True):
+        shown = english.decode(sample.input_ids)
+        for offered in rows[sample.row]["tools"]:
+            assert f"\n{offered['function']['name']}(" in shown
+        if known.calls and known.readable:
+            assert {name for name, _ in known.choices} >= {known.calls[0].name} or len(rows[sample.row]["tools"]) == 1
+        assert known.client == rows[sample.row]["client"]
+
+
+# answers
+
+
+def test_answers_of_instructions_are_matched(
+    micro: LanguageModel, byte_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"instruction": f"{n} and {n}?", "output": f"Sum.\n#### {2 * n}"} for n in range(4)]
+    samples = render(rows, INSTRUCTION, byte_tokenizer, 96).samples
+    data = HeldOut(samples, references(rows, samples, INSTRUCTION, byte_tokenizer), byte_tokenizer)
+    monkeypatch.setattr(measuring, "generate", lambda *_, **__: ["#### 0", "so 2", "4 or 5", "none"])
+    assert measure(micro, data, EvalSection(generate_samples=4)).overall["exact_match"] == 0.5
+    monkeypatch.setattr(measuring, "generate", lambda model, tokenizer, given, **_: [""] * len(given))
+    assert "exact_match" not in measure(micro, data, EvalSection()).overall
+
+
+# whole runs and the command
+
+
+@pytest.fixture
+def chatty_model(tmp_path: Path, micro: LanguageModel, chatty: PreTrainedTokenizerBase) -> str:
+    """The micro model with the short template above and room for its conversations."""
+    micro.module.config.max_position_embeddings = 256
+    micro.module.save_pretrained(tmp_path / "chatty")
+    chatty.save_pretrained(tmp_path / "chatty")
+    return str(tmp_path / "chatty")
+
+
+def write_chat(path: Path, num_rows: int) -> Path:
+    lines = [row(f"q{i}", ("on", "off")[i % 2], client=f"c{i % 4}", n=i) for i in range(num_rows)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_a_run_gives_the_metrics_of_calls_by_client(tmp_path: Path, chatty_model: str) -> None:
+    config = recipe(
+        tmp_path,
+        Path(chatty_model),
+        model={"max_length": 96},
+        data={
+            "train": str(write_chat(tmp_path / "chat.jsonl", 24)),
+            "test": str(write_chat(tmp_path / "chat-test.jsonl", 8)),
+            "task": "chat",
+            "partition": {"kind": "column", "column": "client"},
+        },
+        eval={"generate_samples": 2, "choice_samples": 4, "max_new_tokens": 4},
+    )
+    metrics = run(config)["metrics"]
+    names = set(metrics["average_model"])
+    assert names >= {"call_loss", "call_accuracy", "function_name_accuracy", "calls_parsed", "loss"}
+    assert all(set(peer) == names for peer in [metrics["before"], *metrics["peers"]])
+    nested = metrics["by_client"]
+    assert set(nested["average_model"]) == set(nested["before"]) == {"c0", "c1", "c2", "c3"}
+    assert len(nested["peers"]) == 4
+    assert np.mean([m["call_loss"] for m in nested["average_model"].values()]) == pytest.approx(
+        metrics["average_model"]["call_loss"], rel=0.05
+    )
+    assert nested["average_model"]["c0"]["call_loss"] < nested["before"]["c0"]["call_loss"]
+    (tmp_path / "out" / "summary.json").unlink()  # as if killed after the last checkpoint
+    assert run(config, resume=True)["metrics"] == metrics
+    events = [json.loads(line) for line in (tmp_path / "out" / "events.jsonl").read_text().splitlines()]
+    assert any("were described shorter to fit model.max_length = 96" in n for n in events[0]["notes"])
+    assert "call loss" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_eval_measures_several_files(tmp_path: Path, chatty_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [str(write_chat(tmp_path / f"{n}.jsonl", n)) for n in (3, 5)]
+    options = ["--task", "chat", "--max-length", "96", "--generate", "1", "--max-new-tokens", "2", "--choices", "2"]
+    assert main(["eval", chatty_model, "--data", *files, *options]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["data"], line["samples"]) for line in lines] == [(files[0], 3), (files[1], 5)]
+    for line in lines:
+        assert 0 <= line["calls_parsed"] <= 1 and line["call_loss"] > 0
+        assert set(line["by_client"]) <= {"c0", "c1", "c2", "c3"} and len(line["by_client"]) > 2
+
+
+def test_eval_refuses_what_it_cannot_measure(micro_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, part in (
+        ([], "got nothing to measure on, expected --data FILE with --task, or --lm-eval TASKS"),
+        (["--data", "x.jsonl"], "--task: got none, expected text, classification"),
+    ):
+        assert main(["eval", str(micro_model), *arguments]) == 2
+        assert part in capsys.readouterr().err
+
+
+def test_public_benchmarks_need_their_package(
+    micro_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # as where it is not installed
+    assert main(["eval", str(micro_model), "--lm-eval", "arc_easy"]) == 2
+    error = capsys.readouterr().err
+    assert "the package lm-eval cannot be imported" in error and "pip install 'peertune[eval]'" in error
+
+
+@pytest.fixture
+def fake_harness(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Modules of lm-eval's interface; what they were called with."""
+    seen: list[Any] = []
+
+    class HFLM:
+        def __init__(self, *, pretrained: Any, tokenizer: Any, batch_size: int, max_length: int) -> None:
+            seen.append((type(pretrained).__name__, tokenizer.pad_token_id, batch_size, max_length))
+
+    def simple_evaluate(*, model: Any, tasks: list[str], limit: int | None, log_samples: bool) -> dict[str, Any]:
+        assert isinstance(model, HFLM) and not log_samples
+        seen.append((tasks, limit))
+        if "no_such" in tasks:
+            raise KeyError("no_such")
+        first = {"alias": "a", "acc,none": 0.5, "acc_stderr,none": "N/A", "exact_match,strict-match": 0.25}
+        return {"results": {name: first for name in tasks}}
+
+    package, models, huggingface = (ModuleType(n) for n in ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface"))
+    package.simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
+    huggingface.HFLM = HFLM  # type: ignore[attr-defined]
+    for module in (package, models, huggingface):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return seen
+
+
+def test_public_benchmarks_are_run(
+    micro_model: Path, fake_harness: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--lm-eval", "arc_easy,gsm8k", "--max-samples", "5", "--max-length", "64"]
+    assert main(["eval", str(micro_model), *options]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [{"lm_eval": n, "acc": 0.5, "exact_match/strict-match": 0.25} for n in ("arc_easy", "gsm8k")]
+    assert fake_harness == [("LlamaForCausalLM", 0, 8, 64), (["arc_easy", "gsm8k"], 5)]
+    with pytest.raises(ConfigError, match=r"got 'no_such', but lm-eval refuses: 'no_such'; `lm-eval ls tasks`"):
+        run_harness(SimpleNamespace(), make_byte_tokenizer(), ["no_such"], max_length=9)
