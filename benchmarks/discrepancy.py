@@ -135,7 +135,6 @@ def run_cell(c: Cell, folder: Path, extra: list[str]) -> dict[str, float]:
         f"run.seed={c['seed']}",
         f"model.path={str(SHARED / 'models' / 'english-4m')!r}",
         "model.dtype=bfloat16",
-        "model.attention=eager",
         f"model.max_length={LENGTHS[c['data']]}",
         f"data.train={str(train)!r}",
         f"data.test={str(test)!r}" if c["split"] == "test" else f"data.test={str(folder / 'validation.jsonl')!r}",

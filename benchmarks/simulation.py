@@ -54,7 +54,6 @@ def measure(dtype: str, inner_steps: int) -> dict[str, float]:
             f"run.out={folder + '/out'!r}",
             f"model.path={str(SHARED / 'models' / 'english-4m')!r}",
             f"model.dtype={dtype}",
-            f"model.attention={'eager' if dtype == 'bfloat16' else 'sdpa'}",
             "model.max_length=128",
             f"data.train={str(SHARED / 'data' / 'agnews.jsonl.gz')!r}",
             "data.task=classification",
