@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peertune.config import AlgorithmConfig, EvalSection, ModelSection
-from peertune.data.batches import Batch
+from peertune.data.batches import Batch, Batches
 from peertune.errors import ConfigError, ModelError
 from peertune.evaluate import evaluate
 from peertune.export import evaluate_model, export
@@ -19,8 +20,9 @@ from peertune.model.adapters import adapter_names, add_adapter, merge_adapter
 from peertune.model.blocks import partition_blocks
 from peertune.model.language_model import LanguageModel
 from peertune.model.load import clone_model, load_model
-from peertune.prepare import prepare_data
+from peertune.prepare import prepare_data, prepare_model
 from peertune.run import run
+from peertune.seeds import derive_seed
 from tests.recipes import recipe
 from tests.shapes import ARCHITECTURES, VOCABULARY, make_model
 
@@ -107,7 +109,6 @@ def test_a_layer_that_is_not_there_is_named() -> None:
 def test_label_scores_go_through_the_adapter(kind: Any, tmp_path: Path, micro_model: Path) -> None:
     """Prompts run once and labels that go on from them give what running both together gives."""
     from peertune.evaluate import label_scores, label_scores_plainly
-    from peertune.prepare import prepare_model
 
     config = recipe(tmp_path, micro_model, algorithm={"name": "dec_lora", "adapter": kind})
     data = prepare_data(config, None)
@@ -162,6 +163,31 @@ def test_bottlenecks_are_not_left_out_in_silence(tmp_path: Path, micro_model: Pa
     run(recipe(tmp_path, micro_model, algorithm={"name": "dec_adapter", "rounds": 1}))
     with pytest.raises(ModelError, match="trust_remote_code"):
         load_model(ModelSection(path=str(tmp_path / "out" / "model"), max_length=40), torch.device("cpu"))
+
+
+def test_one_peer_of_dec_lora_is_pefts_lora_with_adamw(tmp_path: Path, micro_model: Path) -> None:
+    config = recipe(
+        tmp_path,
+        micro_model,
+        run={"num_peers": 1},
+        algorithm={"name": "dec_lora", "rounds": 4, "local_steps": 3, "lr": 1e-2, "rank": 3},
+    )
+    run(config)
+    data = prepare_data(config, None)
+    module: Any = prepare_model(config, torch.device("cpu"), None)
+    batches = Batches(data.train[0].samples, 4, seed=derive_seed(0, 0, "batches"), pad_id=0)
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    for _ in range(12):
+        drawn = batches.next()
+        labels = drawn.input_ids.masked_fill(~drawn.loss_mask, -100)
+        module(input_ids=drawn.input_ids, attention_mask=drawn.attention_mask, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    expected = {n.replace(".default", ""): p.detach() for n, p in module.named_parameters() if p.requires_grad}
+    assert found.keys() == expected.keys() and len(found) == 2 * 3 * 7
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-5)
 
 
 def test_only_the_adapter_is_sent_and_checkpointed(tmp_path: Path, micro_model: Path) -> None:
