@@ -39,6 +39,7 @@ NOTES = (
     "peak_bytes counts everything torch's allocator holds, weights included, over a block's first two steps",
     "peak_bytes of cached contestants includes the cache where it lies in the same memory (always on a CPU)",
     "FLOPs are those of matrix products; FlopCounterMode has no formula for the CPU's fused attention",
+    "peertune's own attention on a CPU is matrix products, so its FLOPs are counted, and only its",
     "checkpointed: full and LoRA recompute every layer, the others those from the active block upwards",
     "badam's own checkpointing callback crashes on transformers 5; its authors' policy is emulated, non-reentrant",
     "badam, limit: embeddings, head and last norm are frozen; peertune trains the last norm with the last layer",
