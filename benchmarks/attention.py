@@ -1,6 +1,6 @@
 """Causal attention in bfloat16 on a CPU: ours for short sequences against PyTorch's fused kernel, forward and backward.
 
-    python benchmarks/attention.py [--threads 2] [--repeats 15]
+python benchmarks/attention.py [--threads 2] [--repeats 15]
 """
 
 from __future__ import annotations

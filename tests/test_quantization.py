@@ -245,7 +245,7 @@ def test_the_print_of_a_base_sees_codes_scales_and_buffers(folder: Path) -> None
 
 
 @needs_package
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", [name for name, m in ALGORITHMS.items() if m.Config().adapter == "none"])
 def test_methods_that_train_the_base_itself_refuse_it(name: str, tmp_path: Path, micro_model: Path) -> None:
     wide("llama", vocabulary=300).save_pretrained(tmp_path / "wide")
     AutoTokenizer.from_pretrained(micro_model).save_pretrained(tmp_path / "wide")
@@ -253,6 +253,24 @@ def test_methods_that_train_the_base_itself_refuse_it(name: str, tmp_path: Path,
     with pytest.raises(ModelError, match=r"model\.quantization.*needs an adapter"):
         run(config)
     assert not (tmp_path / "out").exists()
+
+
+@needs_package
+@pytest.mark.parametrize("name", ["dec_lora", "fedavg", "deca"])
+def test_any_method_trains_an_adapter_on_it(name: str, tmp_path: Path, micro_model: Path) -> None:
+    wide("llama", vocabulary=300).save_pretrained(tmp_path / "wide")
+    AutoTokenizer.from_pretrained(micro_model).save_pretrained(tmp_path / "wide")
+    config = recipe(
+        tmp_path,
+        tmp_path / "wide",
+        model={"quantization": "4bit"},
+        algorithm={"name": name, "adapter": "lora", "rounds": 4, "local_steps": 3, "layers_per_block": 0},
+    )
+    metrics = run(config)["metrics"]
+    assert metrics["average_model"]["loss"] < metrics["before"]["loss"]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    assert getattr(merged.config, "quantization_config", None) is None
+    assert not any(is_quantized(p) for p in merged.parameters())
 
 
 def test_a_missing_package_is_said_in_one_line(
@@ -350,6 +368,7 @@ def test_an_adapter_is_merged_into_the_full_precision_base(dtype: Any, folder: P
     merged.save_pretrained(tmp_path / "merged")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=merged.dtype)
     assert getattr(plain.config, "quantization_config", None) is None
+    plain.set_attn_implementation(merged.config._attn_implementation)
     with torch.no_grad():
         assert torch.equal(plain(input_ids=ids()).logits, merged.eval()(input_ids=ids()).logits)
 
