@@ -1,9 +1,9 @@
 """Which moment correction is best: DECA's variants on AG News and FPB, learning rate tuned for each.
 
 Eight peers, Dirichlet 0.25, Erdos-Renyi, english-4m in bfloat16, two outer rounds of R = 12 (FPB: 24) on blocks of two
-layers, batch 8, 500 rows a peer. For each variant the learning rate is chosen by the average model's accuracy on 500 rows
-held out of the training file (seed 0, never the test file); then three seeds are run at that rate and scored on test
-rows.
+layers, batch 8, 500 rows a peer. For each variant the learning rate is chosen by the average model's accuracy on 500
+rows held out of the training file (seed 0, never the test file); then three seeds are run at that rate and scored on
+test rows.
 Finished cells are kept in results/discrepancy-cells.jsonl and not run again, so the grid can be stopped and resumed.
 
     python benchmarks/discrepancy.py [--data agnews fpb] [--workers 2] [--quick]
