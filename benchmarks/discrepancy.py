@@ -55,6 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", nargs="+", default=["agnews", "fpb"])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
+    parser.add_argument("--two-rates", action="store_true", help="leave out the third learning rate")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument(
         "--quick", action="store_true", help="one variant, one rate, one seed, a minute; writes nothing"
@@ -68,9 +69,11 @@ def main() -> None:
     grid = Grid(options.workers)
     for data in options.data:
         grid.run([cell(data, v, lr, 0, "validation") for v in options.variants for lr in FIRST_RATES])
-        grid.run([cell(data, v, grid.next_rate(data, v), 0, "validation") for v in options.variants])
+        if not options.two_rates:
+            grid.run([cell(data, v, grid.next_rate(data, v), 0, "validation") for v in options.variants])
         grid.run([cell(data, v, grid.best_rate(data, v), s, "test") for s in SEEDS for v in options.variants])
-    finish("discrepancy", {data: {v: grid.summary(data, v) for v in options.variants} for data in options.data})
+    done = {data: [v for v in VARIANTS if grid.is_complete(data, v)] for data in LENGTHS}
+    finish("discrepancy", {data: {v: grid.summary(data, v) for v in variants} for data, variants in done.items()})
 
 
 def cell(data: str, variant: str, lr: float, seed: int, split: str) -> Cell:
@@ -116,6 +119,13 @@ class Grid:
         """The rate beside the better of the first two."""
         done = {lr: self.done[json.dumps(cell(data, variant, lr, 0, "validation"))] for lr in FIRST_RATES}
         return NEXT_RATE[max(FIRST_RATES, key=lambda lr: (done[lr]["accuracy"], -done[lr]["loss"]))]
+
+    def is_complete(self, data: str, variant: str) -> bool:
+        """Whether all seeds have been scored on the test rows."""
+        if not all(json.dumps(cell(data, variant, lr, 0, "validation")) in self.done for lr in FIRST_RATES):
+            return False
+        lr = self.best_rate(data, variant)
+        return all(json.dumps(cell(data, variant, lr, seed, "test")) in self.done for seed in SEEDS)
 
     def summary(self, data: str, variant: str) -> dict[str, Any]:
         lr = self.best_rate(data, variant)
