@@ -13,11 +13,11 @@ from peertune.algorithms.dec_lora import DecLora, DecLoraConfig
 from peertune.algorithms.decaf import average_product
 from peertune.algorithms.diloco import Diloco, DilocoConfig
 from peertune.algorithms.fedavg import Fedavg, FedavgConfig
-from peertune.algorithms.gt import TRACKED, Gt, GtConfig
+from peertune.algorithms.gt import TRACKED, Gt
 from peertune.algorithms.local_steps import LocalSteps, LocalStepsConfig
 from peertune.algorithms.noloco import Noloco, NolocoConfig
-from peertune.algorithms.qg import Qg, QgConfig
-from peertune.algorithms.rw_lora import RwLora, RwLoraConfig
+from peertune.algorithms.qg import Qg
+from peertune.algorithms.rw_lora import RwLora
 from peertune.config import TopologySection
 from peertune.errors import ConfigError
 from peertune.topology import Topology, build_topology
@@ -72,7 +72,7 @@ def test_local_steps_and_gossip_are_the_numpy_reference() -> None:
 @pytest.mark.parametrize("steps", [1, K])
 def test_gt_is_the_numpy_reference_and_tracks_the_mean_gradient(steps: int) -> None:
     topology = graph()
-    config = GtConfig(lr=LR, local_steps=steps, rounds=ROUNDS)
+    config = LocalStepsConfig(lr=LR, local_steps=steps, rounds=ROUNDS)
     theta, adams = np.tile(start(), (NUM_PEERS, 1)), [Adam() for _ in range(NUM_PEERS)]
     c = np.zeros_like(theta)
     for t in range(ROUNDS):
@@ -105,7 +105,7 @@ def test_qg_is_the_numpy_reference() -> None:
         u = before - theta
         u /= np.linalg.norm(u, axis=1, keepdims=True)
         m, v = 0.9 * m + 0.1 * u, 0.999 * v + 0.001 * u * u
-    np.testing.assert_allclose(weights_of(simulate(Qg, QgConfig(**SHORT), topology)), theta, atol=5e-5)
+    np.testing.assert_allclose(weights_of(simulate(Qg, LocalStepsConfig(**SHORT), topology)), theta, atol=5e-5)
 
 
 @pytest.mark.parametrize("optimizer", ["average", "adam", "nesterov"])
@@ -284,7 +284,7 @@ def test_decaf_of_a_rank_beyond_the_layers_width_is_padded() -> None:
 
 def test_the_walk_keeps_to_the_graph_and_costs_a_message_a_move() -> None:
     topology = graph("ring")
-    members = simulate(RwLora, RwLoraConfig(**{**SHORT, "rounds": 30}), topology)
+    members = simulate(RwLora, DecLoraConfig(**{**SHORT, "rounds": 30}), topology)
     algorithm = members[0].algorithm
     assert isinstance(algorithm, RwLora)
     moves = [(i, j) for i, j in zip(algorithm.walk, algorithm.walk[1:], strict=False) if i != j]

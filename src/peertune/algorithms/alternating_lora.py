@@ -9,11 +9,11 @@ which gossip on this graph shrinks disagreement by a constant factor; `phase_rou
 
 import math
 
-from peertune.algorithms.dec_lora import DecLora, DecLoraConfig
+from peertune.algorithms.dec_lora import DecLora, TwoFactorConfig
 from peertune.config import NonNegative
 
 
-class AlternatingLoraConfig(DecLoraConfig):
+class AlternatingLoraConfig(TwoFactorConfig):
     phase_rounds: NonNegative = 0
     """Rounds for which one factor is trained; 0: by the graph's spectral gap."""
 

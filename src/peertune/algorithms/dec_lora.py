@@ -6,11 +6,12 @@ All peers start from one base and one adapter initialisation; W is symmetric and
 state the optimiser; AdamW, whose moments stay at home, is ours.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from peertune.algorithms.local_steps import LocalSteps, LocalStepsConfig
+from peertune.config import AlgorithmConfig
 
 
 class DecLoraConfig(LocalStepsConfig):
@@ -20,5 +21,12 @@ class DecLoraConfig(LocalStepsConfig):
     """What is trained and exchanged."""
 
 
+class TwoFactorConfig(DecLoraConfig):
+    """For methods that treat LoRA's two factors differently."""
+
+    adapter: Literal["lora"] = "lora"
+    """What is trained and exchanged: LoRA only."""
+
+
 class DecLora(LocalSteps):
-    Config = DecLoraConfig
+    Config: ClassVar[type[AlgorithmConfig]] = DecLoraConfig

@@ -14,16 +14,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from peertune.algorithms.dec_lora import DecLora, DecLoraConfig
+from peertune.algorithms.dec_lora import DecLora, TwoFactorConfig
 from peertune.exchange import Hop, Inbox
 
 
-class DecafConfig(DecLoraConfig):
-    pass
-
-
 class Decaf(DecLora):
-    Config = DecafConfig
+    Config = TwoFactorConfig
 
     @torch.no_grad()
     def mix(self, hop: Hop, inbox: Inbox) -> None:

@@ -3,13 +3,9 @@
 With one A for all, averaging B averages the products: sum_j w_ij B_j A = (sum_j w_ij B_j) A.
 """
 
-from peertune.algorithms.dec_lora import DecLora, DecLoraConfig
-
-
-class DloraFaConfig(DecLoraConfig):
-    pass
+from peertune.algorithms.dec_lora import DecLora, TwoFactorConfig
 
 
 class DloraFa(DecLora):
-    Config = DloraFaConfig
+    Config = TwoFactorConfig
     frozen = ("lora_A",)

@@ -21,18 +21,13 @@ import torch
 from torch import Tensor
 
 from peertune.algorithms.base import LocalReport
-from peertune.algorithms.local_steps import LocalSteps, LocalStepsConfig
+from peertune.algorithms.local_steps import LocalSteps
 from peertune.exchange import Hop, Inbox, Payload
 
 TRACKED = "tracked/"
 
 
-class GtConfig(LocalStepsConfig):
-    pass
-
-
 class Gt(LocalSteps):
-    Config = GtConfig
     correction: Mapping[str, Tensor]
     """c_i of each common parameter, float32."""
     tracked: dict[str, Tensor]

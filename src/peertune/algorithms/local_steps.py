@@ -44,6 +44,8 @@ class LocalSteps(Algorithm):
     """x_{i,t+1} = sum_j w_ij (x_j after K AdamW steps on F_j). Subclasses say what is sent and how it is mixed."""
 
     Config: ClassVar[type[AlgorithmConfig]] = LocalStepsConfig
+    feeds_moments: ClassVar[bool] = True
+    """Whether local gradients enter the moments for good, or only the step they make."""
 
     def __init__(self, peer: Peer, config: AlgorithmConfig, topology: Topology) -> None:
         super().__init__(peer, config, topology)
@@ -107,18 +109,21 @@ class LocalSteps(Algorithm):
         a1, a2 = self.config.alphas
         for name, parameter in self.active.items():
             moments = self.moments[name]
-            moments.num_steps += 1
+            count = moments.num_steps + 1
             adam_step(
                 self.masters,
                 name,
                 moments,
                 lr=lr,
                 alphas=self.config.alphas,
-                corrections=(1 - a1**moments.num_steps, 1 - a2**moments.num_steps),
+                corrections=(1 - a1**count, 1 - a2**count),
                 eps=self.config.eps,
                 weight_decay=self.config.weight_decay,
+                keep_moments=self.feeds_moments,
             )
             parameter.grad = None
+            if self.feeds_moments:
+                moments.num_steps = count
 
     def outgoing(self, hop: Hop) -> Payload:
         return {name: self.masters.snapshot(name) for name in self.common}

@@ -17,39 +17,17 @@ from __future__ import annotations
 import torch
 
 from peertune.algorithms.base import LocalReport
-from peertune.algorithms.local_steps import LocalSteps, LocalStepsConfig
+from peertune.algorithms.local_steps import LocalSteps
 from peertune.exchange import Hop, Inbox
-from peertune.optim import adam_moments, adam_step
-
-
-class QgConfig(LocalStepsConfig):
-    pass
+from peertune.optim import adam_moments
 
 
 class Qg(LocalSteps):
-    Config = QgConfig
+    feeds_moments = False
 
     def local(self, round: int) -> LocalReport | None:
         self.anchor = {name: self.masters.snapshot(name) for name in self.common}
         return super().local(round)
-
-    def step(self, lr: float) -> None:
-        a1, a2 = self.config.alphas
-        for name, parameter in self.active.items():
-            moments = self.moments[name]
-            count = moments.num_steps + 1
-            adam_step(
-                self.masters,
-                name,
-                moments,
-                lr=lr,
-                alphas=self.config.alphas,
-                corrections=(1 - a1**count, 1 - a2**count),
-                eps=self.config.eps,
-                weight_decay=self.config.weight_decay,
-                keep_moments=False,
-            )
-            parameter.grad = None
 
     @torch.no_grad()
     def mix(self, hop: Hop, inbox: Inbox) -> None:

@@ -10,18 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 
-from peertune.algorithms.dec_lora import DecLora, DecLoraConfig
+from peertune.algorithms.dec_lora import DecLora
 from peertune.exchange import Hop
 from peertune.seeds import numpy_rng
 
 
-class RwLoraConfig(DecLoraConfig):
-    pass
-
-
 class RwLora(DecLora):
-    Config = RwLoraConfig
-
     @cached_property
     def walk(self) -> list[int]:
         """The adapter's holder in each round, and after the last."""
