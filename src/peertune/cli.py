@@ -242,6 +242,10 @@ def _keys_help() -> str:
 
     lines = ["keys of a recipe (set in the TOML file or with --set):"]
 
+    def line(name: str, field: Any, remark: str = "") -> None:
+        default = json.dumps(field.default, default=str)
+        lines.append(f"    {name} = {default}".ljust(38) + remark + " ".join((field.description or "").split()))
+
     def show(section: type[Section], prefix: str) -> None:
         lines.append(f"\n  [{prefix}]")
         inner: list[tuple[str, type[Section]]] = []
@@ -250,14 +254,18 @@ def _keys_help() -> str:
             if isinstance(kind, type) and issubclass(kind, Section):
                 inner.append((name, kind))
                 continue
-            default = json.dumps(field.default, default=str)
-            lines.append(f"    {name} = {default}".ljust(38) + " ".join((field.description or "").split()))
+            line(name, field)
         for name, kind in inner:
             show(kind, f"{prefix}.{name}")
 
     for name, field in RunConfig.model_fields.items():
         if name == "algorithm":
             show(METHODS["deca"], name)
+            lines.append("\n  [algorithm], of other methods")
+            known = METHODS["deca"].model_fields.keys()
+            for key in sorted({key for m in METHODS.values() for key in m.model_fields} - known):
+                users = [method for method, m in METHODS.items() if key in m.model_fields]
+                line(key, METHODS[users[0]].model_fields[key], f"({', '.join(users)}) ")
         elif isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             show(field.annotation, name)
     return "\n".join(lines)

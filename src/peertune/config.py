@@ -146,7 +146,8 @@ class AlgorithmConfig(Section):
     max_grad_norm: Annotated[float, Field(ge=0)] = 0.0
     """Clip the trained block's gradient to this L2 norm; 0: no clipping."""
     adapter: Literal["none", "lora", "bottleneck", "prompt", "prefix"] = "none"
-    """What is trained: the model's own parameters, or an adapter on the frozen base; any method takes any."""
+    """What is trained: the model's own parameters, or an adapter on the frozen base. Methods of LoRA's two factors take
+    LoRA only, the others any."""
     rank: Positive = 16
     """Rank r of LoRA's factors. Default: Dec-LoRA's."""
     lora_alpha: Annotated[float, Field(gt=0)] = 32.0
