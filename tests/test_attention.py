@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from peertune.config import ModelSection
 from peertune.model import attention
@@ -83,4 +84,17 @@ def test_a_recipes_own_choice_and_other_types_are_left_alone() -> None:
     before = model.config._attn_implementation
     choose_attention(model, ModelSection(dtype="float32"), CPU)
     choose_attention(model, ModelSection(dtype="bfloat16", attention="sdpa"), CPU)
+    assert model.config._attn_implementation == before != NAME
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+def test_models_that_need_more_than_plain_attention_keep_theirs(name: str) -> None:
+    """Gemma 2 caps its scores and GPT-OSS has sinks; both would take any attention that is offered."""
+    config = AutoConfig.for_model(
+        name, vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=4, intermediate_size=24, num_local_experts=2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    before = model.config._attn_implementation
+    choose_attention(model, ModelSection(dtype="bfloat16"), CPU)
     assert model.config._attn_implementation == before != NAME

@@ -36,9 +36,14 @@ def register() -> str:
 
 
 def choose_attention(model: Any, config: ModelSection, device: torch.device) -> None:
-    """Where the recipe leaves attention to us, take this one if the model is in bfloat16 on a CPU and can have it."""
+    """Where the recipe leaves attention to us, take this one if the model is in bfloat16 on a CPU and can have it.
+
+    It stands in for "sdpa" only: a model that transformers gives another attention needs something that one lacks,
+    such as sinks or capped scores.
+    """
     wanted = config.attention == "auto" and config.dtype == "bfloat16" and device.type == "cpu"
-    if wanted and getattr(model, "_supports_attention_backend", False):
+    replaceable = getattr(model, "_supports_attention_backend", False) and model.config._attn_implementation == "sdpa"
+    if wanted and replaceable:
         model.set_attn_implementation(register())
 
 
