@@ -120,8 +120,8 @@ def test_label_scores_go_through_the_adapter(kind: Any, tmp_path: Path, micro_mo
     model.module.eval()
     samples = sorted(data.test.samples, key=lambda s: s.prompt_length)
     with torch.no_grad():
-        fast = label_scores(model, samples, data.tokenizer.pad_token_id, data.labels)
-        plain = label_scores_plainly(model, samples, data.tokenizer.pad_token_id, data.labels)
+        fast = label_scores(model, samples, data.tokenizer.pad_token_id, data.test.labels)
+        plain = label_scores_plainly(model, samples, data.tokenizer.pad_token_id, data.test.labels)
     torch.testing.assert_close(fast, plain, rtol=1e-3, atol=1e-3)
 
 
@@ -145,7 +145,7 @@ def test_what_is_exported_is_what_was_measured(kind: Any, tmp_path: Path, micro_
         module = AutoModelForCausalLM.from_pretrained(out / "model", trust_remote_code=kind == "bottleneck")
     assert AutoTokenizer.from_pretrained(out / ("model" if (out / "model").exists() else "adapter")).pad_token_id == 0
     data = prepare_data(config, None)
-    again = evaluate(LanguageModel(module, config.model), data.test.samples, 0, labels=data.labels)
+    again = evaluate(LanguageModel(module, config.model), data.test.samples, 0, labels=data.test.labels)
     assert again == pytest.approx(measured, rel=1e-4)
     export(out, tmp_path / "copy")
     [line] = evaluate_model(

@@ -222,7 +222,7 @@ def test_validation_rows_are_neither_trained_on_nor_tested(tmp_path: Path, micro
     assert not ids(judged.test.samples) & ids(train)
     assert ids(judged.test.samples) | ids(train) == ids([sample for held in whole.train for sample in held.samples])
     assert ids(tested.test.samples) == ids(whole.test.samples)
-    assert judged.labels == whole.labels
+    assert judged.test.labels == whole.test.labels
     moved = recipe(tmp_path, micro_model, run={"seed": 1}, **sections, eval={"split": "validation"})
     assert ids(prepare_data(moved, None).test.samples) != ids(judged.test.samples)
 
@@ -377,7 +377,7 @@ def test_labels_of_validation_rows_are_classes_too(tmp_path: Path, micro_model: 
     """Even where all rows of a label happen to be kept back."""
     config = recipe(tmp_path, micro_model, data={"validation_rows": 57, "partition": {"kind": "iid"}})
     config = config.model_copy(update={"run": config.run.model_copy(update={"num_peers": 1})})
-    assert len(prepare_data(config, None).labels) == 3
+    assert len(prepare_data(config, None).test.labels) == 3
 
 
 def test_keeping_back_nothing_changes_nothing() -> None:

@@ -95,8 +95,10 @@ def agreement(topology: Topology, pi: Sequence[float]) -> Sequence[Hop]:
     """Hops that leave every peer with the bitwise same weighted average, sum_j pi_j x_j.
 
     A reduce up a breadth-first tree of the graph and a broadcast down it: 2 x depth hops, where gossip alone would
-    only come near. pi is the stationary distribution of W: 1/N each where W is doubly stochastic. On the way up a
-    peer's shared tensors hold partial sums; the way down overwrites them all.
+    only come near. On the way up a peer's shared tensors hold partial sums; the way down overwrites them all.
+
+    Args:
+        pi: by peer, its share in the average; they sum to 1.
     """
     tree = topology.tree()
     if not tree:

@@ -49,10 +49,12 @@ def export(run: Path, to: Path) -> None:
         raise CheckpointError(f"{run}: the run has no complete checkpoint yet; wait for one")
     base, cpu = Path(recipe["base"]), torch.device("cpu")
     module = prepare_model(config, cpu, base)
-    weights: list[float] = store.load(0, done)[1]["consensus"]
     average: dict[str, torch.Tensor] = {}
-    for peer, weight in enumerate(weights):
+    for peer in range(recipe["members"]):
         tensors, state = store.load(peer, done)
+        if peer >= len(state["consensus"]):
+            break  # the hub, which has no weight in the average
+        weight = state["consensus"][peer]
         for name in state["common"]:
             high, low = tensors[f"weights/{name}"], tensors.get(f"remainder/{name}")
             master = high.float() if low is None else join_bfloat16(high, low)

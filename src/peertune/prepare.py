@@ -35,8 +35,6 @@ class Prepared:
     """By peer."""
     test: HeldOut
     """What is evaluated: held-out rows, or those kept back for validation."""
-    labels: list[list[int]]
-    """Token ids of each label; empty unless the task is classification."""
     classes: list[dict[str, Any]]
     """Who holds what, by peer, for the report."""
     notes: list[str] = field(default_factory=list)
@@ -80,14 +78,12 @@ def prepare_data(config: RunConfig, base: Path | None) -> Prepared:
         if limit and len(held_out) > limit:
             keep = numpy_rng(seed, "eval").choice(len(held_out), limit, replace=False)
             held_out = [held_out[i] for i in sorted(keep)]
-    labels = label_tokens(tokenizer, label_names)
     known = references(test, held_out, section, tokenizer)
-    measured = HeldOut(held_out, known, tokenizer, labels)
+    measured = HeldOut(held_out, known, tokenizer, label_tokens(tokenizer, label_names))
     return Prepared(
         tokenizer=tokenizer,
         train=train,
         test=measured,
-        labels=labels,
         classes=describe_partition(table.rows, parts, section),
         notes=[*_shortened(train, length), *remarks(measured, config.eval)],
     )
@@ -158,7 +154,7 @@ def check_vocabulary(data: Prepared, num_embeddings: int, path: str) -> None:
     """Refuse a tokenizer that is larger than the model's embedding. Raises ModelError."""
     samples = [sample for rendered in data.train for sample in rendered.samples] + [*data.test.samples]
     largest = max(int(sample.input_ids.max()) for sample in samples)
-    largest = max(largest, data.tokenizer.pad_token_id, *(token for label in data.labels for token in label), 0)
+    largest = max(largest, data.tokenizer.pad_token_id, *(token for label in data.test.labels for token in label), 0)
     if largest >= num_embeddings:
         raise ModelError(
             f"model.path: the tokenizer of {path!r} makes token {largest}, but the model embeds only {num_embeddings};"

@@ -101,7 +101,7 @@ class Grid:
             return []
         reference: Summary | None = None
         found = []
-        if self.options.budget == "samples":
+        if self.options.workers > 1:
             ahead = [
                 (self._tuning_config(contestant, value, None), self._tuning_label(contestant, value))
                 for contestant in self.contestants
@@ -141,7 +141,7 @@ class Grid:
         """Run all cells with the chosen settings: seed by seed, the contestants in their order."""
         chosen = {choice.contestant: choice.best for choice in tuned}
         cells = []
-        if self.options.budget == "samples":
+        if self.options.workers > 1:
             self._ahead(
                 [
                     (self._cell_config(contestant, seed, chosen, None), f"{contestant.name}, seed {seed}")
@@ -271,9 +271,8 @@ class Grid:
         return summary
 
     def _ahead(self, cells: Sequence[tuple[RunConfig, str]], *, may_diverge: bool = False) -> None:
-        """Run what is not finished with all workers; `_play` then finds it."""
-        if self.options.workers > 1:
-            play_ahead(cells, self.base, self.options.workers, self.progress.note, may_diverge=may_diverge)
+        """Run what is not finished with all workers; `_play` then finds it. For --budget samples, as checked above."""
+        play_ahead(cells, self.base, self.options.workers, self.progress.note, may_diverge=may_diverge)
 
     def _cell_folder(self, contestant: Contestant, seed: int) -> Path:
         return self.options.out / "cells" / contestant.slug / f"seed-{seed}"

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from threading import current_thread, main_thread
 
 import torch
 
@@ -45,7 +44,11 @@ def play_round(round: int, members: Sequence[Member], pool: Executor | None = No
         By peer, the hub left out, what the local phase says; None where a peer had no part in the round.
     """
     peers = [member for member in members if not member.is_hub]
-    reports = list((map if pool is None else pool.map)(_timed_local, [round] * len(peers), peers))
+    if pool is None:
+        reports = [_timed_local(round, member, time.process_time) for member in peers]
+    else:
+        # Each has a thread, and no threads of its own operators'; the process's clock would count all peers.
+        reports = list(pool.map(lambda member: _timed_local(round, member, time.thread_time), peers))
     for hop in members[0].algorithm.hops(round):
         for member, inbox in _carry(round, hop, members, lambda member, hop: member.algorithm.outgoing(hop)):
             member.algorithm.mix(hop, inbox)
@@ -57,9 +60,7 @@ def thread_pool(num_peers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(num_peers, "peer", initializer=torch.set_num_threads, initargs=(1,))
 
 
-def _timed_local(round: int, member: Member) -> LocalReport | None:
-    # In a pool's thread, whose operators have no threads of their own, the process's clock would count all peers.
-    clock = time.process_time if current_thread() is main_thread() else time.thread_time
+def _timed_local(round: int, member: Member, clock: Callable[[], float]) -> LocalReport | None:
     start = clock()
     report = member.algorithm.local(round)
     return None if report is None else replace(report, cpu_s=clock() - start)
