@@ -4,7 +4,7 @@ One DECA run of eight peers, measured round by round, in turn with the bare step
 forward, backward, block Adam). A whole round adds snapshots, gossip, the moment correction, the consensus distance,
 the event log and the checkpoints. CPU seconds, medians over rounds; the default recipe otherwise.
 
-    python benchmarks/simulation.py [--inner-steps 16] [--threads 1] [--dtypes float32 bfloat16]
+    python benchmarks/simulation.py [--inner-steps 48] [--threads 1] [--dtypes float32 bfloat16]
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SHARED = Path(os.environ.get("PEERTUNE_TEST_DATA") or Path(__file__).parents[2] 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--inner-steps", type=int, default=16, help="rounds of a block's turn; one sweep is run")
+    parser.add_argument("--inner-steps", type=int, default=48, help="rounds of a block's turn; one sweep is run")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     options = parser.parse_args()
