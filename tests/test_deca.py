@@ -101,7 +101,7 @@ def test_local_is_deca_with_the_identity() -> None:
         Deca, DecaConfig(lr=0.02, outer_rounds=2, inner_steps=5, discrepancy="none"), topology_of(np.eye(NUM_PEERS))
     )
     np.testing.assert_array_equal(weights_of(alone), weights_of(identity))
-    assert [m.exchange.bytes_sent for m in alone] == [0] * NUM_PEERS
+    assert [m.exchange.sent.payload_bytes for m in alone] == [0] * NUM_PEERS
 
 
 def test_dpsgd_is_gossip_of_all_blocks_with_lasting_moments() -> None:
@@ -134,14 +134,15 @@ def test_agreement_is_exact_and_its_traffic_is_counted(kind: Any) -> None:
     np.testing.assert_allclose(after[0], topology.stationary @ before, rtol=0, atol=1e-6)
     assert hops == 2 * topology.tree_depth
     # A tree has N - 1 edges; each carries the whole model (2 SIZE float32) once up and once down.
-    assert sum(m.exchange.bytes_sent for m in members) == 2 * (NUM_PEERS - 1) * 2 * SIZE * 4
+    assert sum(m.exchange.sent.payload_bytes for m in members) == 2 * (NUM_PEERS - 1) * 2 * SIZE * 4
 
 
 def test_gossip_traffic_is_the_block_to_every_neighbor() -> None:
     topology = build_topology(TopologySection(kind="star"), NUM_PEERS, 0)
     members = simulate(Deca, DecaConfig(lr=0.02, outer_rounds=1, inner_steps=5, gossip_every=2), topology)
     rounds = 2 * 3  # two blocks, ceil(5 / 2) rounds each
-    assert [m.exchange.bytes_sent for m in members] == [rounds * SIZE * 4 * degree for degree in (4, 1, 1, 1, 1)]
+    sent = [m.exchange.sent.payload_bytes for m in members]
+    assert sent == [rounds * SIZE * 4 * degree for degree in (4, 1, 1, 1, 1)]
 
 
 def mean_distance(theta: np.ndarray) -> float:

@@ -10,6 +10,7 @@ LAYERS = [
     "seeds",
     "memory",
     "topology",
+    "wire",
     "exchange",
     "link",
     "data",

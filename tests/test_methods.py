@@ -152,7 +152,7 @@ def test_part_of_the_peers_train_and_all_get_the_model() -> None:
     members = simulate(Fedavg, config, server())
     taken = [m.algorithm.num_taken for m in members[:NUM_PEERS]]  # type: ignore[attr-defined]
     assert sum(taken) == 2 * K * ROUNDS and len(set(taken)) > 1
-    sent = [m.exchange.bytes_sent for m in members]
+    sent = [m.exchange.sent.payload_bytes for m in members]
     model = 2 * SIZE * 4
     assert sent == [t // K * model for t in taken] + [ROUNDS * NUM_PEERS * model]
 
@@ -289,7 +289,7 @@ def test_the_walk_keeps_to_the_graph_and_costs_a_message_a_move() -> None:
     assert isinstance(algorithm, RwLora)
     moves = [(i, j) for i, j in zip(algorithm.walk, algorithm.walk[1:], strict=False) if i != j]
     assert moves and all((min(m), max(m)) in topology.edges for m in moves)
-    assert sum(m.exchange.bytes_sent for m in members) == len(moves) * 2 * SIZE * 4
+    assert sum(m.exchange.sent.payload_bytes for m in members) == len(moves) * 2 * SIZE * 4
     steps = [m.algorithm.num_taken for m in members]  # type: ignore[attr-defined]
     assert steps == [K * algorithm.walk[:-1].count(i) for i in range(NUM_PEERS)]
     assert algorithm.consensus(30)[algorithm.walk[-1]] == 1 == sum(algorithm.consensus(30))

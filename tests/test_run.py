@@ -72,6 +72,12 @@ def test_deca_sends_each_block_once_a_round_to_each_neighbor_and_the_whole_in_th
     gossip = sum(4 * sizes[e["block"]] * 2 for e in rounds)  # float32, two neighbors on a ring
     assert rounds[-1]["bytes_sent"] == [gossip] * 4
     assert sum(summary["bytes_sent_per_peer"]) == 4 * gossip + 2 * 3 * 4 * sum(sizes)  # a tree of three edges
+    edges = summary["bytes_by_edge"]
+    assert {(e["source"], e["target"]) for e in edges} == {(i, (i + d) % 4) for i in range(4) for d in (1, -1)}
+    for peer in range(4):
+        sent = [(e["payload"], e["header"]) for e in edges if e["source"] == peer]
+        assert sum(payload for payload, _ in sent) == summary["bytes_sent_per_peer"][peer]
+        assert sum(header for _, header in sent) == summary["header_bytes_sent_per_peer"][peer] > 0
 
 
 def test_after_agreement_all_peers_hold_the_exported_weights(tmp_path: Path, micro_model: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from peertune.topology import Topology
+from peertune.wire import Traffic
 
 Payload = Mapping[str, Tensor]
 """Named float32 tensors; a snapshot: nobody writes to them after they were handed over."""
@@ -67,15 +68,14 @@ class Inbox:
 class Exchange(Protocol):
     """A runtime's one duty towards a peer: carry its payloads along a hop."""
 
+    sent: Traffic
+    """What this peer has sent since the run began."""
+
     def start(self, round: int, hop: Hop, out: Payload | None) -> None:
         """Send `out` to this peer's targets in the hop; None where it has nothing to send."""
 
     def finish(self, round: int, hop: Hop) -> Inbox | None:
         """Wait for this peer's sources; None if the hop brings it nothing."""
-
-    @property
-    def bytes_sent(self) -> int:
-        """Bytes of payload this peer has sent since the run began."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know: counters, and later an edge's codec state."""

@@ -3,8 +3,8 @@
     seconds of a round = max_i cpu_i + sum over hops of (latency + max_i bytes_i * 8 / bandwidth)
 
 cpu_i is the process CPU time of peer i's local phase, which one process can measure although its peers take turns; on a
-GPU it is the time to launch the kernels only. bytes_i is what peer i sends in the hop, to all its targets, over one
-uplink. A round waits for its slowest peer. Mixing and evaluation are not counted.
+GPU it is the time to launch the kernels only. bytes_i is what peer i sends in the hop to all its targets, headers
+included, over one uplink. A round waits for its slowest peer. Mixing and evaluation are not counted.
 """
 
 from __future__ import annotations

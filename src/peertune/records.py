@@ -91,7 +91,7 @@ def summary_of(
 ) -> dict[str, Any]:
     """The contents of summary.json."""
     topology: Topology = members[0].algorithm.topology
-    hubs = [member.exchange.bytes_sent for member in members if member.is_hub]
+    hubs = [member.exchange.sent.payload_bytes for member in members if member.is_hub]
     return {
         "config": config.to_dict(),
         "versions": versions(),
@@ -100,6 +100,12 @@ def summary_of(
         "metrics": metrics,
         "bytes_sent_per_peer": bytes_sent(members),
         "bytes_sent_by_hub": hubs[0] if hubs else None,
+        "header_bytes_sent_per_peer": [member.exchange.sent.header_bytes for member in members if not member.is_hub],
+        "bytes_by_edge": [
+            {"source": member.index, "target": target, "payload": payload, "header": header}
+            for member in members
+            for target, payload, header in member.exchange.sent.by_target()
+        ],
         "rounds": members[0].algorithm.num_rounds,
         "wall_s": wall_s,
         "cpu_s": sum(clock.cpu_s),
@@ -113,7 +119,7 @@ def summary_of(
 
 def bytes_sent(members: Sequence[Member]) -> list[int]:
     """Bytes of payload each peer has sent so far, the hub left out."""
-    return [member.exchange.bytes_sent for member in members if not member.is_hub]
+    return [member.exchange.sent.payload_bytes for member in members if not member.is_hub]
 
 
 def versions() -> dict[str, str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from peertune.exchange import Hop, Inbox, Payload
 from peertune.link import Clock
+from peertune.wire import Traffic
 
 
 class Mailbox:
@@ -19,7 +20,7 @@ class Mailbox:
     def __init__(self, clock: Clock | None = None) -> None:
         self.payloads: dict[int, Payload] = {}
         self.sizes: dict[int, int] = {}
-        """Peer -> bytes it sends in this hop."""
+        """Peer -> bytes it sends in this hop, headers included."""
         self._clock = clock
         self._num_endpoints = 0
         self._num_finished = 0
@@ -46,26 +47,20 @@ class SimulatedExchange:
     def __init__(self, mailbox: Mailbox, peer: int) -> None:
         self._mailbox = mailbox
         self._peer = peer
-        self._bytes_sent = 0
+        self.sent = Traffic()
 
     def start(self, round: int, hop: Hop, out: Payload | None) -> None:
         if out is None:
             return
         self._mailbox.payloads[self._peer] = out
-        size = sum(tensor.numel() * tensor.element_size() for tensor in out.values()) * len(hop.targets(self._peer))
-        self._mailbox.sizes[self._peer] = size
-        self._bytes_sent += size
+        self._mailbox.sizes[self._peer] = self.sent.count(hop.targets(self._peer), out)
 
     def finish(self, round: int, hop: Hop) -> Inbox | None:
         inbox = self._mailbox.collect(hop.sources(self._peer))
         return inbox if inbox.weights else None
 
-    @property
-    def bytes_sent(self) -> int:
-        return self._bytes_sent
-
     def state_dict(self) -> dict[str, Any]:
-        return {"bytes_sent": self._bytes_sent}
+        return {"sent": self.sent.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._bytes_sent = int(state["bytes_sent"])
+        self.sent.load_state_dict(state["sent"])

@@ -1,0 +1,39 @@
+"""Messages are safetensors files, and what is counted is what they hold."""
+
+import pytest
+import torch
+from safetensors.torch import load
+
+from peertune.wire import Traffic, header, payload_size
+
+
+def make_payload() -> dict[str, torch.Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=rng) for name, shape in {"b": (3, 5), "a": (7,), "scalar": ()}.items()}
+
+
+def test_header_and_tensors_are_a_safetensors_file() -> None:
+    payload = make_payload()
+    body = b"".join(payload[name].numpy().tobytes() for name in sorted(payload))
+    assert len(header(payload)) % 8 == 0 and len(body) == payload_size(payload)
+    found = load(header(payload) + body)
+    assert found.keys() == payload.keys()
+    for name, tensor in payload.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
+
+
+def test_only_float32_travels() -> None:
+    with pytest.raises(KeyError):
+        header({"a": torch.zeros(2, dtype=torch.float64)})
+
+
+def test_traffic_is_counted_by_edge_payload_and_header_apart() -> None:
+    payload, traffic = make_payload(), Traffic()
+    size, head = 4 * (15 + 7 + 1), len(header(payload))
+    assert traffic.count([3, 1], payload) == 2 * (size + head)
+    assert traffic.count([1], payload) == size + head
+    assert traffic.by_target() == [(1, 2 * size, 2 * head), (3, size, head)]
+    assert (traffic.payload_bytes, traffic.header_bytes) == (3 * size, 3 * head)
+    again = Traffic()
+    again.load_state_dict(traffic.state_dict())
+    assert again == traffic
