@@ -23,7 +23,7 @@ from _harness import finish
 from peertune.algorithms import METHODS
 from peertune.config import load_recipe
 from peertune.prepare import prepare_data, prepare_model
-from peertune.run import Silent, Simulation
+from peertune.run import Run, Silent
 from peertune.run_folder import RunFolder
 
 SHARED = Path(os.environ.get("PEERTUNE_TEST_DATA") or Path(__file__).parents[2] / "shared")
@@ -81,11 +81,10 @@ def measure(dtype: str, inner_steps: int) -> dict[str, float]:
         }
 
 
-def simulation(settings: list[str], folder: str) -> Simulation:
+def simulation(settings: list[str], folder: str) -> Run:
     config, _ = load_recipe(None, settings, METHODS)
-    device = torch.device("cpu")
-    data = prepare_data(config, None)
-    return Simulation(config, RunFolder(Path(folder)), data, prepare_model(config, device, None), device, Silent(), [])
+    module = prepare_model(config, torch.device("cpu"), None)
+    return Run(config, RunFolder(Path(folder)), prepare_data(config, None), module, Silent(), [])
 
 
 if __name__ == "__main__":

@@ -202,7 +202,7 @@ def test_simulations_are_timed_and_joined_with_flowers(
 
 def test_both_sides_of_a_simulation_get_the_same_batches(simulate: ModuleType, toy: list[str], tmp_path: Path) -> None:
     from peertune.model.load import load_model
-    from peertune.run import Silent, Simulation, prepare_data
+    from peertune.run import Run, Silent, prepare_data
     from peertune.run_folder import RunFolder
 
     options = simulate.parser().parse_args(toy)
@@ -211,9 +211,7 @@ def test_both_sides_of_a_simulation_get_the_same_batches(simulate: ModuleType, t
     with np.load(spec["arrays"]) as file:
         arrays = dict(file)
     config = simulate.recipe(spec, tmp_path / "out")
-    run = Simulation(
-        config, RunFolder(tmp_path), prepare_data(config, None), load_model(config.model, CPU), CPU, Silent(), []
-    )
+    run = Run(config, RunFolder(tmp_path), prepare_data(config, None), load_model(config.model, CPU), Silent(), [])
     assert run.method.num_rounds == 4
     assert arrays["draws"].shape == (3, 8, 2)
     for member, draws, held in zip(run.members, arrays["draws"], arrays["num_samples"], strict=True):

@@ -136,8 +136,8 @@ def test_an_interrupted_cell_goes_on_from_its_checkpoint(
 ) -> None:
     prune = CheckpointStore.prune
 
-    def dying(self: CheckpointStore) -> None:
-        prune(self)
+    def dying(self: CheckpointStore, peer: int) -> None:
+        prune(self, peer)
         if "local" in str(self.folder) and self.newest_complete() == 8:
             raise Killed
 

@@ -211,8 +211,8 @@ def interrupt(tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch
     """A run that dies after the checkpoint of some round."""
     prune = CheckpointStore.prune
 
-    def dying(self: CheckpointStore) -> None:
-        prune(self)
+    def dying(self: CheckpointStore, peer: int) -> None:
+        prune(self, peer)
         if self.newest_complete() == after:
             raise Killed
 

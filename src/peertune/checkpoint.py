@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +59,10 @@ class CheckpointStore:
                 " earlier checkpoints are intact: free some space and go on with --resume"
             ) from error
 
-    def prune(self) -> None:
-        """Keep the last two generations of every peer. Called when all peers have written one."""
-        for peer in range(self.num_peers):
-            for round in self.rounds(peer)[:-GENERATIONS]:
-                shutil.rmtree(self._home(peer) / f"round-{round:08d}", ignore_errors=True)
+    def prune(self, peer: int) -> None:
+        """Keep a peer's last two generations. Called when all peers have written one."""
+        for round in self.rounds(peer)[:-GENERATIONS]:
+            shutil.rmtree(self._home(peer) / f"round-{round:08d}", ignore_errors=True)
 
     def rounds(self, peer: int) -> list[int]:
         """Rounds of a peer's generations, ascending."""
@@ -73,8 +72,7 @@ class CheckpointStore:
 
     def newest_complete(self) -> int | None:
         """The newest round that every peer has a generation of; None where there is none."""
-        common = set.intersection(*(set(self.rounds(peer)) for peer in range(self.num_peers)))
-        return max(common, default=None)
+        return newest_common([self.rounds(peer) for peer in range(self.num_peers)])
 
     def load(self, peer: int, round: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Read one peer's state.
@@ -102,6 +100,11 @@ class CheckpointStore:
 
     def _home(self, peer: int) -> Path:
         return self.folder / f"peer-{peer:03d}"
+
+
+def newest_common(rounds: Sequence[Sequence[int] | None]) -> int | None:
+    """The newest round that all peers have a generation of, None where there is none; unknown peers do not count."""
+    return max(set.intersection(*(set(own) for own in rounds if own is not None)), default=None)
 
 
 def _sha256(path: Path) -> str:

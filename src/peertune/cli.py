@@ -92,7 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _quiet_libraries()
         options.command(options, console)
     except PeertuneError as error:
-        console.print(f"peertune: error: {error}", markup=False, highlight=False, emoji=False, soft_wrap=True)
+        rank = f" rank {os.environ['RANK']}" if "RANK" in os.environ else ""  # under torchrun
+        console.print(f"peertune{rank}: error: {error}", markup=False, highlight=False, emoji=False, soft_wrap=True)
         return error.exit_code
     except KeyboardInterrupt:
         ways = {_run: "; go on with --resume", _compare: "; the same command goes on"}
@@ -110,13 +111,13 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     if options.out is not None:
         overrides.append(f"run.out={json.dumps(options.out, ensure_ascii=False)}")
     config, notes = load_recipe(options.recipe, overrides, METHODS)
-    from peertune.run import run
+    from peertune.run import launch
 
     with Bars(console) as bars:
-        summary = run(config, base=Path(options.recipe).parent, notes=notes, resume=options.resume, progress=bars)
-    out = Path(config.run.out)
-    Console().print(_summary_table(summary))
-    _print_paths(out)
+        summary = launch(config, base=Path(options.recipe).parent, notes=notes, resume=options.resume, progress=bars)
+    if os.environ.get("RANK", "0") == "0":  # torchrun starts this command once a peer
+        Console().print(_summary_table(summary))
+        _print_paths(Path(config.run.out))
 
 
 def _demo(options: argparse.Namespace, console: Console) -> None:

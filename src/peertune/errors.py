@@ -6,10 +6,13 @@
     │   ├── DataError             a data file or what is in it
     │   ├── ModelError            a base model or its tokenizer
     │   ├── TopologyError         a graph or a mixing matrix
+    │   ├── IdentityError         a site's key or certificate
+    │   ├── CharterError          what the sites of a consortium agreed on
     │   └── CheckpointError       a run folder or a checkpoint in it
     └── RunError                  exit code 1: a run stopped; what it had reached is on disk and `--resume` goes on
         ├── DivergedError         a loss or a weight became NaN or infinite
-        └── StorageError          the disk is full or refused a write
+        ├── StorageError          the disk is full or refused a write
+        └── PeerLostError         another process of the run is gone, and the runtime cannot go on without it
 
 Messages say what was got, what was expected and what to do, in one line.
 """
@@ -43,6 +46,14 @@ class TopologyError(InputError):
     """A graph is disconnected, or its mixing matrix would not keep the mean."""
 
 
+class IdentityError(InputError):
+    """A site's key or certificate is missing, damaged, or open to others."""
+
+
+class CharterError(InputError):
+    """A consortium's charter does not hold, or is not this site's."""
+
+
 class CheckpointError(InputError):
     """A run folder is taken, damaged, or belongs to another recipe."""
 
@@ -57,3 +68,7 @@ class DivergedError(RunError):
 
 class StorageError(RunError):
     """The disk is full, or refused a write."""
+
+
+class PeerLostError(RunError):
+    """Another process of the run is gone, and the runtime cannot go on without it."""

@@ -5,13 +5,13 @@ along it and hands each receiver an inbox; the algorithm mixes. Algorithms know 
 
     for hop in algorithm.hops(round, topology):
         exchange.start(round, hop, algorithm.outgoing(hop))       # for every peer that sends
-        inbox = exchange.finish(round, hop)                       # for every peer that receives
+        inbox = exchange.finish(round, hop, like)                 # for every peer that receives
         algorithm.mix(hop, inbox)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -74,8 +74,13 @@ class Exchange(Protocol):
     def start(self, round: int, hop: Hop, out: Payload | None) -> None:
         """Send `out` to this peer's targets in the hop; None where it has nothing to send."""
 
-    def finish(self, round: int, hop: Hop) -> Inbox | None:
-        """Wait for this peer's sources; None if the hop brings it nothing."""
+    def finish(self, round: int, hop: Hop, like: Callable[[], Payload]) -> Inbox | None:
+        """Wait for this peer's sources; None if the hop brings it nothing.
+
+        Args:
+            like: gives what this peer itself would send along the hop. All messages of a hop have its names and
+                shapes; what has others is refused.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know: counters, and later an edge's codec state."""

@@ -9,8 +9,7 @@ included, over one uplink. A round waits for its slowest peer. Mixing and evalua
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from peertune.config import LinkSection
 
@@ -30,24 +29,16 @@ def hop_seconds(bytes_sent: Sequence[int], link: LinkSection) -> float:
 
 
 class Clock:
-    """CPU seconds of each peer's local phases, and simulated seconds of the run so far."""
+    """Simulated seconds of the run so far."""
 
-    def __init__(self, num_peers: int, link: LinkSection) -> None:
+    def __init__(self, link: LinkSection) -> None:
         self.link = link
-        self.cpu_s = [0.0] * num_peers
         self.simulated_s = 0.0
 
     def local(self, cpu_s: Sequence[float]) -> None:
         """Count a round's local phases, CPU seconds by peer."""
-        self.cpu_s = [total + spent for total, spent in zip(self.cpu_s, cpu_s, strict=True)]
         self.simulated_s += max(cpu_s)
 
     def hop(self, bytes_sent: Sequence[int]) -> None:
         """Count one hop, bytes by peer."""
         self.simulated_s += hop_seconds(bytes_sent, self.link)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"cpu_s": self.cpu_s, "simulated_s": self.simulated_s}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.cpu_s, self.simulated_s = list(state["cpu_s"]), float(state["simulated_s"])

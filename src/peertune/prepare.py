@@ -1,4 +1,4 @@
-"""What a run starts from: data loaded, dealt to the peers and tokenised, and checked against the model."""
+"""What a run starts from: its device, the data dealt and tokenised, the model with adapter and blocks, and hashes."""
 
 from __future__ import annotations
 
@@ -24,6 +24,24 @@ from peertune.model.adapters import adapter_names, add_adapter
 from peertune.model.blocks import Block, partition_blocks
 from peertune.model.load import load_model, load_tokenizer
 from peertune.seeds import derive_seed, numpy_rng
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device a recipe names; "auto" is a GPU if there is one.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(
+            f"run.device: got {name!r}, expected auto, cpu, or a GPU of this machine such as cuda:0"
+        ) from error
+    return device
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,11 @@ import torch
 import peertune
 from peertune.algorithms.base import Algorithm, LocalReport
 from peertune.config import RunConfig
-from peertune.link import Clock
+from peertune.memory import peak_bytes
 from peertune.model.blocks import Block, frozen_names
 from peertune.model.quantization import num_weights
 from peertune.prepare import Prepared
 from peertune.runtimes import Member
-from peertune.topology import Topology
 
 
 def start_event(config: RunConfig, method: Algorithm, data: Prepared, notes: list[str]) -> dict[str, Any]:
@@ -56,70 +55,105 @@ def start_event(config: RunConfig, method: Algorithm, data: Prepared, notes: lis
     }
 
 
+def peer_fields(member: Member, report: LocalReport | None, cpu_s: float) -> dict[str, Any]:
+    """What one member tells of a round; `report` is None where it had no part in it."""
+    batches = member.algorithm.peer.batches
+    return {
+        "loss": None if report is None else float(report.loss),
+        "grad_norm": None if report is None else float(report.grad_norm),
+        "lr": None if report is None else report.lr,
+        "bytes_sent": member.exchange.sent.payload_bytes,
+        "epochs": None if batches is None else batches.epochs,
+        "cpu_s": cpu_s,
+    }
+
+
 def round_event(
     round: int,
-    members: Sequence[Member],
-    reports: Sequence[LocalReport | None],
+    position: Mapping[str, int],
+    told: Sequence[Mapping[str, Any] | None],
     consensus_distance: float | None,
-    clock: Clock,
+    simulated_s: float | None,
     wall_s: float,
 ) -> dict[str, Any]:
-    """What a round did; lists are by peer, with null for a peer that had no part in it."""
-    trained = [report for report in reports if report is not None]
+    """What a round did; lists are by peer, with null for one that had no part in it or is not known.
+
+    Args:
+        told: by peer, its `peer_fields`.
+    """
+
+    def by_peer(key: str) -> list[Any]:
+        return [None if fields is None else fields[key] for fields in told]
+
     return {
         "round": round,
-        **members[0].algorithm.position(round),
-        "loss": [None if report is None else float(report.loss) for report in reports],
-        "lr": trained[0].lr if trained else None,
-        "grad_norm": [None if report is None else float(report.grad_norm) for report in reports],
+        **position,
+        "loss": by_peer("loss"),
+        "lr": next((lr for lr in by_peer("lr") if lr is not None), None),
+        "grad_norm": by_peer("grad_norm"),
         "consensus_distance": consensus_distance,
-        "bytes_sent": bytes_sent(members),
-        "epochs": [m.algorithm.peer.batches.epochs for m in members if m.algorithm.peer.batches is not None],
+        "bytes_sent": by_peer("bytes_sent"),
+        "epochs": by_peer("epochs"),
         "wall_s": wall_s,
-        "cpu_s": sum(clock.cpu_s),
-        "simulated_s": clock.simulated_s,
+        "cpu_s": sum(spent for spent in by_peer("cpu_s") if spent is not None),
+        "simulated_s": simulated_s,
+    }
+
+
+def totals(member: Member, cpu_s: float, device: torch.device) -> dict[str, Any]:
+    """What one member tells of the whole run."""
+    sent = member.exchange.sent
+    return {
+        "bytes_sent": sent.payload_bytes,
+        "header_bytes_sent": sent.header_bytes,
+        "bytes_by_target": sent.by_target(),
+        "cpu_s": cpu_s,
+        "peak_memory_bytes": peak_bytes(device),
     }
 
 
 def summary_of(
     config: RunConfig,
-    members: Sequence[Member],
+    method: Algorithm,
     metrics: Mapping[str, Any],
-    clock: Clock,
+    told: Sequence[Mapping[str, Any] | None],
+    simulated_s: float | None,
     wall_s: float,
-    peak_memory_bytes: int,
 ) -> dict[str, Any]:
-    """The contents of summary.json."""
-    topology: Topology = members[0].algorithm.topology
-    hubs = [member.exchange.sent.payload_bytes for member in members if member.is_hub]
+    """The contents of summary.json.
+
+    Args:
+        told: by member, its `totals`; None where it is not known.
+    """
+    topology = method.topology
+    peers, hub = told[: topology.num_peers], told[-1] if topology.has_hub else None
+
+    def by_peer(key: str) -> list[Any]:
+        return [None if fields is None else fields[key] for fields in peers]
+
     return {
         "config": config.to_dict(),
         "versions": versions(),
         "seed": config.run.seed,
         "algorithm": config.algorithm.name,
         "metrics": metrics,
-        "bytes_sent_per_peer": bytes_sent(members),
-        "bytes_sent_by_hub": hubs[0] if hubs else None,
-        "header_bytes_sent_per_peer": [member.exchange.sent.header_bytes for member in members if not member.is_hub],
+        "bytes_sent_per_peer": by_peer("bytes_sent"),
+        "bytes_sent_by_hub": None if hub is None else hub["bytes_sent"],
+        "header_bytes_sent_per_peer": by_peer("header_bytes_sent"),
         "bytes_by_edge": [
-            {"source": member.index, "target": target, "payload": payload, "header": header}
-            for member in members
-            for target, payload, header in member.exchange.sent.by_target()
+            {"source": source, "target": target, "payload": payload, "header": header}
+            for source, fields in enumerate(told)
+            for target, payload, header in ([] if fields is None else fields["bytes_by_target"])
         ],
-        "rounds": members[0].algorithm.num_rounds,
+        "rounds": method.num_rounds,
         "wall_s": wall_s,
-        "cpu_s": sum(clock.cpu_s),
-        "cpu_s_per_peer": clock.cpu_s,
-        "simulated_s": clock.simulated_s,
-        "peak_memory_bytes": peak_memory_bytes,
+        "cpu_s": sum(spent for spent in by_peer("cpu_s") if spent is not None),
+        "cpu_s_per_peer": by_peer("cpu_s"),
+        "simulated_s": simulated_s,
+        "peak_memory_bytes": max(fields["peak_memory_bytes"] for fields in told if fields is not None),
         "weights": topology.weights.tolist(),
         "lambda2": topology.second_eigenvalue,
     }
-
-
-def bytes_sent(members: Sequence[Member]) -> list[int]:
-    """Bytes of payload each peer has sent so far, the hub left out."""
-    return [member.exchange.sent.payload_bytes for member in members if not member.is_hub]
 
 
 def versions() -> dict[str, str]:

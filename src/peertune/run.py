@@ -1,7 +1,8 @@
-"""A whole run in simulation: recipe -> data, model, peers -> rounds -> agreement -> summary, model, report.
+"""A whole run: recipe -> data, model, peers -> rounds -> agreement -> summary, model, report.
 
-This is the only place that puts the layers together. What is trained lives in `algorithms/`, how payloads travel in
-`runtimes/`, what is on disk in `run_folder` and `checkpoint`.
+This is the only place that puts the layers together, and the same for every runtime: a process plays the members that
+its group gives it. What is trained lives in `algorithms/`, how payloads travel in `runtimes/`, what is on disk in
+`run_folder` and `checkpoint`.
 """
 
 from __future__ import annotations
@@ -9,28 +10,23 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Executor
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from peertune.algorithms import ALGORITHMS, Algorithm
-from peertune.checkpoint import GENERATIONS, CheckpointStore
-from peertune.config import RunConfig
-from peertune.data.batches import Batches, UnionBatches
-from peertune.errors import CheckpointError, ConfigError, DivergedError
+from peertune.algorithms import ALGORITHMS
+from peertune.assemble import make_batches, make_pool, make_topology
+from peertune.checkpoint import GENERATIONS, CheckpointStore, newest_common
+from peertune.config import LinkSection, RunConfig
+from peertune.errors import CheckpointError, ConfigError, DivergedError, ModelError
 from peertune.evaluation import Measured, measure
-from peertune.link import Clock
-from peertune.memory import peak_bytes, reset_peak
+from peertune.memory import reset_peak
 from peertune.model.adapters import core_of
 from peertune.model.blocks import block_table, is_tied
 from peertune.model.language_model import LanguageModel
-from peertune.model.layers import has_dropout
 from peertune.model.load import clone_model, load_full_model
 from peertune.model.quantization import num_weights, refuse_quantized
 from peertune.peer import Peer
@@ -42,14 +38,17 @@ from peertune.prepare import (
     model_blocks,
     prepare_data,
     prepare_model,
+    resolve_device,
 )
-from peertune.records import bytes_sent, round_event, start_event, summary_of, versions
+from peertune.records import peer_fields, round_event, start_event, summary_of, totals, versions
 from peertune.report import write_report
 from peertune.run_folder import RunFolder, save_trained
-from peertune.runtimes import Member, agree, play_round, thread_pool
-from peertune.runtimes.simulation import Mailbox
-from peertune.seeds import derive_seed
-from peertune.topology import Topology, build_topology
+from peertune.runtimes import Group, Member, agree, play_round
+from peertune.runtimes.distributed import DistributedGroup, is_first_rank, is_launched, local_device, process_group
+from peertune.runtimes.simulation import SimulatedGroup
+
+Connect = Callable[[int, LinkSection], Group]
+"""Makes the group of a run, given the number of members and the links to assume where they are simulated."""
 
 
 class Progress(Protocol):
@@ -77,6 +76,8 @@ def run(
     notes: Sequence[str] = (),
     resume: bool = False,
     progress: Progress | None = None,
+    connect: Connect = SimulatedGroup,
+    device: str = "",
 ) -> dict[str, Any]:
     """Carry out a recipe.
 
@@ -85,6 +86,8 @@ def run(
         base: folder of the recipe file, from which relative paths are tried second.
         notes: remarks on the recipe, to be shown and kept.
         resume: go on from the newest complete checkpoint, or start anew where there is none.
+        connect: the runtime.
+        device: this process's; empty: the recipe's run.device.
     Returns:
         The summary, as written to summary.json.
     Raises:
@@ -97,41 +100,41 @@ def run(
     if resume and folder.summary.exists():
         progress.note(f"{folder.path}: this run is finished already")
         return folder.read_summary()
-    device = resolve_device(config.run.device)
+    placed = resolve_device(device or config.run.device)
     if config.run.threads or config.run.parallel_peers > 1:
         torch.set_num_threads(config.run.threads or 1)
-    if device.type == "cuda":
+    if placed.type == "cuda":
         # Else the attention's backward pass adds in an order of its own, and no two runs are bitwise equal.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    reset_peak(device)
+    reset_peak(placed)
     data = prepare_data(config, base)
-    module = prepare_model(config, device, base)
+    module = prepare_model(config, placed, base)
     check_vocabulary(data, core_of(module).get_input_embeddings().weight.shape[0], config.model.path)
-    simulation = Simulation(config, folder, data, module, device, progress, [*notes, *data.notes], base or Path())
-    return simulation.carry_out(resume)
+    return Run(config, folder, data, module, progress, [*notes, *data.notes], base or Path(), connect).carry_out(resume)
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device a recipe names; "auto" is a GPU if there is one.
+def launch(config: RunConfig, *, progress: Progress, **options: Any) -> dict[str, Any]:
+    """As `run`; one peer a process where torchrun started this one among others, else in simulation.
 
-    Raises:
-        ConfigError: there is no such device.
+    Args:
+        progress: told by rank 0 only.
     """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    if not is_launched():
+        return run(config, progress=progress, **options)
+    if ALGORITHMS[config.algorithm.name].pools_data:
         raise ConfigError(
-            f"run.device: got {name!r}, expected auto, cpu, or a GPU of this machine such as cuda:0"
-        ) from error
-    return device
+            f"algorithm.name: got {config.algorithm.name!r} under torchrun, but it trains one model on all data; start"
+            " it without torchrun"
+        )
+    device = local_device(config.run.device)
+    heard = progress if is_first_rank() else Silent()
+    with process_group(device):
+        return run(config, progress=heard, connect=DistributedGroup, device=device, **options)
 
 
-class Simulation:
-    """One run of N virtual peers on one device."""
+class Run:
+    """One run, as far as this process plays it."""
 
     def __init__(
         self,
@@ -139,58 +142,73 @@ class Simulation:
         folder: RunFolder,
         data: Prepared,
         module: torch.nn.Module,
-        device: torch.device,
         progress: Progress,
         notes: list[str],
         base: Path = Path(),
+        connect: Connect = SimulatedGroup,
     ) -> None:
         self.config, self.folder, self.data, self.progress, self.notes = config, folder, data, progress, notes
-        self.device, self.base = device, base
+        self.device, self.base = next(module.parameters()).device, base
         method = ALGORITHMS[config.algorithm.name]
         self.blocks = model_blocks(config, module, method.frozen)
         if config.algorithm.adapter == "none" and is_tied(module) and config.model.train_embeddings == "untied":
             notes.append(
                 'token embedding and output head are one tensor: frozen (model.train_embeddings = "all" trains it)'
             )
-        self.pools = method.pools_data
-        self.topology = self._topology(method)
+        topology = make_topology(config, method, [len(rendered.samples) for rendered in data.train])
+        section = method.graph(config.topology)
+        if section != config.topology and not method.pools_data:
+            notes.append(
+                f"{config.algorithm.name} runs on topology.kind = {section.kind!r}, weights = {section.weights!r}"
+            )
         own = {name for block in self.blocks for name in block.parameters}
         refuse_quantized(module, own)
-        self.base_print = base_print(module, own)
-        held = [data.train] if self.pools else [[rendered] for rendered in data.train]
-        num_models = 1 if self.pools else config.run.num_peers
-        self.clock = Clock(num_models, config.link)
-        mailbox = Mailbox(self.clock)
-        hub: list[None] = [None] if self.topology.has_hub else []
-        self.data_prints = [data_print(each) for each in held] + ["" for _ in hub]
+        self.num_peers = topology.num_peers
+        self.num_members = self.num_peers + topology.has_hub
+        self.group = connect(self.num_members, config.link)
+        batches = [*make_batches(config, data, method.pools_data), None]  # a hub has none
+        held = [data.train] if method.pools_data else [[rendered] for rendered in data.train]
+        self.data_prints = {i: data_print(held[i]) if i < len(held) else "" for i in self.group.hosted}
+        self.base_print = self._same_everywhere(base_print(module, own))
         self.members: list[Member] = []
         plain: bool | None = None
-        for index, batches in enumerate([*self._batches(), *hub]):
+        for index in self.group.hosted:
             model = LanguageModel(clone_model(module, own), config.model, has_plain_head=plain)
             plain = model.has_plain_head
-            peer = Peer(index, model, self.blocks, batches, config.run.seed)
-            self.members.append(Member(method(peer, config.algorithm, self.topology), mailbox.endpoint(index)))
+            peer = Peer(index, model, self.blocks, batches[index], config.run.seed)
+            self.members.append(Member(method(peer, config.algorithm, topology), self.group.exchange(index)))
         # Only now: an instance whose layers were taken over cannot be cloned.
         self.average = LanguageModel(module, config.model, has_plain_head=plain)
         """The base, then wherever an average is wanted; shares what is frozen with the peers."""
         self.peers = [member for member in self.members if not member.is_hub]
         self.method = self.members[0].algorithm
-        self.store = CheckpointStore(folder.checkpoints, len(self.members))
-        self.pool = self._pool()
+        self.store = CheckpointStore(folder.checkpoints, self.num_members)
+        self.pool = make_pool(config, module, self.device)
+        self.cpu_s = dict.fromkeys(self.group.hosted, 0.0)
+        """Hosted member -> process CPU seconds of its local phases."""
         self.before = Measured({})
         self.started = time.monotonic()
 
     def carry_out(self, resume: bool) -> dict[str, Any]:
         """Rounds, agreement, summary, exported model, report."""
         done = self._resume() if resume else 0
+        self._record(lambda: self._open(done))
+        for note in self.notes:
+            self.progress.note(note)
+        for round in range(done, self.method.num_rounds):
+            self._round(round)
+        return self._finish()
+
+    def _open(self, done: int) -> None:
+        """Make the run's folder ready for the rounds to come."""
         self.folder.require_space(self._foreseen_bytes())
         self.progress.note("blocks:\n" + block_table(self.average.module, self.method.blocks))
         if done == 0:
             base = str(self.base.absolute())
-            members = len(self.members)
-            self.folder.create(
-                {"config": self.config.to_dict(), "versions": versions(), "base": base, "members": members}
-            )
+            recipe = {
+                "config": self.config.to_dict(), "versions": versions(), "base": base, "members": self.num_members
+            }  # fmt: skip
+            self.folder.create(recipe)
             self.folder.rewind(0)
             self.folder.event("start", **start_event(self.config, self.method, self.data, self.notes))
             self.before = self._evaluate(self.average, by_client=True)
@@ -198,119 +216,121 @@ class Simulation:
         else:
             self.folder.rewind(done)
             self.folder.event("resume", round=done)
-        for note in self.notes:
-            self.progress.note(note)
-        for round in range(done, self.method.num_rounds):
-            self._round(round)
-        return self._finish()
 
     def _round(self, round: int) -> None:
         reports = play_round(round, self.members, self.pool)
-        self.clock.local([0.0 if report is None else report.cpu_s for report in reports])
         last = round + 1 == self.method.num_rounds
-        for peer, report in enumerate(reports):
+        for member, report in zip(self.peers, reports, strict=True):
             if report is not None:
-                _require_finite(f"peer {peer}, round {round}: the training loss", float(report.loss))
-                _require_finite(f"peer {peer}, round {round}: the gradient's norm", float(report.grad_norm))
+                self.cpu_s[member.index] += report.cpu_s
+                _require_finite(f"peer {member.index}, round {round}: the training loss", float(report.loss))
+                _require_finite(f"peer {member.index}, round {round}: the gradient's norm", float(report.grad_norm))
+        if self.group.clock is not None:
+            self.group.clock.local([0.0 if report is None else report.cpu_s for report in reports])
         if round % self.config.run.log_every == 0 or last:
-            distance = self._consensus_distance(round)
-            fields = round_event(round, self.members, reports, distance, self.clock, self._wall_s())
-            self.folder.event("round", **fields)
+            self._log(round, [*reports, *[None] * (len(self.members) - len(self.peers))])
         every = self.config.eval.every
         if not every and self.config.eval.points:
             every = max(1, self.method.num_rounds // self.config.eval.points)
-        if every and (round + 1) % every == 0 and not last:
-            self._load_average(round + 1)
-            self.folder.event("eval", round=round + 1, average_model=self._evaluate(self.average).overall, peers=None)
+        if every and (round + 1) % every == 0 and not last and self._load_average(round + 1):
+            self._record(lambda: self._evaluate_average(round + 1))
         every = self.config.run.checkpoint_every
         if last or ((round + 1) % every == 0 if every else self.method.is_boundary(round)):
             self._checkpoint(round + 1)
         losses = [float(report.loss) for report in reports if report is not None]
         self.progress.rounds(round + 1, self.method.num_rounds, sum(losses) / len(losses) if losses else None)
 
+    def _log(self, round: int, reports: Sequence[Any]) -> None:
+        """Write a round's event; reports are by hosted member."""
+        told = self.group.gather(
+            [peer_fields(*pair, self.cpu_s[pair[0].index]) for pair in zip(self.members, reports, strict=True)]
+        )
+        distance = self._consensus_distance(round)
+        position = self.method.position(round)
+        if self.group.is_recorder:
+            fields = round_event(round, position, told[: self.num_peers], distance, self._simulated_s(), self._wall_s())
+            self.folder.event("round", **fields)
+
+    def _evaluate_average(self, round: int) -> None:
+        self.folder.event("eval", round=round, average_model=self._evaluate(self.average).overall, peers=None)
+
     def _finish(self) -> dict[str, Any]:
         rounds = self.method.num_rounds
-        own = [self._evaluate(member.algorithm.peer.model, by_client=True) for member in self.peers]
-        peers = [measured.overall for measured in own]
+        own = self._gathered([self._evaluate(m.algorithm.peer.model, by_client=True) for m in self.peers])
         hops = agree(rounds, self.members)
-        if hops:
-            self.folder.event("agreement", hops=hops, bytes_sent=bytes_sent(self.members))
+        told = self.group.gather([totals(member, self.cpu_s[member.index], self.device) for member in self.members])
         self._load_average(rounds, agreed=self.method.agrees)
-        agreed = self._evaluate(self.average, by_client=True)
-        average = agreed.overall
-        for name, value in average.items():
-            _require_finite(f"the average model's {name}", value)
-        self.folder.event("eval", round=rounds, average_model=average, peers=peers)
-        metrics: dict[str, Any] = {"before": self.before.overall, "average_model": average, "peers": peers}
+        personal: list[Measured | None] = []
         if self.config.algorithm.local_modules:
-            metrics["personal"] = [self._evaluate(member.algorithm.peer.model).overall for member in self.peers]
+            personal = self._gathered([self._evaluate(m.algorithm.peer.model) for m in self.peers])
+        summary: dict[str, Any] = {}
+
+        def conclude() -> None:
+            sent = [None if t is None else t["bytes_sent"] for t in told[: self.num_peers]]
+            if hops:
+                self.folder.event("agreement", hops=hops, bytes_sent=sent)
+            metrics = self._metrics(own, personal)
+            self.folder.event("eval", round=rounds, average_model=metrics["average_model"], peers=metrics["peers"])
+            wall_s = self._wall_s()
+            save_trained(
+                self.folder.model,
+                self.average.module,
+                self.data.tokenizer,
+                lambda: load_full_model(self.config.model, torch.device("cpu"), self.base),
+                self.folder.adapter,
+            )
+            summary.update(summary_of(self.config, self.method, metrics, told, self._simulated_s(), wall_s))
+            self.folder.event("end", metrics=metrics, wall_s=wall_s, peak_memory_bytes=summary["peak_memory_bytes"])
+            write_report(self.folder.path)
+            self.folder.write_summary(summary)
+
+        self._record(conclude)
+        return summary or self.folder.read_summary()
+
+    def _metrics(self, own: Sequence[Measured | None], personal: Sequence[Measured | None]) -> dict[str, Any]:
+        """What the summary says of quality, the average model's measured here."""
+        agreed = self._evaluate(self.average, by_client=True)
+        for name, value in agreed.overall.items():
+            _require_finite(f"the average model's {name}", value)
+        metrics: dict[str, Any] = {
+            "before": self.before.overall,
+            "average_model": agreed.overall,
+            "peers": [None if measured is None else measured.overall for measured in own],
+        }
+        if personal:
+            metrics["personal"] = [None if measured is None else measured.overall for measured in personal]
         if agreed.by_client:
             metrics["by_client"] = {
                 "before": self.before.by_client,
                 "average_model": agreed.by_client,
-                "peers": [measured.by_client for measured in own],
+                "peers": [None if measured is None else measured.by_client for measured in own],
             }
-        wall_s, peak = self._wall_s(), peak_bytes(self.device)
-        save_trained(
-            self.folder.model,
-            self.average.module,
-            self.data.tokenizer,
-            lambda: load_full_model(self.config.model, torch.device("cpu"), self.base),
-            self.folder.adapter,
-        )
-        self.folder.event("end", metrics=metrics, wall_s=wall_s, peak_memory_bytes=peak)
-        summary = summary_of(self.config, self.members, metrics, self.clock, wall_s, peak)
-        write_report(self.folder.path)
-        self.folder.write_summary(summary)
-        return summary
+        return metrics
 
-    def _pool(self) -> Executor | None:
-        """Threads for the peers' local phases, where the recipe asks for them."""
-        section = self.config.run
-        if section.parallel_peers == 1:
-            return None
-        for reason, applies in (
-            (f"run.threads = {section.threads}, expected 1", section.threads > 1),
-            (f"device {self.device}, expected a CPU", self.device.type != "cpu"),
-            ("a model with dropout, whose draws come from one generator", has_dropout(self.average.module)),
-        ):
-            if applies:
-                raise ConfigError(
-                    f"run.parallel_peers: got {section.parallel_peers} with {reason}; set run.parallel_peers = 1"
+    def _record(self, write: Callable[[], None]) -> None:
+        """Let the recorder write, and the others wait for it."""
+        if self.group.is_recorder:
+            write()
+        self.group.gather([None] * len(self.members))
+
+    def _gathered(self, own: Sequence[Measured]) -> list[Measured | None]:
+        """By peer, what each hosted peer measured."""
+        hosted = [*map(asdict, own), *[None] * (len(self.members) - len(own))]
+        return [None if told is None else Measured(**told) for told in self.group.gather(hosted)[: self.num_peers]]
+
+    def _same_everywhere(self, fingerprint: str) -> str:
+        """The base's hash, which has to be one for all members. Raises ModelError."""
+        for member, told in enumerate(self.group.gather([fingerprint] * len(self.group.hosted))):
+            if told not in (None, fingerprint):
+                raise ModelError(
+                    f"model.path: {self.config.model.path!r} is not the same base for member {member} as for member"
+                    f" {self.group.hosted[0]}; give all the same files and the same recipe"
                 )
-        return thread_pool(section.parallel_peers)
-
-    def _topology(self, method: type[Algorithm]) -> Topology:
-        if self.pools:
-            return Topology("alone", 1, np.ones((1, 1)))
-        section = method.graph(self.config.topology)
-        if section != self.config.topology:
-            self.notes.append(
-                f"{self.config.algorithm.name} runs on topology.kind = {section.kind!r}, weights = {section.weights!r}"
-            )
-        counts = [len(rendered.samples) for rendered in self.data.train]
-        seed = self.config.run.seed if section.seed is None else section.seed
-        topology = build_topology(section, self.config.run.num_peers, seed, counts)
-        return replace(topology, has_hub=method.has_hub(section))
-
-    def _batches(self) -> Sequence[Batches | UnionBatches]:
-        """Each model's batches: a peer's own; for a method that pools the data, the union of all peers'."""
-        fixed = self.config.model.prefix_cache or self.config.model.compile
-        every = [
-            Batches(
-                rendered.samples,
-                self.config.data.batch_size,
-                seed=derive_seed(self.config.run.seed, i, "batches"),
-                pad_id=self.data.tokenizer.pad_token_id,
-                pad_to=self.config.model.max_length if fixed else 0,
-            )
-            for i, rendered in enumerate(self.data.train)
-        ]
-        return [UnionBatches(every)] if self.pools else every
+        return fingerprint
 
     def _resume(self) -> int:
         """Rounds already done: those of the newest complete checkpoint, which is taken up; 0 where there is none."""
-        done = self.store.newest_complete()
+        done = newest_common(self.group.gather([self.store.rounds(member.index) for member in self.members]))
         if done is None:
             self.progress.note(f"{self.folder.path}: no complete checkpoint; starting from the beginning")
             return 0
@@ -326,9 +346,11 @@ class Simulation:
             if member.algorithm.peer.batches is not None:
                 member.algorithm.peer.batches.load_state_dict(plain["batches"])
             member.exchange.load_state_dict(plain["exchange"])
-            self.before = Measured(plain["before"], plain.get("before_by_client", {}))
+            self.before = Measured(**plain["before"])
+            self.cpu_s[member.index] = plain["cpu_s"]
             elapsed = plain["wall_s"]
-            self.clock.load_state_dict(plain["clock"])
+            if self.group.clock is not None:
+                self.group.clock.simulated_s = plain["simulated_s"]
         self.started = time.monotonic() - elapsed
         self.progress.note(f"{self.folder.path}: resuming after round {done} of {self.method.num_rounds}")
         then = self.folder.read_recipe().get("versions")
@@ -348,14 +370,16 @@ class Simulation:
                 "consensus": list(member.algorithm.consensus(done)),
                 "data": self.data_prints[member.index],
                 "base": self.base_print,
-                "before": self.before.overall,
-                "before_by_client": self.before.by_client,
+                "before": asdict(self.before),
                 "wall_s": self._wall_s(),
-                "clock": self.clock.state_dict(),
+                "cpu_s": self.cpu_s[member.index],
+                "simulated_s": self._simulated_s(),
             }
             self.store.save(member.index, done, tensors, state)
-        self.store.prune()
-        self.folder.event("checkpoint", round=done)
+        self._record(lambda: self.folder.event("checkpoint", round=done))
+        # Only now that all members have this one.
+        for member in self.members:
+            self.store.prune(member.index)
 
     def _evaluate(self, model: LanguageModel, by_client: bool = False) -> Measured:
         if not self.data.test.samples:
@@ -363,46 +387,51 @@ class Simulation:
         return measure(model, self.data.test, self.config.eval, by_client=by_client)
 
     @torch.no_grad()
-    def _load_average(self, round: int, agreed: bool = False) -> None:
-        """Put the peers' weighted average after some rounds into `self.average`; where all agreed, what each holds."""
+    def _load_average(self, round: int, agreed: bool = False) -> bool:
+        """Put the peers' weighted average after some rounds into `self.average`; where all agreed, what each holds.
+
+        Returns:
+            Whether it is to be had.
+        """
         own = dict(self.average.module.named_parameters())
         weights = self.method.consensus(round)
         for name in self.method.shared_names():
             if agreed:
                 own[name].copy_(self.method.shared(name))
-            else:
-                own[name].copy_(_weighted_mean((member.algorithm.shared(name) for member in self.peers), weights))
+                continue
+            mean = self.group.mean((member.algorithm.shared(name) for member in self.members), weights)
+            if mean is None:
+                return False
+            own[name].copy_(mean)
+        return True
 
     def _consensus_distance(self, round: int) -> float | None:
         """sqrt(mean_i ||theta_i - mean||^2) over the tensors that the round trained; None for a lone model."""
-        if len(self.peers) == 1:
+        if self.num_peers == 1:
             return None
-        total, weights = 0.0, self.method.consensus(round + 1)
+        squares, weights = [0.0] * len(self.members), self.method.consensus(round + 1)
         for name in self.method.shared_names(round):
-            held = [member.algorithm.shared(name) for member in self.peers]
-            mean = _weighted_mean(held, weights)
-            total += sum(float(torch.linalg.vector_norm(tensor.sub_(mean))) ** 2 for tensor in held)
-        return math.sqrt(total / len(self.peers))
+            held = [member.algorithm.shared(name) for member in self.members]
+            mean = self.group.mean(held, weights)
+            if mean is None:
+                return None
+            for i, tensor in enumerate(held):
+                squares[i] += float(torch.linalg.vector_norm(tensor.sub_(mean))) ** 2
+        told = [square for square in self.group.gather(squares)[: self.num_peers] if square is not None]
+        return math.sqrt(sum(told) / self.num_peers)
 
     def _wall_s(self) -> float:
         return time.monotonic() - self.started
+
+    def _simulated_s(self) -> float | None:
+        return None if self.group.clock is None else self.group.clock.simulated_s
 
     def _foreseen_bytes(self) -> int:
         """Disk the checkpoints and the exported model will need: generations kept, one being written, the model."""
         sizes: dict[str, int] = {name: num_weights(p) for name, p in self.average.module.named_parameters()}
         trained = sum(sizes[n] for block in self.blocks for n in block.parameters)
         largest = max(sum(sizes[n] for n in block.parameters) for block in self.method.blocks)
-        return (GENERATIONS + 1) * len(self.members) * (4 * trained + 8 * largest) + 4 * sum(sizes.values())
-
-
-def _weighted_mean(tensors: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
-    """sum_i w_i x_i in the order given: float32, a new tensor."""
-    pairs = zip(tensors, weights, strict=True)
-    first, weight = next(pairs)
-    total = first * weight
-    for tensor, weight in pairs:
-        total.add_(tensor, alpha=weight)
-    return total
+        return (GENERATIONS + 1) * self.num_members * (4 * trained + 8 * largest) + 4 * sum(sizes.values())
 
 
 def _require_finite(what: str, value: float) -> None:

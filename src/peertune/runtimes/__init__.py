@@ -1,21 +1,66 @@
 """Runtimes: how payloads travel. The steps of a round are the same in all of them and stand here.
 
-A process plays the peers it hosts: all N in simulation, one where every peer is a process of its own.
+A process plays the members it hosts: all of them in simulation, one where every peer is a process of its own. Members
+are the peers, in the recipe's order, and after them the hub, where there is one.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from peertune.algorithms.base import Algorithm, LocalReport
 from peertune.exchange import Exchange, Hop, Inbox, Payload
+from peertune.link import Clock
 
-__all__ = ["Member", "agree", "play_round", "thread_pool"]
+__all__ = ["Group", "Member", "agree", "play_round", "thread_pool", "weighted_mean"]
+
+T = TypeVar("T")
+
+
+class Group(Protocol):
+    """The processes of a run: which members each plays, and what they tell each other beside the method's messages.
+
+    Every process calls `gather` and `mean` in the same order.
+    """
+
+    hosted: Sequence[int]
+    """Members this process plays, ascending."""
+    is_recorder: bool
+    """Whether this process writes what is common to the run: events, summary, report, the exported model."""
+    clock: Clock | None
+    """Simulated time, where links are simulated."""
+
+    def exchange(self, member: int) -> Exchange:
+        """What carries a hosted member's payloads."""
+
+    def gather(self, values: Sequence[T]) -> list[T | None]:
+        """Values that JSON can hold, one for each hosted member -> one for each of all; None for what stays unknown."""
+
+    def mean(self, tensors: Iterable[Tensor], weights: Sequence[float]) -> Tensor | None:
+        """sum_i w_i x_i over the peers, to the bit the same in all runtimes; None where it is not to be had.
+
+        Args:
+            tensors: float32, of one shape, one for each hosted member; a hub's is left out.
+            weights: by peer.
+        """
+
+
+def weighted_mean(tensors: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
+    """sum_i w_i x_i in the order given: float32, a new tensor. Tensors beyond the weights are left out."""
+    each = iter(tensors)
+    first, *rest = weights
+    total = next(each) * first
+    for weight in rest:
+        total.add_(next(each), alpha=weight)
+    return total
 
 
 @dataclass(frozen=True)
@@ -41,7 +86,7 @@ def play_round(round: int, members: Sequence[Member], pool: Executor | None = No
     Args:
         pool: threads that play several peers' local phases at the same time; None: one peer after the other.
     Returns:
-        By peer, the hub left out, what the local phase says; None where a peer had no part in the round.
+        By hosted peer, the hub left out, what the local phase says; None where a peer had no part in the round.
     """
     peers = [member for member in members if not member.is_hub]
     if pool is None:
@@ -94,6 +139,6 @@ def _carry(
     for member in members:
         member.exchange.start(round, hop, outgoing(member, hop) if member.index in sources else None)
     for member in members:
-        inbox = member.exchange.finish(round, hop)
+        inbox = member.exchange.finish(round, hop, partial(outgoing, member, hop))
         if inbox is not None:
             yield member, inbox

@@ -2,12 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
+from torch import Tensor
+
+from peertune.config import LinkSection
 from peertune.exchange import Hop, Inbox, Payload
 from peertune.link import Clock
+from peertune.runtimes import weighted_mean
 from peertune.wire import Traffic
+
+T = TypeVar("T")
+
+
+class SimulatedGroup:
+    """Implements `peertune.runtimes.Group`: one process plays all members.
+
+    Args:
+        num_members: N, or N + 1 with a hub.
+        link: what to assume of the links.
+    """
+
+    is_recorder = True
+
+    def __init__(self, num_members: int, link: LinkSection) -> None:
+        self.hosted: Sequence[int] = range(num_members)
+        self.clock: Clock | None = Clock(link)
+        self._mailbox = Mailbox(self.clock)
+
+    def exchange(self, member: int) -> SimulatedExchange:
+        return self._mailbox.endpoint(member)
+
+    def gather(self, values: Sequence[T]) -> list[T | None]:
+        return list(values)
+
+    def mean(self, tensors: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
+        return weighted_mean(tensors, weights)
 
 
 class Mailbox:
@@ -55,7 +86,7 @@ class SimulatedExchange:
         self._mailbox.payloads[self._peer] = out
         self._mailbox.sizes[self._peer] = self.sent.count(hop.targets(self._peer), out)
 
-    def finish(self, round: int, hop: Hop) -> Inbox | None:
+    def finish(self, round: int, hop: Hop, like: Callable[[], Payload]) -> Inbox | None:
         inbox = self._mailbox.collect(hop.sources(self._peer))
         return inbox if inbox.weights else None
 

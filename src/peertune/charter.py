@@ -1,0 +1,222 @@
+"""What the sites of a consortium agree on before they start: one small TOML file that every member signs.
+
+It holds the recipe without anybody's paths, the base's hash, the members in their order with their ids, and until when
+it is valid. A signature covers all of that; it comes with the member's certificate, so a charter that all have signed
+is everything one needs to know the others by. There is no server, and nobody to ask.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import tomli_w
+from pydantic import Field, ValidationError
+
+import peertune
+from peertune.config import Methods, NonNegative, RunConfig, Section, from_dict
+from peertune.errors import CharterError
+from peertune.identity import Identity, certificate_id, is_signed
+
+OWN_KEYS = {"run": ("out", "device"), "data": ("train", "test"), "model": ("path",)}
+"""Keys of a recipe that are each site's own business, and in no charter."""
+
+
+class Member(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")]
+    """What people call it."""
+    id: Annotated[str, Field(pattern=r"^[a-z2-7]{52}$")]
+    """Hash of its key, as `peertune keygen` prints it."""
+    address: str = ""
+    """HOST:PORT where it can be reached; empty: it opens no port and dials out."""
+    samples: NonNegative = 0
+    """Its number of samples; only methods that weight sites by it need it (topology.weights = "samples")."""
+
+
+class Signature(Section):
+    certificate: str
+    signature: str
+
+
+class Charter(Section):
+    version: str
+    """Of peertune, the same at all sites."""
+    expires: date
+    base: str
+    """Hash of the base model's weights, with the adapter that a method puts on it."""
+    tokenizer: str
+    """Hash of the tokenizer and its chat template."""
+    grace_s: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds that a round waits for a neighbour who is out of reach, before it goes on without him."""
+    stall_s: Annotated[float, Field(gt=0)] = 30.0
+    """Seconds without a byte after which a connection is given up and dialled anew."""
+    recipe: dict[str, Any]
+    members: Annotated[list[Member], Field(min_length=1)]
+    signatures: dict[str, Signature] = Field(default_factory=dict)
+
+    def parts(self) -> dict[str, str]:
+        """A hash of each part that is signed, so that two charters can be told apart by name."""
+        tree = self.model_dump(mode="json", exclude={"signatures"})
+        return {
+            key: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest() for key, value in tree.items()
+        }
+
+    def digest(self) -> bytes:
+        """What is signed."""
+        return hashlib.sha256(json.dumps(self.parts(), sort_keys=True).encode()).digest()
+
+    def signed(self, identity: Identity) -> Charter:
+        """With one member's signature. Raises CharterError where the identity is no member's."""
+        member = self.members[self.index_of(identity.id)]
+        own = Signature(certificate=identity.certificate_pem.decode(), signature=identity.sign(self.digest()))
+        return self.model_copy(update={"signatures": {**self.signatures, member.name: own}})
+
+    def index_of(self, id: str) -> int:
+        """A member's place. Raises CharterError where there is none of that id."""
+        for index, member in enumerate(self.members):
+            if member.id == id:
+                return index
+        names = ", ".join(member.name for member in self.members)
+        raise CharterError(
+            f"charter: no member has the id {id}; the members are {names}; use the identity that was given for this"
+            " charter (--identity), or have a new one written"
+        )
+
+    def certificate(self, index: int) -> bytes:
+        return self.signatures[self.members[index].name].certificate.encode()
+
+    def check(self, today: date | None = None) -> None:
+        """Refuse a charter that does not hold: expired, of another version, unsigned by someone, or altered.
+
+        Raises:
+            CharterError: it says which, and by whom.
+        """
+        today = today or datetime.now(UTC).date()
+        if today > self.expires:
+            raise CharterError(f"charter: expired on {self.expires}; write a new one and have it signed")
+        if self.version != peertune.__version__:
+            raise CharterError(
+                f"charter: is for peertune {self.version}, this is {peertune.__version__}; all sites need the same"
+            )
+        for member in self.members:
+            found = self.signatures.get(member.name)
+            if found is None:
+                raise CharterError(
+                    f"charter: {member.name} has not signed it; there: `peertune charter sign CHARTER.toml`"
+                )
+            certificate = found.certificate.encode()
+            if certificate_id(certificate) != member.id:
+                raise CharterError(
+                    f"charter: {member.name}'s signature is by another key than its id says; ask who wrote it"
+                )
+            if not is_signed(certificate, found.signature, self.digest()):
+                raise CharterError(
+                    f"charter: it was altered after {member.name} signed it; have the whole of it signed again"
+                )
+
+    def config(self, methods: Methods) -> RunConfig:
+        """The recipe, without the sites' own keys."""
+        return from_dict(self.recipe, methods)[0]
+
+
+def shared_recipe(config: RunConfig) -> dict[str, Any]:
+    """A recipe without the keys that are each site's own, and without empty values, which TOML has not."""
+    tree = config.to_dict()
+    for section, keys in OWN_KEYS.items():
+        for key in keys:
+            del tree[section][key]
+    return _without_none(tree)
+
+
+def parse_member(text: str) -> Member:
+    """NAME=ID, NAME=ID@HOST:PORT, and either with #SAMPLES at its end. Raises CharterError."""
+    name, _, rest = text.partition("=")
+    rest, _, samples = rest.partition("#")
+    id, _, address = rest.partition("@")
+    try:
+        return Member(name=name, id=id, address=address, samples=int(samples or 0))
+    except (ValidationError, ValueError):
+        raise CharterError(
+            f"--member: got {text!r}, expected NAME=ID, NAME=ID@HOST:PORT or NAME=ID@HOST:PORT#SAMPLES, with the"
+            " ID that `peertune keygen` printed"
+        ) from None
+
+
+def check_members(members: Sequence[Member], num_members: int, edges: Sequence[tuple[int, int]]) -> None:
+    """Refuse members that the recipe's graph cannot connect.
+
+    Args:
+        num_members: of the recipe, a server included.
+        edges: pairs of members that exchange messages.
+    Raises:
+        CharterError: too many or too few, one twice, or an edge with no end that can be reached.
+    """
+    if len(members) != num_members:
+        raise CharterError(
+            f"--member: got {len(members)} members for a recipe of {num_members} (run.num_peers, and a server, the"
+            " last, where the method has one)"
+        )
+    for key in ("name", "id"):
+        values = [getattr(member, key) for member in members]
+        twice = next((value for value in values if values.count(value) > 1), None)
+        if twice is not None:
+            raise CharterError(f"--member: {key} {twice} stands there twice; every member needs its own")
+    for i, j in edges:
+        if not members[i].address and not members[j].address:
+            raise CharterError(
+                f"--member: {members[i].name} and {members[j].name} are neighbours, and neither has an address; give"
+                " one of them HOST:PORT, or choose another graph"
+            )
+
+
+def read_charter(path: Path) -> Charter:
+    """Read a charter; `check` says whether it holds. Raises CharterError."""
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        return Charter.model_validate({**tree, "expires": _date(tree.get("expires"))})
+    except FileNotFoundError:
+        raise CharterError(f"{path}: no such charter; `peertune charter new` writes one") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise CharterError(f"{path}: not valid TOML: {error}") from None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(str(part) for part in problem["loc"])
+        raise CharterError(f"{path}: {place}: {problem['msg']}; get the file anew from whoever wrote it") from None
+    except OSError as error:
+        raise CharterError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def write_charter(charter: Charter, path: Path) -> None:
+    """Write it aside and rename it into place. Raises CharterError."""
+    tree = charter.model_dump(mode="json")
+    tree["expires"] = charter.expires
+    aside = path.with_name(path.name + ".partial")
+    try:
+        aside.write_text(tomli_w.dumps(tree, multiline_strings=True), encoding="utf-8")
+        os.replace(aside, path)
+    except OSError as error:
+        raise CharterError(f"{path}: cannot be written: {error.strerror}; name another place") from error
+
+
+def difference(mine: Charter, theirs: Mapping[str, str]) -> str:
+    """Names of the parts in which two charters differ, given the other's `parts`; empty: none."""
+    own = mine.parts()
+    return ", ".join(sorted(key for key in own.keys() | theirs.keys() if own.get(key) != theirs.get(key)))
+
+
+def _date(value: Any) -> Any:
+    return value.date() if isinstance(value, datetime) else value
+
+
+def _without_none(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_none(value) if isinstance(value, Mapping) else value
+        for key, value in tree.items()
+        if value is not None
+    }

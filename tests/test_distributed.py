@@ -1,0 +1,156 @@
+"""One peer a process: bitwise the weights of the simulation, and a clear end where a rank is lost."""
+
+import json
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from peertune import run as runs
+from peertune import runtimes
+from peertune.algorithms import METHODS
+from peertune.config import RunConfig, from_dict
+from peertune.errors import PeertuneError
+from peertune.run import Silent, launch, run
+from tests.recipes import recipe, tree
+
+STAR = {"kind": "star", "weights": "samples"}
+METHODS_TRIED: dict[str, dict[str, Any]] = {
+    "deca": {},
+    "dec_lora": {"algorithm": {"name": "dec_lora", "lr": 1e-2, "rounds": 3, "local_steps": 2, "rank": 2}},
+    "fedavg": {"algorithm": {"name": "fedavg", "lr": 1e-2, "rounds": 2, "local_steps": 2}, "topology": STAR},
+    "noloco": {"algorithm": {"name": "noloco", "lr": 1e-2, "rounds": 3, "local_steps": 2}},
+    "rw_lora": {"algorithm": {"name": "rw_lora", "lr": 1e-2, "rounds": 4, "local_steps": 2, "rank": 2}},
+    "local": {"algorithm": {"name": "local", "lr": 1e-2, "outer_rounds": 1, "inner_steps": 4}},
+    "bfloat16": {"model": {"dtype": "bfloat16"}},
+}
+
+
+def play(config: RunConfig, rank: int, ranks: int, port: int, failures: Any, options: dict[str, Any]) -> None:
+    """One rank, as torchrun would start it."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    dies, in_round = options.pop("dies", (None, None))
+
+    def play_round(round: int, *rest: Any) -> Any:
+        return os._exit(9) if (rank, round) == (dies, in_round) else runtimes.play_round(round, *rest)
+
+    runs.play_round = play_round  # type: ignore[assignment]
+    if rank == options.pop("other_base", None):
+        config = config.model_copy(update={"model": config.model.model_copy(update={"path": "tiny"})})
+    try:
+        launch(config, progress=Silent(), **options)
+    except PeertuneError as error:
+        failures.put((rank, type(error).__name__, str(error)))
+
+
+def play_all(config: RunConfig, ranks: int, **options: Any) -> list[tuple[int, str, str]]:
+    """Run a recipe with a process a rank; returns what failed: rank, kind and message."""
+    fork = multiprocessing.get_context("fork")
+    failures = fork.Queue()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [fork.Process(target=play, args=(config, r, ranks, port, failures, options)) for r in range(ranks)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert not process.is_alive()
+    return sorted(failures.get() for _ in range(failures.qsize()))
+
+
+def config_of(folder: Path, model: Path, name: str, out: str, **sections: Any) -> RunConfig:
+    merged = tree(folder, model, **{"eval": {"points": 2}, **METHODS_TRIED[name], **sections})
+    merged["run"]["out"] = str(folder / out)
+    return from_dict(merged, METHODS)[0]
+
+
+def same_model(one: Path, other: Path) -> bool:
+    files = [load_file(next((folder / "model").glob("*.safetensors"))) for folder in (one, other)]
+    return files[0].keys() == files[1].keys() and all(torch.equal(files[0][n], files[1][n]) for n in files[0])
+
+
+@pytest.mark.parametrize("name", METHODS_TRIED)
+def test_ranks_end_with_bitwise_the_weights_of_the_simulation(name: str, tmp_path: Path, micro_model: Path) -> None:
+    simulated = run(config_of(tmp_path, micro_model, name, "simulated"))
+    assert play_all(config_of(tmp_path, micro_model, name, "ranks"), 5 if name == "fedavg" else 4) == []
+    told = json.loads((tmp_path / "ranks" / "summary.json").read_text())
+    assert same_model(tmp_path / "simulated", tmp_path / "ranks")
+    for key in ("metrics", "bytes_sent_per_peer", "bytes_by_edge", "bytes_sent_by_hub", "rounds", "lambda2"):
+        assert told[key] == simulated[key], key
+    assert told["simulated_s"] is None
+    events = {}
+    for folder in ("simulated", "ranks"):
+        lines = map(json.loads, (tmp_path / folder / "events.jsonl").read_text().splitlines())
+        changing = {"time", "wall_s", "cpu_s", "simulated_s", "config", "peak_memory_bytes"}
+        events[folder] = [{k: v for k, v in line.items() if k not in changing} for line in lines]
+    assert events["ranks"] == events["simulated"]
+    assert (tmp_path / "ranks" / "report.html").exists()
+
+
+def test_a_lost_rank_ends_the_group_and_resume_goes_on(tmp_path: Path, micro_model: Path) -> None:
+    section = {"num_peers": 4, "threads": 1, "checkpoint_every": 2}
+    run(config_of(tmp_path, micro_model, "deca", "whole", run=section))
+    config = config_of(tmp_path, micro_model, "deca", "ranks", run=section)
+    failures = play_all(config, 4, dies=(2, 5))
+    assert {path.name for path in (tmp_path / "ranks" / "checkpoints").glob("*/*")} == {
+        "round-00000002",
+        "round-00000004",
+    }
+    assert [(rank, kind) for rank, kind, _ in failures] == [(r, "PeerLostError") for r in (0, 1, 3)]
+    assert all("--resume" in message for _, _, message in failures)
+    assert play_all(config, 4, resume=True) == []
+    assert same_model(tmp_path / "whole", tmp_path / "ranks")
+
+
+def test_as_many_processes_as_members_are_asked_for(tmp_path: Path, micro_model: Path) -> None:
+    failures = play_all(recipe(tmp_path, micro_model), 3)
+    assert {kind for _, kind, _ in failures} == {"ConfigError"} and len(failures) == 3
+    assert "got 3 processes for a recipe of 4 members" in failures[0][2]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rank_with_another_base_is_refused(tmp_path: Path, micro_model: Path) -> None:
+    failures = play_all(recipe(tmp_path, micro_model, run={"num_peers": 2}), 2, other_base=1)
+    assert [kind for _, kind, _ in failures] == ["ModelError"] * 2
+    assert "is not the same base for member 1 as for member 0" in failures[0][2]
+    assert not (tmp_path / "out").exists()
+
+
+def test_pooled_training_is_refused(tmp_path: Path, micro_model: Path) -> None:
+    failures = play_all(recipe(tmp_path, micro_model, algorithm={"name": "pooled"}), 2)
+    assert len(failures) == 2 and "algorithm.name: got 'pooled' under torchrun" in failures[0][2]
+
+
+def test_torchrun_carries_out_a_recipe(tmp_path: Path, micro_model: Path) -> None:
+    """The command as one types it, in two processes."""
+    config = recipe(tmp_path, micro_model, run={"num_peers": 2, "threads": 1, "out": str(tmp_path / "out")})
+    sets = [f"--set={key}={value}" for key, value in {
+        "run.num_peers": 2, "run.threads": 1, "model.path": config.model.path, "model.max_length": 40,
+        "data.train": config.data.train, "data.test": config.data.test, "data.task": "classification",
+        "topology.kind": "ring", "algorithm.outer_rounds": 1, "algorithm.inner_steps": 2,
+    }.items()]  # fmt: skip
+    empty = tmp_path / "recipe.toml"
+    empty.write_text("")
+    ran = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+            *("-m", "peertune", "run", str(empty), "--out", str(tmp_path / "out"), *sets),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("load it with") == 1
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["rounds"] > 0
