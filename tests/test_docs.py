@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,8 +53,17 @@ def test_a_shipped_recipe_runs(path: Path, workplace: Path) -> None:
     assert main(["run", str(path), *SHORT, "--out", "out"]) == 0
 
 
+def test_the_readmes_cluster_command_runs(workplace: Path) -> None:
+    """With two processes and peers in place of eight."""
+    (command,) = (line for line in readme_commands() if line.startswith("torchrun "))
+    _, *arguments = shlex.split(command.replace("--nproc-per-node 8", "--standalone --nproc-per-node 2"))
+    launcher = [sys.executable, "-m", "torch.distributed.run", *arguments]
+    ran = subprocess.run([*launcher, *SHORT, "--set=run.num_peers=2"], capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+
+
 def test_the_readmes_commands_run_in_their_order(workplace: Path) -> None:
-    commands = readme_commands()
+    commands = [line for line in readme_commands() if not line.startswith("torchrun ")]
     assert len(commands) >= 4
     for command in commands:
         program, *arguments = shlex.split(command)
