@@ -248,7 +248,7 @@ def write_spec(options: argparse.Namespace, scratch: Path, clients: int, local_s
     data = prepare_data(config, None)
     samples: list[Any] = []
     draws = []
-    for index, held in enumerate(data.train):
+    for index, held in data.train.items():
         # As `peertune.run` deals them.
         batches = Batches(
             held.samples,
@@ -268,7 +268,7 @@ def write_spec(options: argparse.Namespace, scratch: Path, clients: int, local_s
         spec["arrays"],
         samples=padded,
         draws=np.array(draws),
-        num_samples=[len(held.samples) for held in data.train],
+        num_samples=[len(held.samples) for held in data.train.values()],
         num_adapter=len(adapter),
         **{f"adapter{i}": tensor for i, tensor in enumerate(adapter)},
     )

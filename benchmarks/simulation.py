@@ -83,8 +83,9 @@ def measure(dtype: str, inner_steps: int) -> dict[str, float]:
 
 def simulation(settings: list[str], folder: str) -> Run:
     config, _ = load_recipe(None, settings, METHODS)
-    module = prepare_model(config, torch.device("cpu"), None)
-    return Run(config, RunFolder(Path(folder)), prepare_data(config, None), module, Silent(), [])
+    data, module = prepare_data(config, None), prepare_model(config, torch.device("cpu"), None)
+    counts = [len(rendered.samples) for rendered in data.train.values()]
+    return Run(config, RunFolder(Path(folder)), data, module, counts, Silent(), [])
 
 
 if __name__ == "__main__":

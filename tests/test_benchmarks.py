@@ -211,7 +211,9 @@ def test_both_sides_of_a_simulation_get_the_same_batches(simulate: ModuleType, t
     with np.load(spec["arrays"]) as file:
         arrays = dict(file)
     config = simulate.recipe(spec, tmp_path / "out")
-    run = Run(config, RunFolder(tmp_path), prepare_data(config, None), load_model(config.model, CPU), Silent(), [])
+    data = prepare_data(config, None)
+    counts = [len(rendered.samples) for rendered in data.train.values()]
+    run = Run(config, RunFolder(tmp_path), data, load_model(config.model, CPU), counts, Silent(), [])
     assert run.method.num_rounds == 4
     assert arrays["draws"].shape == (3, 8, 2)
     for member, draws, held in zip(run.members, arrays["draws"], arrays["num_samples"], strict=True):

@@ -30,6 +30,7 @@ LAYERS = [
     "assemble",
     "records",
     "run",
+    "consortium",
     "export",
     "demo",
     "compare",

@@ -36,20 +36,20 @@ def make_topology(config: RunConfig, method: type[Algorithm], counts: Sequence[i
     return replace(topology, has_hub=method.has_hub(section))
 
 
-def make_batches(config: RunConfig, data: Prepared, pools: bool) -> Sequence[Batches | UnionBatches]:
+def make_batches(config: RunConfig, data: Prepared, pools: bool) -> dict[int, Batches | UnionBatches]:
     """Each model's batches: a peer's own; for a method that pools the data, the union of all peers'."""
     fixed = config.model.prefix_cache or config.model.compile
-    every = [
-        Batches(
+    every = {
+        i: Batches(
             rendered.samples,
             config.data.batch_size,
             seed=derive_seed(config.run.seed, i, "batches"),
             pad_id=data.tokenizer.pad_token_id,
             pad_to=config.model.max_length if fixed else 0,
         )
-        for i, rendered in enumerate(data.train)
-    ]
-    return [UnionBatches(every)] if pools else every
+        for i, rendered in data.train.items()
+    }
+    return {0: UnionBatches(list(every.values()))} if pools else {**every}
 
 
 def make_pool(config: RunConfig, module: torch.nn.Module, device: torch.device) -> Executor | None:

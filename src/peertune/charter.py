@@ -24,7 +24,7 @@ from peertune.config import Methods, NonNegative, RunConfig, Section, from_dict
 from peertune.errors import CharterError
 from peertune.identity import Identity, certificate_id, is_signed
 
-OWN_KEYS = {"run": ("out", "device"), "data": ("train", "test"), "model": ("path",)}
+OWN_KEYS = {"run": ("out", "device"), "data": ("train", "test")}
 """Keys of a recipe that are each site's own business, and in no charter."""
 
 
@@ -125,9 +125,15 @@ class Charter(Section):
         return from_dict(self.recipe, methods)[0]
 
 
-def shared_recipe(config: RunConfig) -> dict[str, Any]:
-    """A recipe without the keys that are each site's own, and without empty values, which TOML has not."""
+def shared_recipe(config: RunConfig, *, with_path: bool) -> dict[str, Any]:
+    """A recipe without the keys that are each site's own, and without empty values, which TOML has not.
+
+    Args:
+        with_path: keep model.path, as it means the same everywhere.
+    """
     tree = config.to_dict()
+    if not with_path:
+        del tree["model"]["path"]
     for section, keys in OWN_KEYS.items():
         for key in keys:
             del tree[section][key]

@@ -82,6 +82,9 @@ class Exchange(Protocol):
                 shapes; what has others is refused.
         """
 
+    def saved(self, round: int) -> None:
+        """This peer's state after `round` rounds is on disk: it will not ask for messages of earlier rounds again."""
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know: counters, and later an edge's codec state."""
 

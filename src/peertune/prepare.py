@@ -49,8 +49,8 @@ class Prepared:
     """Data of a run, dealt and tokenised."""
 
     tokenizer: Any
-    train: list[Rendered]
-    """By peer."""
+    train: dict[int, Rendered]
+    """By peer; a site holds its own only, a server none."""
     test: HeldOut
     """What is evaluated: held-out rows, or those kept back for validation."""
     classes: list[dict[str, Any]]
@@ -59,9 +59,11 @@ class Prepared:
     """What a user should know about the rows."""
 
 
-def prepare_data(config: RunConfig, base: Path | None) -> Prepared:
+def prepare_data(config: RunConfig, base: Path | None, site: int | None = None) -> Prepared:
     """Load, deal and tokenise the data.
 
+    Args:
+        site: the peer to which all rows belong; None: they are dealt to all peers.
     Raises:
         ConfigError: rows for validation are to be evaluated, and none are kept back.
         DataError, ModelError: the data or the tokenizer cannot be used.
@@ -72,21 +74,25 @@ def prepare_data(config: RunConfig, base: Path | None) -> Prepared:
         raise ConfigError(
             'eval.split: got "validation", but data.validation_rows = 0 keeps no rows back; set it, such as to 500'
         )
-    table = load_table(section.train, section, base=base)
-    # Labels are those of all rows: one that only validation rows have is still a class.
-    label_names = find_labels(table.rows, section) if section.task == "classification" else []
+    table = load_table(section.train, section, base=base) if section.train else Table([], [])
+    test = load_table(section.test, section, base=base).rows if section.test and not on_validation else []
+    # Labels are those of all rows: one that only validation rows have is still a class. A site may lack one to learn.
+    label_names: list[str] = []
+    if section.task == "classification":
+        label_names = find_labels(table.rows if site is None else [*table.rows, *test], section)
     partition_seed = seed if section.partition.seed is None else section.partition.seed
-    table, validation = keep_back(table, section.validation_rows, partition_seed)
-    test: list[Row] = validation
-    if not on_validation:
-        test = load_table(section.test, section, base=base).rows if section.test else []
-    parts = partition(table.rows, table.source, config.run.num_peers, section, partition_seed)
+    if table.rows:
+        table, validation = keep_back(table, section.validation_rows, partition_seed)
+        test = validation if on_validation else test
+    parts = {} if site is None or not table.rows else {site: np.arange(len(table.rows))}
+    if site is None:
+        parts = dict(enumerate(partition(table.rows, table.source, config.run.num_peers, section, partition_seed)))
     tokenizer = prepare_tokenizer(config, base)
     length = config.model.max_length
-    train = []
-    for peer, rows in enumerate(parts):
+    train = {}
+    for peer, rows in parts.items():
         try:
-            train.append(render([table.rows[i] for i in rows], section, tokenizer, length, label_names))
+            train[peer] = render([table.rows[i] for i in rows], section, tokenizer, length, label_names)
         except DataError as error:
             raise DataError(f"peer {peer}: {error}") from error
     held_out: list[Sample] = []
@@ -102,8 +108,8 @@ def prepare_data(config: RunConfig, base: Path | None) -> Prepared:
         tokenizer=tokenizer,
         train=train,
         test=measured,
-        classes=describe_partition(table.rows, parts, section),
-        notes=[*_shortened(train, length), *remarks(measured, config.eval)],
+        classes=describe_partition(table.rows, list(parts.values()), section),
+        notes=[*_shortened(list(train.values()), length), *remarks(measured, config.eval)],
     )
 
 
@@ -170,8 +176,8 @@ def model_blocks(config: RunConfig, module: nn.Module, frozen: Sequence[str] = (
 
 def check_vocabulary(data: Prepared, num_embeddings: int, path: str) -> None:
     """Refuse a tokenizer that is larger than the model's embedding. Raises ModelError."""
-    samples = [sample for rendered in data.train for sample in rendered.samples] + [*data.test.samples]
-    largest = max(int(sample.input_ids.max()) for sample in samples)
+    samples = [sample for rendered in data.train.values() for sample in rendered.samples] + [*data.test.samples]
+    largest = max((int(sample.input_ids.max()) for sample in samples), default=0)
     largest = max(largest, data.tokenizer.pad_token_id, *(token for label in data.test.labels for token in label), 0)
     if largest >= num_embeddings:
         raise ModelError(

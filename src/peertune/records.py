@@ -31,7 +31,7 @@ def start_event(config: RunConfig, method: Algorithm, data: Prepared, notes: lis
             "cut": rendered.num_cut,
             "dropped": rendered.num_dropped,
         }
-        for shown, rendered in zip(data.classes, data.train, strict=True)
+        for shown, rendered in zip(data.classes, data.train.values(), strict=True)
     ]
     cut, dropped = (sum(peer[key] for peer in held) for key in ("cut", "dropped"))
     if cut or dropped:

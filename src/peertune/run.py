@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,6 +51,17 @@ Connect = Callable[[int, LinkSection], Group]
 """Makes the group of a run, given the number of members and the links to assume where they are simulated."""
 
 
+@dataclass(frozen=True)
+class Site:
+    """One peer with data of its own."""
+
+    index: int
+    counts: Sequence[int]
+    """Samples by peer, as all agreed on them; only W made of them needs it."""
+    check: Callable[[Any, Any], None]
+    """Refuses another base or tokenizer than all agreed on."""
+
+
 class Progress(Protocol):
     """Told how a run goes on. The command line draws bars; tests listen."""
 
@@ -78,6 +89,7 @@ def run(
     progress: Progress | None = None,
     connect: Connect = SimulatedGroup,
     device: str = "",
+    site: Site | None = None,
 ) -> dict[str, Any]:
     """Carry out a recipe.
 
@@ -88,6 +100,7 @@ def run(
         resume: go on from the newest complete checkpoint, or start anew where there is none.
         connect: the runtime.
         device: this process's; empty: the recipe's run.device.
+        site: whose data they are, where they are not dealt to all peers.
     Returns:
         The summary, as written to summary.json.
     Raises:
@@ -108,10 +121,14 @@ def run(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
     reset_peak(placed)
-    data = prepare_data(config, base)
+    data = prepare_data(config, base, None if site is None else site.index)
     module = prepare_model(config, placed, base)
     check_vocabulary(data, core_of(module).get_input_embeddings().weight.shape[0], config.model.path)
-    return Run(config, folder, data, module, progress, [*notes, *data.notes], base or Path(), connect).carry_out(resume)
+    if site is not None:
+        site.check(module, data.tokenizer)
+    counts = [len(rendered.samples) for rendered in data.train.values()] if site is None else site.counts
+    notes = [*notes, *data.notes]
+    return Run(config, folder, data, module, counts, progress, notes, base or Path(), connect).carry_out(resume)
 
 
 def launch(config: RunConfig, *, progress: Progress, **options: Any) -> dict[str, Any]:
@@ -142,6 +159,7 @@ class Run:
         folder: RunFolder,
         data: Prepared,
         module: torch.nn.Module,
+        counts: Sequence[int],
         progress: Progress,
         notes: list[str],
         base: Path = Path(),
@@ -155,7 +173,7 @@ class Run:
             notes.append(
                 'token embedding and output head are one tensor: frozen (model.train_embeddings = "all" trains it)'
             )
-        topology = make_topology(config, method, [len(rendered.samples) for rendered in data.train])
+        topology = make_topology(config, method, counts)
         section = method.graph(config.topology)
         if section != config.topology and not method.pools_data:
             notes.append(
@@ -166,22 +184,23 @@ class Run:
         self.num_peers = topology.num_peers
         self.num_members = self.num_peers + topology.has_hub
         self.group = connect(self.num_members, config.link)
-        batches = [*make_batches(config, data, method.pools_data), None]  # a hub has none
-        held = [data.train] if method.pools_data else [[rendered] for rendered in data.train]
-        self.data_prints = {i: data_print(held[i]) if i < len(held) else "" for i in self.group.hosted}
+        batches = make_batches(config, data, method.pools_data)
+        held = {0: list(data.train.values())} if method.pools_data else {i: [r] for i, r in data.train.items()}
+        self.data_prints = {i: data_print(held.get(i, [])) for i in self.group.hosted}
         self.base_print = self._same_everywhere(base_print(module, own))
         self.members: list[Member] = []
         plain: bool | None = None
         for index in self.group.hosted:
             model = LanguageModel(clone_model(module, own), config.model, has_plain_head=plain)
             plain = model.has_plain_head
-            peer = Peer(index, model, self.blocks, batches[index], config.run.seed)
+            peer = Peer(index, model, self.blocks, batches.get(index), config.run.seed)  # a hub has none
             self.members.append(Member(method(peer, config.algorithm, topology), self.group.exchange(index)))
         # Only now: an instance whose layers were taken over cannot be cloned.
         self.average = LanguageModel(module, config.model, has_plain_head=plain)
         """The base, then wherever an average is wanted; shares what is frozen with the peers."""
         self.peers = [member for member in self.members if not member.is_hub]
         self.method = self.members[0].algorithm
+        self.group.open(self.method)
         self.store = CheckpointStore(folder.checkpoints, self.num_members)
         self.pool = make_pool(config, module, self.device)
         self.cpu_s = dict.fromkeys(self.group.hosted, 0.0)
@@ -348,6 +367,7 @@ class Run:
             member.exchange.load_state_dict(plain["exchange"])
             self.before = Measured(**plain["before"])
             self.cpu_s[member.index] = plain["cpu_s"]
+            member.exchange.saved(done)
             elapsed = plain["wall_s"]
             if self.group.clock is not None:
                 self.group.clock.simulated_s = plain["simulated_s"]
@@ -380,6 +400,7 @@ class Run:
         # Only now that all members have this one.
         for member in self.members:
             self.store.prune(member.index)
+            member.exchange.saved(done)
 
     def _evaluate(self, model: LanguageModel, by_client: bool = False) -> Measured:
         if not self.data.test.samples:

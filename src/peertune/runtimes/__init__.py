@@ -20,7 +20,7 @@ from peertune.algorithms.base import Algorithm, LocalReport
 from peertune.exchange import Exchange, Hop, Inbox, Payload
 from peertune.link import Clock
 
-__all__ = ["Group", "Member", "agree", "play_round", "thread_pool", "weighted_mean"]
+__all__ = ["Group", "Member", "agree", "edges", "play_round", "thread_pool", "weighted_mean"]
 
 T = TypeVar("T")
 
@@ -41,6 +41,9 @@ class Group(Protocol):
     def exchange(self, member: int) -> Exchange:
         """What carries a hosted member's payloads."""
 
+    def open(self, algorithm: Algorithm) -> None:
+        """Connect the hosted members to those with whom the method has them exchange messages: its `edges`."""
+
     def gather(self, values: Sequence[T]) -> list[T | None]:
         """Values that JSON can hold, one for each hosted member -> one for each of all; None for what stays unknown."""
 
@@ -51,6 +54,13 @@ class Group(Protocol):
             tensors: float32, of one shape, one for each hosted member; a hub's is left out.
             weights: by peer.
         """
+
+
+def edges(algorithm: Algorithm) -> list[tuple[int, int]]:
+    """Pairs of members (i, j), i < j, between which anything travels in a whole run; ascending."""
+    hops = [hop for round in range(algorithm.num_rounds) for hop in algorithm.hops(round)]
+    pairs = {pair for hop in [*hops, *algorithm.agreement()] for pair in hop.weights}
+    return sorted({(min(pair), max(pair)) for pair in pairs if pair[0] != pair[1]})
 
 
 def weighted_mean(tensors: Iterable[Tensor], weights: Sequence[float]) -> Tensor:

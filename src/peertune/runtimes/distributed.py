@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from peertune.algorithms.base import Algorithm
 from peertune.config import LinkSection
 from peertune.errors import ConfigError, PeerLostError
 from peertune.exchange import Hop, Inbox, Payload
@@ -94,6 +95,9 @@ class DistributedGroup:
     def exchange(self, member: int) -> DistributedExchange:
         return DistributedExchange(member)
 
+    def open(self, algorithm: Algorithm) -> None:
+        pass  # they are
+
     def gather(self, values: Sequence[T]) -> list[T | None]:
         (value,) = values
         told: list[T | None] = [None] * dist.get_world_size()
@@ -143,6 +147,9 @@ class DistributedExchange:
         if self._peer in weights:
             payloads[self._peer] = shapes
         return Inbox(weights, payloads)
+
+    def saved(self, round: int) -> None:
+        pass  # all peers of the run stop and go on together
 
     def state_dict(self) -> dict[str, Any]:
         return {"sent": self.sent.state_dict()}

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from peertune.algorithms.base import Algorithm
 from peertune.config import LinkSection
 from peertune.exchange import Hop, Inbox, Payload
 from peertune.link import Clock
@@ -33,6 +34,9 @@ class SimulatedGroup:
 
     def exchange(self, member: int) -> SimulatedExchange:
         return self._mailbox.endpoint(member)
+
+    def open(self, algorithm: Algorithm) -> None:
+        pass  # they are
 
     def gather(self, values: Sequence[T]) -> list[T | None]:
         return list(values)
@@ -89,6 +93,9 @@ class SimulatedExchange:
     def finish(self, round: int, hop: Hop, like: Callable[[], Payload]) -> Inbox | None:
         inbox = self._mailbox.collect(hop.sources(self._peer))
         return inbox if inbox.weights else None
+
+    def saved(self, round: int) -> None:
+        pass  # all peers of the run stop and go on together
 
     def state_dict(self) -> dict[str, Any]:
         return {"sent": self.sent.state_dict()}

@@ -1,0 +1,187 @@
+"""What a site does, a function a command: write a charter, sign it, take part in the run it describes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import peertune
+from peertune.algorithms import ALGORITHMS, METHODS
+from peertune.assemble import make_topology
+from peertune.charter import (
+    Charter,
+    Member,
+    check_members,
+    read_charter,
+    shared_recipe,
+    write_charter,
+)
+from peertune.config import RunConfig, from_dict, load_recipe
+from peertune.errors import CharterError, ConfigError
+from peertune.identity import load_identity
+from peertune.model.language_model import LanguageModel
+from peertune.model.load import TINY, resolve_path
+from peertune.peer import Peer
+from peertune.prepare import base_print, model_blocks, prepare_model, prepare_tokenizer
+from peertune.run import Progress, Site, run
+from peertune.run_folder import RunFolder
+from peertune.runtimes import edges
+from peertune.runtimes.network import AuditLog, NetworkGroup, Node
+
+SITE_KEYS = (
+    *("run.device", "run.threads", "run.log_every", "data.text_field", "data.text_b_field", "data.label_field"),
+    *("data.instruction_field", "data.input_field", "data.output_field", "data.messages_field", "data.tools_field"),
+)
+"""Keys a site may set for itself: how its own files and machine are."""
+
+
+def new_charter(
+    recipe: Path, overrides: Sequence[str], members: Sequence[Member], expires: date, to: Path, grace_s: float
+) -> Charter:
+    """Write an unsigned charter for a recipe and its members.
+
+    Raises:
+        InputError: the recipe, the members or the file cannot be used.
+    """
+    if to.exists():
+        raise CharterError(f"--to: {to} exists already; name a new file")
+    config, _ = load_recipe(recipe, overrides, METHODS)
+    method = ALGORITHMS[config.algorithm.name]
+    if method.pools_data:
+        raise CharterError(f"algorithm.name: got {config.algorithm.name!r}, which trains on all data in one place")
+    counts = [member.samples for member in members][: config.run.num_peers]
+    if method.graph(config.topology).weights == "samples" and not all(counts):
+        raise CharterError(
+            f"--member: {config.algorithm.name} weights sites by their number of samples; add #SAMPLES to each member"
+        )
+    counts += [1] * (config.run.num_peers - len(counts))
+    module = prepare_model(config, torch.device("cpu"), recipe.parent)
+    topology = make_topology(config, method, counts)
+    base, tokenizer = fingerprints(module, prepare_tokenizer(config, recipe.parent))
+    model = LanguageModel(module, config.model)
+    peer = Peer(0, model, model_blocks(config, module, method.frozen), None, config.run.seed)
+    neighbors = edges(method(peer, config.algorithm, topology))
+    check_members(members, topology.num_peers + topology.has_hub, neighbors)
+    charter = Charter(
+        version=peertune.__version__,
+        expires=expires,
+        base=base,
+        tokenizer=tokenizer,
+        grace_s=grace_s,
+        recipe=shared_recipe(config, with_path=_is_named(config.model.path, recipe.parent)),
+        members=list(members),
+    )
+    write_charter(charter, to)
+    return charter
+
+
+def sign_charter(path: Path, identity: Path) -> Charter:
+    """Add this site's signature to a charter. Raises CharterError, IdentityError."""
+    charter = read_charter(path).signed(load_identity(identity))
+    write_charter(charter, path)
+    return charter
+
+
+def join(
+    path: Path,
+    *,
+    identity: Path,
+    train: str,
+    test: str,
+    out: Path,
+    listen: str,
+    model: str,
+    overrides: Sequence[str],
+    progress: Progress,
+) -> dict[str, Any]:
+    """Take part in the run of a charter; started again, go on from this site's last checkpoint.
+
+    Args:
+        path: the charter, signed by all.
+        identity: folder of this site's key.
+        train: this site's training data; empty on a server only.
+        test: its held-out data; empty: nothing is evaluated.
+        out: folder of the run.
+        listen: HOST:PORT to open; empty: the port of this site's address in the charter, on all interfaces; none
+            without an address.
+        model: where the base lies here; empty: as in the recipe.
+        overrides: `section.key=value` of `SITE_KEYS`.
+    Returns:
+        The summary, as this site knows it.
+    Raises:
+        InputError: the charter does not hold, or something given cannot be used.
+        RunError: the run had to stop; the same command goes on.
+    """
+    charter, own = read_charter(path), load_identity(identity)
+    charter.check()
+    index = charter.index_of(own.id)
+    config = site_config(charter, train, test, out, model, overrides)
+    num_peers = config.run.num_peers
+    if bool(train) != (index < num_peers):
+        role = "a peer, which trains" if index < num_peers else "the server, which has no data"
+        raise ConfigError(f"--data: got {train!r}, but {charter.members[index].name} is {role}")
+    address = charter.members[index].address
+    port = address.rpartition(":")[2]
+    node = Node(charter, own, listen or (f"[::]:{port}" if port else ""), AuditLog(out / "audit.jsonl"))
+    resume = RunFolder(out).holds_run
+    counts = [member.samples or 1 for member in charter.members[:num_peers]]
+    site = Site(index, counts, partial(_check_base, charter, config.model.path))
+    done = False
+    try:
+        summary = run(
+            config,
+            base=path.parent,
+            resume=resume,
+            progress=progress,
+            connect=lambda num_members, link: NetworkGroup(node),
+            site=site,
+        )
+        done = True
+        return summary
+    finally:
+        node.stop(charter.grace_s if done else 0.0)
+
+
+def site_config(charter: Charter, train: str, test: str, out: Path, model: str, overrides: Sequence[str]) -> RunConfig:
+    """The charter's recipe with this site's own keys. Raises ConfigError."""
+    for text in overrides:
+        if text.partition("=")[0].strip() not in SITE_KEYS:
+            raise ConfigError(f"--set {text!r}: the charter fixes this key; a site may set {', '.join(SITE_KEYS)}")
+    tree = charter.config(METHODS).to_dict()
+    tree["data"] |= {"train": train, "test": test}
+    tree["run"]["out"] = str(out)
+    tree["model"]["path"] = model or tree["model"]["path"]
+    for text in overrides:
+        key, _, value = text.partition("=")
+        section, name = key.strip().split(".")
+        tree[section][name] = int(value) if value.strip().isdecimal() else value.strip()
+    return from_dict(tree, METHODS)[0]
+
+
+def _is_named(path: str, base: Path) -> bool:
+    """Whether a base's path means the same at all sites: a hub's name, or the packaged model."""
+    return path == TINY or not Path(resolve_path(path, base)).is_dir()
+
+
+def fingerprints(module: Any, tokenizer: Any) -> tuple[str, str]:
+    """Hashes of the base with its adapter, and of the tokenizer with its chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = backend.to_str() if backend is not None else str(sorted(tokenizer.get_vocab().items()))
+    text = f"{words}\n{tokenizer.chat_template}"
+    return base_print(module, set()), hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_base(charter: Charter, path: str, module: Any, tokenizer: Any) -> None:
+    found, agreed = fingerprints(module, tokenizer), (charter.base, charter.tokenizer)
+    for what, mine, theirs in zip(("weights", "tokenizer"), found, agreed, strict=True):
+        if mine != theirs:
+            raise CharterError(
+                f"model.path: the {what} in {path!r} are not those of the charter; get the same base as"
+                " the other sites, and name its folder with --model"
+            )

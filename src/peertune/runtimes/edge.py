@@ -1,0 +1,309 @@
+"""One neighbour, as a site sees him: what is on its way to him and from him. No clock, no thread, no network.
+
+Both ends of an edge run the same protocol, in frames over whatever stream connects them, and may lose and regain that
+stream at any moment:
+
+    HELLO boot                          a stream begins; boot tells whether the sender is still the same process
+    OFFER key, size, hash of header     a message is ready
+    WANT  key, offset                   the receiver knows its shapes, has made room, and holds `offset` bytes already
+    CHUNK key, offset, hash, bytes      at most CHUNK_SIZE of it
+    GOT   key                           all of it has arrived, or is needed no more
+    SAVED round                         whoever says this has a checkpoint of that round: it will never again ask for a
+                                        message of an earlier one
+    BEAT  round                         nothing else to say
+    DONE                                this site has finished the run
+
+A key is (round, number of the hop in it). Messages are kept until the neighbour has a checkpoint beyond them, so one
+who was killed and came back asks for them again and computes bitwise what he computed before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peertune.exchange import Payload
+from peertune.wire import header, payload_size
+
+Key = tuple[int, int]
+CHUNK_SIZE = 1 << 20
+HASH_SIZE = 16
+MAX_OFFERS = 1 << 16
+"""Messages a neighbour may announce ahead of us."""
+
+
+class Kind(IntEnum):
+    HELLO, OFFER, WANT, CHUNK, GOT, SAVED, BEAT, DONE = range(1, 9)
+
+
+LAYOUT = {
+    Kind.HELLO: struct.Struct("<B8s"),
+    Kind.OFFER: struct.Struct(f"<BIIQ{HASH_SIZE}s"),
+    Kind.WANT: struct.Struct("<BIIQ"),
+    Kind.CHUNK: struct.Struct(f"<BIIQ{HASH_SIZE}s"),
+    Kind.GOT: struct.Struct("<BII"),
+    Kind.SAVED: struct.Struct("<BI"),
+    Kind.BEAT: struct.Struct("<BI"),
+    Kind.DONE: struct.Struct("<B"),
+}
+MAX_FRAME = CHUNK_SIZE + LAYOUT[Kind.CHUNK].size
+
+
+class ProtocolError(Exception):
+    """A neighbour sent what no peertune sends; nothing of it is used."""
+
+
+@dataclass
+class Outgoing:
+    """A message to the neighbour; its tensors are snapshots that nobody writes to."""
+
+    parts: list[memoryview]
+    size: int
+    hash: bytes
+
+
+@dataclass
+class Incoming:
+    """A message from the neighbour, in memory of its own."""
+
+    like: Payload
+    size: int
+    hash: bytes
+    done: Callable[[Payload | None], None]
+    """Told the payload when it is whole; None: it will not come."""
+    buffer: Tensor = field(init=False)
+    view: memoryview = field(init=False)
+    offset: int = 0
+
+    def make_room(self) -> None:
+        self.buffer = torch.empty(self.size // 4, dtype=torch.float32)
+        self.view = _view(self.buffer)
+
+
+class Edge:
+    """What is on its way between this site and one neighbour.
+
+    Every method that returns frames returns them for the stream that is connected now, if any. They are made when they
+    are iterated over, so a large message is not copied whole.
+    """
+
+    def __init__(self) -> None:
+        self.outbox: dict[Key, Outgoing] = {}
+        self.inbox: dict[Key, Incoming] = {}
+        self.offers: dict[Key, tuple[int, bytes]] = {}
+        self.closed: Key = (-1, 0)
+        """Messages up to this one have arrived, or are needed no more."""
+        self.saved = 0
+        """Round of this site's newest checkpoint."""
+        self.boot, self.peer_boot = os.urandom(8), b""
+        self.round = 0
+        self.is_finished = self.peer_is_finished = False
+        self.peer_round = self.peer_saved = 0
+        self.delivered: set[Key] = set()
+        """Messages of the outbox that the neighbour has."""
+
+    def connected(self) -> Iterator[bytes]:
+        """A new stream begins: forget what was said on the old one, and say it anew."""
+        self.offers.clear()
+        frames = [_pack(Kind.HELLO, self.boot), _pack(Kind.SAVED, self.saved)]
+        frames += [_pack(Kind.OFFER, *key, message.size, message.hash) for key, message in self.outbox.items()]
+        return iter([*frames, *([_pack(Kind.DONE)] if self.is_finished else [])])
+
+    def post(self, key: Key, payload: Payload) -> Iterable[bytes]:
+        """Make a message ready for the neighbour."""
+        parts = [_view(payload[name].detach().cpu().contiguous().view(-1)) for name in sorted(payload)]
+        message = Outgoing(parts, payload_size(payload), _hash(header(payload)))
+        self.outbox[key] = message
+        return [_pack(Kind.OFFER, *key, message.size, message.hash)]
+
+    def expect(self, key: Key, like: Payload, done: Callable[[Payload | None], None]) -> Iterable[bytes]:
+        """Ask for a message of given names and shapes; `done` is told when it is there."""
+        incoming = Incoming(like, payload_size(like), _hash(header(like)), done)
+        self.inbox[key] = incoming
+        if key in self.offers:
+            return self._want(key, incoming)
+        return []
+
+    def give_up(self, key: Key) -> None:
+        """Go on without a message; should it come later, it is dropped."""
+        incoming = self.inbox.pop(key, None)
+        self.closed = max(self.closed, key)
+        if incoming is not None:
+            incoming.done(None)
+
+    def checkpointed(self, round: int) -> Iterable[bytes]:
+        """This site has a checkpoint of that round."""
+        self.saved = round
+        return [_pack(Kind.SAVED, round)]
+
+    def finished(self) -> Iterable[bytes]:
+        """This site has all it needs."""
+        self.is_finished = True
+        return [_pack(Kind.DONE)]
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the neighbour needs this site no more."""
+        return self.peer_is_finished
+
+    def beat(self) -> bytes:
+        return _pack(Kind.BEAT, self.round)
+
+    def receive(self, frame: bytes) -> Iterable[bytes]:
+        """Take a frame in; returns what to answer.
+
+        Raises:
+            ProtocolError: it is none of ours, or not in its place.
+        """
+        kind, fields, rest = _unpack(frame)
+        if kind is Kind.OFFER:
+            return self._offered((fields[0], fields[1]), fields[2], fields[3])
+        if kind is Kind.WANT:
+            return self._wanted((fields[0], fields[1]), fields[2])
+        if kind is Kind.CHUNK:
+            return self._arrived((fields[0], fields[1]), fields[2], fields[3], rest)
+        if kind is Kind.HELLO:
+            if fields[0] != self.peer_boot:
+                # A new process makes its messages anew: no part of an old one is put together with those.
+                for incoming in self.inbox.values():
+                    incoming.offset = 0
+            self.peer_boot = fields[0]
+        elif kind is Kind.GOT:
+            if (fields[0], fields[1]) in self.outbox:
+                self.delivered.add((fields[0], fields[1]))
+        elif kind is Kind.SAVED:
+            self.peer_saved = fields[0]
+            for key in [key for key in self.outbox if key[0] < fields[0]]:
+                del self.outbox[key]
+                self.delivered.discard(key)
+        elif kind is Kind.BEAT:
+            self.peer_round = fields[0]
+        else:
+            self.peer_is_finished = True
+        return []
+
+    def _offered(self, key: Key, size: int, hash: bytes) -> Iterable[bytes]:
+        self.peer_round = max(self.peer_round, key[0])
+        if key <= self.closed:
+            return [_pack(Kind.GOT, *key)]
+        if len(self.offers) >= MAX_OFFERS:
+            raise ProtocolError(f"announced more than {MAX_OFFERS} messages")
+        self.offers[key] = (size, hash)
+        # Offers come in order, so what is older and was not among them is not kept any more.
+        for old in [old for old in self.inbox if old < key and old not in self.offers]:
+            self.give_up(old)
+        incoming = self.inbox.get(key)
+        return [] if incoming is None else self._want(key, incoming)
+
+    def _want(self, key: Key, incoming: Incoming) -> Iterable[bytes]:
+        if self.offers[key] != (incoming.size, incoming.hash):
+            raise ProtocolError(
+                f"announced a message of {self.offers[key][0]} bytes for round {key[0]}, expected {incoming.size}, and"
+                " the same names and shapes as here"
+            )
+        if not incoming.offset:
+            incoming.make_room()
+            if not incoming.size:
+                return self._complete(key, incoming)
+        return [_pack(Kind.WANT, *key, incoming.offset)]
+
+    def _wanted(self, key: Key, offset: int) -> Iterable[bytes]:
+        message = self.outbox.get(key)
+        if message is None:
+            return []  # asked for before it was made, on a stream that began in between: the offer follows
+        if offset > message.size or offset % CHUNK_SIZE:
+            raise ProtocolError(f"asked for byte {offset} of a message of {message.size}")
+        return _chunks(key, message, offset)
+
+    def _arrived(self, key: Key, offset: int, hash: bytes, data: memoryview) -> Iterable[bytes]:
+        incoming = self.inbox.get(key)
+        if incoming is None:
+            if key <= self.closed:
+                return []
+            raise ProtocolError(f"sent a part of a message of round {key[0]} that nobody asked for")
+        if offset < incoming.offset:
+            return []  # of an answer to an earlier stream's question
+        expected = min(CHUNK_SIZE, incoming.size - incoming.offset)
+        if key not in self.offers or offset != incoming.offset or len(data) != expected:
+            raise ProtocolError(
+                f"sent {len(data)} bytes at {offset} of a message of round {key[0]}, expected {expected} at"
+                f" {incoming.offset}"
+            )
+        if _hash(data) != hash:
+            raise ProtocolError(f"sent bytes at {offset} of a message of round {key[0]} that do not match their hash")
+        incoming.view[offset : offset + len(data)] = data
+        incoming.offset += len(data)
+        return self._complete(key, incoming) if incoming.offset == incoming.size else []
+
+    def _complete(self, key: Key, incoming: Incoming) -> Iterable[bytes]:
+        del self.inbox[key]
+        for old in [old for old in self.offers if old <= key]:
+            del self.offers[old]
+        self.closed = max(self.closed, key)
+        if not bool(torch.isfinite(incoming.buffer).all()):
+            incoming.done(None)
+            raise ProtocolError(f"sent NaN or infinity in round {key[0]}")
+        incoming.done(_split(incoming.buffer, incoming.like))
+        return [_pack(Kind.GOT, *key)]
+
+
+def _split(flat: Tensor, like: Payload) -> Payload:
+    names = sorted(like)
+    parts = torch.split(flat, [like[name].numel() for name in names])
+    return {name: part.view(like[name].shape) for name, part in zip(names, parts, strict=True)}
+
+
+def _chunks(key: Key, message: Outgoing, offset: int) -> Iterator[bytes]:
+    """Frames of a message from an offset on, one copied at a time."""
+    for start in range(offset, message.size, CHUNK_SIZE):
+        data = _cut(message.parts, start, min(CHUNK_SIZE, message.size - start))
+        yield _pack(Kind.CHUNK, *key, start, _hash(data)) + data
+
+
+def _cut(parts: list[memoryview], start: int, size: int) -> bytes:
+    """`size` bytes from `start` on of the parts put together."""
+    found = []
+    for part in parts:
+        if start < len(part):
+            piece = part[start : start + size]
+            found.append(piece)
+            size -= len(piece)
+            if not size:
+                break
+        start = max(0, start - len(part))
+    return b"".join(found)
+
+
+def _view(tensor: Tensor) -> memoryview:
+    """The bytes of a flat tensor, shared with it."""
+    flat: Any = tensor.numpy()
+    return memoryview(flat).cast("B") if tensor.numel() else memoryview(b"")
+
+
+def _hash(data: Any) -> bytes:
+    return hashlib.sha256(data).digest()[:HASH_SIZE]
+
+
+def _pack(kind: Kind, *fields: Any) -> bytes:
+    return LAYOUT[kind].pack(kind, *fields)
+
+
+def _unpack(frame: bytes) -> tuple[Kind, tuple[Any, ...], memoryview]:
+    try:
+        kind = Kind(frame[0])
+        layout = LAYOUT[kind]
+        fields = layout.unpack_from(frame)
+    except (IndexError, ValueError, struct.error):
+        raise ProtocolError("sent bytes that are no frame") from None
+    rest = memoryview(frame)[layout.size :]
+    if rest and kind is not Kind.CHUNK:
+        raise ProtocolError(f"sent a frame {kind.name} that is too long")
+    return kind, fields[1:], rest

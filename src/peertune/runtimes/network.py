@@ -1,0 +1,367 @@
+"""One process a site, over the internet: gRPC with mutual TLS, and nobody answered who is not in the charter.
+
+An edge is dialled by one of its ends and both directions use that connection, so a site behind a firewall needs no open
+port. All input and output runs in a thread of its own, beside training; the protocol is `edge`'s. A neighbour out of
+reach is waited for `grace_s`; then the round goes on without him, his weight on this site's own message, until he is
+back. A connection on which nothing comes for `stall_s` is given up and dialled anew, however long a transfer may take.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+from torch import Tensor
+
+from peertune.algorithms.base import Algorithm
+from peertune.charter import Charter, difference
+from peertune.errors import CharterError, IdentityError, PeerLostError
+from peertune.exchange import Hop, Inbox, Payload
+from peertune.identity import Identity, certificate_id
+from peertune.link import Clock
+from peertune.runtimes import edges
+from peertune.runtimes.edge import MAX_FRAME, Edge, Key, ProtocolError
+from peertune.wire import Traffic
+
+T = TypeVar("T")
+METHOD = "/peertune.Peer/Link"
+CHARTER_KEY = "peertune-charter"
+OPTIONS = [("grpc.max_receive_message_length", MAX_FRAME), ("grpc.max_send_message_length", MAX_FRAME)]
+BEAT_S = 1.0
+"""Seconds after which a silent connection says that it is alive."""
+REDIAL_S = (0.2, 10.0)
+"""Seconds between attempts to reach a neighbour: first, and at most; doubled in between."""
+
+
+class Neighbor:
+    """One edge's connection: streams come and go, `edge` stays."""
+
+    def __init__(self, name: str, charter: Charter, log: Callable[..., None]) -> None:
+        self.edge, self.name, self.charter, self.log = Edge(), name, charter, log
+        self.last_heard = time.monotonic()
+        self.is_connected = False
+        self.is_absent = False
+        """Whether a round has gone on without it, and it has not been back since."""
+        self._queue: asyncio.Queue[Iterable[bytes]] = asyncio.Queue()
+        self._talk: asyncio.Task[Any] | None = None
+
+    def say(self, frames: Iterable[bytes]) -> None:
+        if self.is_connected:
+            self._queue.put_nowait(frames)
+
+    def post(self, key: Key, payload: Payload) -> None:
+        self.say(self.edge.post(key, payload))
+
+    def expect(self, key: Key, like: Payload, done: Callable[[Payload | None], None]) -> None:
+        self.edge.round = key[0]
+        self.say(self.edge.expect(key, like, done))
+
+    def checkpointed(self, round: int) -> None:
+        self.say(self.edge.checkpointed(round))
+
+    async def talk(self, read: Callable[[], Awaitable[Any]], write: Callable[[bytes], Awaitable[None]]) -> None:
+        """Carry the edge over one stream until it ends, or the next one begins."""
+        if self._talk is not None:
+            self._talk.cancel()  # the other end is back before this one saw it go
+        self._talk = this = asyncio.current_task()
+        self._queue = asyncio.Queue()
+        self._queue.put_nowait(self.edge.connected())
+        self.is_connected, self.last_heard = True, time.monotonic()
+        self.log("connected", peer=self.name)
+        writer = asyncio.create_task(self._write(write, self._queue))
+        try:
+            while True:
+                frame = await asyncio.wait_for(read(), self.charter.stall_s)
+                if frame is grpc.aio.EOF:
+                    break
+                self.last_heard, self.is_absent = time.monotonic(), False
+                self.say(self.edge.receive(frame))
+        except TimeoutError:
+            self.log("stalled", peer=self.name, seconds=self.charter.stall_s)
+        except ProtocolError as error:
+            self.log("refused", peer=self.name, reason=str(error))
+        except grpc.RpcError:
+            pass  # it is gone; whoever dials tries again
+        finally:
+            writer.cancel()
+            if self._talk is this:
+                self._talk, self.is_connected = None, False
+                self.log("disconnected", peer=self.name)
+
+    async def _write(self, write: Callable[[bytes], Awaitable[None]], queue: asyncio.Queue[Iterable[bytes]]) -> None:
+        try:
+            while True:
+                try:
+                    frames = await asyncio.wait_for(queue.get(), BEAT_S)
+                except TimeoutError:
+                    frames = [self.edge.beat()]
+                for frame in frames:
+                    await write(frame)
+        except (grpc.RpcError, asyncio.InvalidStateError):
+            pass  # the reader sees it too
+
+
+class Node:
+    """This site's end of all its edges, in a thread with an event loop.
+
+    Args:
+        charter: signed by all, and checked.
+        identity: this site's; a member's.
+        listen: HOST:PORT to open; empty: none.
+        log: told what happens, for the audit log.
+    """
+
+    def __init__(
+        self,
+        charter: Charter,
+        identity: Identity,
+        listen: str,
+        log: Callable[..., None],
+    ) -> None:
+        self.charter, self.identity, self.listen, self.log = charter, identity, listen, log
+        self.index = charter.index_of(identity.id)
+        self.neighbors: dict[int, Neighbor] = {}
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="network", daemon=True)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._server: Any = None
+
+    def start(self, edges: Sequence[tuple[int, int]]) -> None:
+        """Open the port and dial. Raises IdentityError where the port cannot be opened.
+
+        Args:
+            edges: pairs of members that exchange messages.
+        """
+        others = sorted({i + j - self.index for i, j in edges if self.index in (i, j)})
+        self.neighbors = {i: Neighbor(self.charter.members[i].name, self.charter, self.log) for i in others}
+        self._thread.start()
+        self.call(self._start())
+
+    def stop(self, linger_s: float) -> None:
+        """Close, after at most `linger_s` seconds in which neighbours may still fetch what they need."""
+        if not self._thread.is_alive():
+            return
+        self.call(self._stop(linger_s))
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    def call(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do something in the network's thread and wait for it."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def soon(self, work: Callable[[], None]) -> None:
+        """Do something in the network's thread."""
+        self._loop.call_soon_threadsafe(work)
+
+    async def _start(self) -> None:
+        for index in self.neighbors:
+            if self._dials(index):
+                self._tasks.append(asyncio.create_task(self._dial(index)))
+        if not self.listen:
+            return
+        roots = b"".join(self.charter.certificate(index) for index in range(len(self.charter.members)))
+        pair = [(self.identity.key_pem, self.identity.certificate_pem)]
+        credentials = grpc.ssl_server_credentials(pair, roots, require_client_auth=True)
+        self._server = grpc.aio.server(options=[*OPTIONS, ("grpc.so_reuseport", 0)])
+        self._server.add_generic_rpc_handlers([_Handler(self._serve)])
+        try:
+            self._server.add_secure_port(self.listen, credentials)
+        except RuntimeError as error:
+            raise IdentityError(f"--listen: {self.listen} cannot be opened: {error}; name another port") from error
+        await self._server.start()
+
+    async def _stop(self, linger_s: float) -> None:
+        for neighbor in self.neighbors.values():
+            neighbor.say(neighbor.edge.finished())
+        end = time.monotonic() + linger_s
+        while time.monotonic() < end and not all(n.edge.is_settled for n in self.neighbors.values()):
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(0.05)  # so that the last frames are out
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._server is not None:
+            await self._server.stop(0.5)
+
+    def _dials(self, index: int) -> bool:
+        """Whether this end dials: the one that has to, else the lower index."""
+        mine, theirs = (bool(self.charter.members[i].address) for i in (self.index, index))
+        return theirs and (not mine or self.index < index)
+
+    async def _dial(self, index: int) -> None:
+        member, neighbor = self.charter.members[index], self.neighbors[index]
+        credentials = grpc.ssl_channel_credentials(
+            self.charter.certificate(index), self.identity.key_pem, self.identity.certificate_pem
+        )
+        options = [*OPTIONS, ("grpc.ssl_target_name_override", member.id), ("grpc.enable_retries", 0)]
+        metadata = ((CHARTER_KEY, json.dumps(self.charter.parts())),)
+        wait = REDIAL_S[0]
+        while True:
+            async with grpc.aio.secure_channel(member.address, credentials, options=options) as channel:
+                try:
+                    await asyncio.wait_for(channel.channel_ready(), self.charter.stall_s)
+                    call = channel.stream_stream(METHOD)(metadata=metadata)
+                    await neighbor.talk(call.read, call.write)
+                    if await call.code() is grpc.StatusCode.FAILED_PRECONDITION:
+                        self.log("refused_by", peer=member.name, reason=await call.details())
+                    wait = REDIAL_S[0]
+                except (TimeoutError, grpc.RpcError):
+                    pass
+            await asyncio.sleep(wait)
+            wait = min(2 * wait, REDIAL_S[1])
+
+    async def _serve(self, _: Any, context: Any) -> None:
+        """Take a stream that was dialled from outside."""
+        (certificate,) = context.auth_context()["x509_pem_cert"]
+        try:
+            index = self.charter.index_of(certificate_id(certificate))
+        except (CharterError, IdentityError):
+            self.log("stranger", peer=context.peer())
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, "no member")
+        neighbor = self.neighbors.get(index)
+        if neighbor is None:
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, "no neighbour")
+            return
+        told = dict(context.invocation_metadata()).get(CHARTER_KEY, "{}")
+        try:
+            differs = difference(self.charter, json.loads(told))
+        except (ValueError, AttributeError):
+            differs = "everything"
+        if differs:
+            reason = f"another charter than {self.charter.members[self.index].name}'s: {differs} differ"
+            self.log("refused", peer=self.charter.members[index].name, reason=reason)
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, reason)
+        await neighbor.talk(context.read, context.write)
+
+
+class _Handler(grpc.GenericRpcHandler):  # type: ignore[misc]
+    def __init__(self, serve: Callable[[Any, Any], Awaitable[None]]) -> None:
+        self._serve = serve
+
+    def service(self, details: Any) -> Any:
+        return grpc.stream_stream_rpc_method_handler(self._serve) if details.method == METHOD else None
+
+
+class NetworkGroup:
+    """Implements `peertune.runtimes.Group` for one site: what others measured stays with them."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.hosted: Sequence[int] = [node.index]
+        self.is_recorder = True
+        self.clock: Clock | None = None
+
+    def exchange(self, member: int) -> NetworkExchange:
+        return NetworkExchange(self.node)
+
+    def open(self, algorithm: Algorithm) -> None:
+        self.node.start(edges(algorithm))
+
+    def gather(self, values: Sequence[T]) -> list[T | None]:
+        told: list[T | None] = [None] * len(self.node.charter.members)
+        (told[self.node.index],) = values
+        return told
+
+    def mean(self, tensors: Iterable[Tensor], weights: Sequence[float]) -> None:
+        return None
+
+
+class NetworkExchange:
+    """Implements `peertune.exchange.Exchange` for one site."""
+
+    def __init__(self, node: Node) -> None:
+        self._node, self._peer = node, node.index
+        self._key: Key = (-1, 0)
+        self._out: Payload | None = None
+        self.sent = Traffic()
+
+    def start(self, round: int, hop: Hop, out: Payload | None) -> None:
+        self._key = (round, self._key[1] + 1) if self._key[0] == round else (round, 0)
+        self._out = out
+        if out is None:
+            return
+        targets = hop.targets(self._peer)
+        size = self.sent.count(targets, out)
+        for target in targets:
+            self._node.soon(partial(self._node.neighbors[target].post, self._key, out))
+            name, each = self._node.neighbors[target].name, size // len(targets)
+            self._node.log("sent", peer=name, round=round, hop=hop.name, tensors=len(out), bytes=each)
+
+    def finish(self, round: int, hop: Hop, like: Callable[[], Payload]) -> Inbox | None:
+        out, self._out = self._out, None
+        weights = hop.sources(self._peer)
+        if not weights:
+            return None
+        remote = [source for source in weights if source != self._peer]
+        shapes = like() if out is None else out
+        arrivals = {source: self._expect(source, shapes) for source in remote}
+        payloads: dict[int, Payload] = {} if self._peer not in weights else {self._peer: shapes}
+        missing = []
+        for source, arrival in arrivals.items():
+            payload = self._wait(source, arrival)
+            if payload is None:
+                missing.append(source)
+            else:
+                payloads[source] = payload
+        if missing:
+            names = ", ".join(self._node.neighbors[source].name for source in missing)
+            self._node.log("left_out", peers=names, round=round, hop=hop.name)
+            if hop.name != "gossip" or self._peer not in weights:
+                raise PeerLostError(
+                    f"round {round}, hop {hop.name!r}: {names} did not come back within"
+                    f" {self._node.charter.grace_s:g} s, and this hop cannot go on without; join again with the same"
+                    " command when they are back"
+                )
+            weights = {source: weight for source, weight in weights.items() if source not in missing}
+            weights[self._peer] += sum(hop.weights[source, self._peer] for source in missing)
+        return Inbox(weights, payloads)
+
+    def _expect(self, source: int, like: Payload) -> Future[Payload | None]:
+        arrival: Future[Payload | None] = Future()
+        self._node.soon(partial(self._node.neighbors[source].expect, self._key, like, arrival.set_result))
+        return arrival
+
+    def _wait(self, source: int, arrival: Future[Payload | None]) -> Payload | None:
+        """The payload; None where the neighbour has been out of reach for the grace."""
+        neighbor = self._node.neighbors[source]
+        while True:
+            try:
+                return arrival.result(timeout=0.2)
+            except TimeoutError:
+                late = time.monotonic() - neighbor.last_heard > self._node.charter.grace_s
+                if not neighbor.is_connected and (late or neighbor.is_absent):
+                    neighbor.is_absent = True
+                    self._node.soon(partial(neighbor.edge.give_up, self._key))
+
+    def saved(self, round: int) -> None:
+        for neighbor in self._node.neighbors.values():
+            self._node.soon(partial(neighbor.checkpointed, round))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sent": self.sent.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.sent.load_state_dict(state["sent"])
+
+
+class AuditLog:
+    """DIR/audit.jsonl: what left this site, to whom and when, and who was missing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+
+    def __call__(self, event: str, **fields: Any) -> None:
+        line = json.dumps({"time": round(time.time(), 3), "event": event, **fields})
+        with self._lock:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")

@@ -1,0 +1,241 @@
+"""The protocol of one edge, without a network: what arrives, over streams that break, from neighbours who lie."""
+
+import struct
+from collections import deque
+from collections.abc import Iterable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peertune.exchange import Payload
+from peertune.runtimes import edge as module
+from peertune.runtimes.edge import Edge, Key, Kind, ProtocolError
+
+
+def make_payload(seed: int = 0, size: int = 5) -> dict[str, torch.Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    return {"w": torch.randn(size, 3, generator=rng), "b": torch.randn(7, generator=rng), "empty": torch.zeros(0)}
+
+
+def same(one: Payload | None, other: Payload) -> bool:
+    return one is not None and one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in other)
+
+
+class Pair:
+    """Two ends and the stream between them, which may be cut after any number of frames."""
+
+    def __init__(self) -> None:
+        self.ends = [Edge(), Edge()]
+        self.queues: list[deque[bytes]] = [deque(), deque()]
+        self.got: list[dict[Key, Payload | None]] = [{}, {}]
+        self.is_connected = False
+
+    def connect(self) -> None:
+        self.is_connected = True
+        for queue in self.queues:
+            queue.clear()
+        for end in (0, 1):
+            self.say(end, self.ends[end].connected())
+
+    def say(self, end: int, frames: Iterable[bytes]) -> None:
+        if self.is_connected:
+            self.queues[1 - end].extend(frames)
+
+    def post(self, end: int, key: Key, payload: Payload) -> None:
+        self.say(end, self.ends[end].post(key, payload))
+
+    def expect(self, end: int, key: Key, like: Payload) -> None:
+        self.say(end, self.ends[end].expect(key, like, lambda found: self.got[end].update({key: found})))
+
+    def run(self, frames: int = 10_000) -> None:
+        for _ in range(frames):
+            for end in (0, 1):
+                if self.queues[end]:
+                    self.say(end, self.ends[end].receive(self.queues[end].popleft()))
+        if frames < 10_000:
+            self.is_connected = False
+
+
+@pytest.mark.parametrize("expected_first", [True, False])
+def test_a_message_arrives_whole(expected_first: bool) -> None:
+    pair, payload = Pair(), make_payload()
+    pair.connect()
+    steps = [lambda: pair.expect(1, (0, 0), make_payload(9)), lambda: pair.post(0, (0, 0), payload)]
+    for step in steps if expected_first else reversed(steps):
+        step()
+        pair.run()
+    assert same(pair.got[1][0, 0], payload)
+    assert pair.ends[0].delivered == {(0, 0)}
+
+
+@given(cuts=st.lists(st.integers(0, 9), max_size=12))
+def test_messages_survive_any_breaks_of_the_stream(cuts: list[int]) -> None:
+    """Both ways, three rounds, chunks of 16 bytes; the stream breaks after some frames, again and again."""
+    sent = {(end, round): make_payload(10 * end + round) for end in (0, 1) for round in range(3)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "CHUNK_SIZE", 16)
+        pair = Pair()
+        for round in range(3):
+            for end in (0, 1):
+                pair.post(end, (round, 0), sent[end, round])
+                pair.expect(end, (round, 0), make_payload())
+            for cut in cuts:
+                pair.connect()
+                pair.run(cut)
+            pair.connect()
+            pair.run()
+    for (end, round), payload in sent.items():
+        assert same(pair.got[1 - end][round, 0], payload)
+
+
+def test_a_transfer_goes_on_where_it_broke(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_SIZE", 16)
+    pair = Pair()
+    pair.post(0, (0, 0), make_payload())
+    pair.expect(1, (0, 0), make_payload())
+    pair.connect()
+    pair.run(5)
+    (incoming,) = pair.ends[1].inbox.values()
+    held = incoming.offset
+    assert 0 < held < incoming.size
+    pair.connect()
+    assert [struct.unpack_from("<BIIQ", frame)[3] for frame in _frames(pair, 0, Kind.WANT)] == [held]
+
+
+def test_a_restarted_neighbor_is_asked_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the old process's message is put together with the new one's."""
+    monkeypatch.setattr(module, "CHUNK_SIZE", 16)
+    pair = Pair()
+    pair.post(0, (0, 0), make_payload(1))
+    pair.expect(1, (0, 0), make_payload())
+    pair.connect()
+    pair.run(5)
+    pair.ends[0] = Edge()
+    pair.post(0, (0, 0), make_payload(2))
+    pair.connect()
+    pair.run()
+    assert same(pair.got[1][0, 0], make_payload(2))
+
+
+def test_messages_are_kept_until_the_neighbor_has_a_checkpoint_beyond_them() -> None:
+    """One who was killed after the round, and comes back from an earlier checkpoint, gets them again."""
+    pair = Pair()
+    pair.connect()
+    for round in range(3):
+        pair.post(0, (round, 0), make_payload(round))
+        pair.expect(1, (round, 0), make_payload())
+        pair.run()
+    pair.say(1, pair.ends[1].checkpointed(1))
+    pair.run()
+    assert list(pair.ends[0].outbox) == [(1, 0), (2, 0)]
+    pair.ends[1], pair.got[1] = Edge(), {}
+    pair.ends[1].checkpointed(1)
+    pair.connect()
+    for round in (1, 2):
+        pair.expect(1, (round, 0), make_payload())
+        pair.run()
+        assert same(pair.got[1][round, 0], make_payload(round))
+
+
+def test_a_message_nobody_keeps_any_more_is_given_up() -> None:
+    pair = Pair()
+    pair.post(0, (5, 0), make_payload())
+    pair.expect(1, (3, 0), make_payload())
+    pair.connect()
+    pair.run()
+    assert pair.got[1] == {(3, 0): None}
+
+
+def test_what_comes_too_late_is_dropped() -> None:
+    pair = Pair()
+    pair.connect()
+    pair.expect(1, (0, 0), make_payload())
+    pair.ends[1].give_up((0, 0))
+    pair.post(0, (0, 0), make_payload())
+    pair.run()
+    assert pair.got[1] == {(0, 0): None} and pair.ends[0].delivered == {(0, 0)}
+
+
+def _frames(pair: Pair, end: int, kind: Kind) -> Iterable[bytes]:
+    """What `end` answers with, of one kind, while all that is under way arrives."""
+    found: list[bytes] = []
+    while any(pair.queues):
+        for receiver in (0, 1):
+            if pair.queues[receiver]:
+                frame = pair.queues[receiver].popleft()
+                found += [frame] if receiver == end and frame[0] == kind else []
+                pair.say(receiver, pair.ends[receiver].receive(frame))
+    return found
+
+
+def test_wrong_shapes_and_sizes_are_refused_before_memory_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def room(*_: object) -> None:
+        raise AssertionError("took memory")
+
+    monkeypatch.setattr(module.Incoming, "make_room", room)
+    for lie in ({"w": torch.zeros(6, 3)}, {**make_payload(), "more": torch.zeros(2)}, {"x": torch.zeros(22)}):
+        pair = Pair()
+        pair.connect()
+        pair.expect(1, (0, 0), make_payload())
+        pair.post(0, (0, 0), lie)
+        with pytest.raises(ProtocolError, match="announced a message of"):
+            pair.run()
+    huge = struct.pack("<BIIQ16s", Kind.OFFER, 0, 0, 10_000_000_000, b"x" * 16)
+    edge = Edge()
+    edge.expect((0, 0), make_payload(), lambda found: None)
+    with pytest.raises(ProtocolError, match="10000000000 bytes"):
+        edge.receive(huge)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_infinity_are_refused(value: float) -> None:
+    pair, payload = Pair(), make_payload()
+    payload["w"][2, 1] = value
+    pair.connect()
+    pair.expect(1, (4, 0), make_payload())
+    pair.post(0, (4, 0), payload)
+    with pytest.raises(ProtocolError, match="NaN or infinity in round 4"):
+        pair.run()
+    assert pair.got[1] == {(4, 0): None}
+
+
+def test_damaged_and_misplaced_chunks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_SIZE", 16)
+    for change, message in (
+        (lambda frame: frame[:-1] + bytes([frame[-1] ^ 1]), "do not match their hash"),
+        (lambda frame: frame[:9] + struct.pack("<Q", 32) + frame[17:], "expected 16 at 0"),
+        (lambda frame: frame[:-1], "sent 15 bytes"),
+        (lambda frame: frame[:1] + struct.pack("<I", 7) + frame[5:], "nobody asked for"),
+    ):
+        sender, receiver = Edge(), Edge()
+        (offer,) = sender.post((0, 0), make_payload())
+        receiver.expect((0, 0), make_payload(), lambda found: None)
+        (want,) = receiver.receive(offer)
+        chunk = next(iter(sender.receive(want)))
+        with pytest.raises(ProtocolError, match=message):
+            receiver.receive(change(chunk))
+
+
+@given(st.lists(st.binary(max_size=60), max_size=8))
+def test_random_bytes_are_refused_or_ignored(frames: list[bytes]) -> None:
+    """Nothing but a ProtocolError, and no memory beyond what was expected."""
+    edge = Edge()
+    edge.expect((0, 0), make_payload(), lambda found: None)
+    for frame in frames:
+        try:
+            list(edge.receive(frame))
+        except ProtocolError:
+            return
+
+
+@given(kind=st.sampled_from(Kind), body=st.binary(max_size=60))
+def test_frames_with_random_fields_are_refused_or_ignored(kind: Kind, body: bytes) -> None:
+    edge = Edge()
+    edge.expect((0, 0), make_payload(), lambda found: None)
+    edge.post((0, 0), make_payload())
+    try:
+        list(edge.receive(bytes([kind]) + body))
+    except ProtocolError:
+        return
