@@ -6,14 +6,17 @@ import os
 import signal
 import socket
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import torch
 from safetensors.torch import load_file
 
+from peertune import __version__
 from peertune.algorithms import METHODS
 from peertune.charter import Charter, Member, parse_member, read_charter, write_charter
 from peertune.cli import main
@@ -39,7 +42,9 @@ def free_ports(count: int) -> list[int]:
 class Consortium:
     """Four sites with keys, data and folders of their own, and a charter all have signed."""
 
-    def __init__(self, folder: Path, model: Path, algorithm: dict[str, Any], grace: float = 60.0, **sections: Any) -> None:
+    def __init__(
+        self, folder: Path, model: Path, algorithm: dict[str, Any], grace: float = 60.0, **sections: Any
+    ) -> None:
         self.folder, self.model = folder, model
         self.names = [*NAMES, "server"] if sections.get("topology", {}).get("kind") == "star" else NAMES
         self.data = [write_rows(folder / f"{name}.jsonl", 40 + 4 * i) for i, name in enumerate(NAMES)]
@@ -48,8 +53,6 @@ class Consortium:
         recipe["run"]["out"] = str(folder / "simulated")
         self.config = from_dict(recipe, METHODS)[0]
         self.recipe = folder / "recipe.toml"
-        import tomli_w
-
         self.recipe.write_text(tomli_w.dumps(recipe))
         self.charter = folder / "charter.toml"
         # North and south open a port; east and west, who are no neighbours on the ring, only dial out.
@@ -75,9 +78,7 @@ class Consortium:
         torch.set_num_threads(1)
         data = ["--data", str(self.folder / f"{name}.jsonl")] if name in NAMES else []
         base = self.folder / name
-        with (base / "log").open("a") as log:
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
+        with (base / "log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
             code = main(
                 [
                     *("join", str(self.charter), *data, "--test", str(self.folder / "test.jsonl")),
@@ -148,3 +149,117 @@ def test_a_killed_site_comes_back_and_nothing_is_lost(tmp_path: Path, micro_mode
     for site in NAMES:
         assert consortium.same_model(site)
         assert not consortium.events(site, "left_out")
+
+
+def test_a_site_that_stays_away_is_left_out_and_the_others_finish(tmp_path: Path, micro_model: Path) -> None:
+    """Its neighbours wait once; every round's record names it, and nobody is dropped in silence."""
+    section = {"num_peers": 4, "threads": 1}
+    consortium = Consortium(tmp_path, micro_model, {"inner_steps": 16}, grace=1.0, run=section)
+    processes = {site: consortium.site(site) for site in NAMES}
+    end = time.monotonic() + 60
+    while len(consortium.events("east", "round", "events.jsonl")) < 5 and time.monotonic() < end:
+        time.sleep(0.002)
+    os.kill(processes["east"].pid, signal.SIGKILL)
+    processes.pop("east").join()
+    consortium.ended(processes)
+    for site in ("north", "south"):
+        left = [event["round"] for event in consortium.events(site, "left_out") if event["hop"] == "gossip"]
+        assert left == list(range(left[0], 64)) and left[0] >= 4
+        recorded = [e["round"] for e in consortium.events(site, "round", "events.jsonl") if e["left_out"]]
+        assert recorded == left
+        waited = [e["time"] for e in consortium.events(site, "left_out")]
+        assert len(left) > 10 and sorted(waited) == waited
+        assert "this site's own" in (tmp_path / site / "log").read_text()
+    assert not [e for e in consortium.events("west", "left_out") if e["hop"] == "gossip"]
+    loss = [json.loads((tmp_path / site / "run" / "summary.json").read_text())["metrics"] for site in processes]
+    assert all(m["average_model"]["loss"] < m["before"]["loss"] for m in loss)
+
+
+def test_strangers_and_members_with_another_charter_are_refused(tmp_path: Path, micro_model: Path) -> None:
+    """One whose charter names another grace is told so; a key of nobody's gets no answer; the others go on."""
+    consortium = Consortium(tmp_path, micro_model, {}, grace=2.0)
+    stranger = make_identity(tmp_path / "stranger")
+    good = read_charter(consortium.charter)
+    changed = good.model_copy(update={"grace_s": 3.0})
+    for site in NAMES:
+        changed = changed.signed(load_identity(tmp_path / site / "key"))
+    processes = {site: consortium.site(site) for site in ("north", "south", "west")}
+    write_charter(changed, consortium.charter)
+    processes["east"] = consortium.site("east")
+    assert stranger.id not in consortium.charter.read_text()
+    for site in ("north", "south", "west"):
+        processes[site].join(120)
+        assert processes[site].exitcode == 0, (tmp_path / site / "log").read_text()
+    refusals = consortium.events("north", "refused") + consortium.events("south", "refused")
+    assert refusals and all("grace_s differ" in event["reason"] for event in refusals)
+    assert "grace_s differ" in consortium.events("east", "refused_by")[0]["reason"]
+    processes["east"].terminate()
+
+
+def make_charter(tmp_path: Path, names: list[str]) -> Charter:
+    identities = {name: make_identity(tmp_path / name) for name in names}
+    return Charter(
+        version=__version__,
+        expires=date(2999, 1, 1),
+        base="b",
+        tokenizer="t",
+        recipe={},
+        members=[Member(name=name, id=identity.id) for name, identity in identities.items()],
+    )
+
+
+def test_a_charter_holds_only_whole_signed_and_unaltered(tmp_path: Path) -> None:
+    charter = make_charter(tmp_path, ["a", "b"])
+    half = charter.signed(load_identity(tmp_path / "a"))
+    with pytest.raises(CharterError, match="b has not signed it"):
+        half.check()
+    whole = half.signed(load_identity(tmp_path / "b"))
+    whole.check()
+    write_charter(whole, tmp_path / "charter.toml")
+    again = read_charter(tmp_path / "charter.toml")
+    assert again == whole
+    again.check()
+    with pytest.raises(CharterError, match="altered after a signed it"):
+        whole.model_copy(update={"base": "other"}).check()
+    with pytest.raises(CharterError, match=r"expired on 2999-01-01"):
+        whole.check(date(2999, 1, 2))
+    with pytest.raises(CharterError, match=r"is for peertune 9\.9"):
+        whole.model_copy(update={"version": "9.9"}).check()
+    swapped = {**whole.signatures, "b": whole.signatures["a"]}
+    with pytest.raises(CharterError, match="b's signature is by another key"):
+        whole.model_copy(update={"signatures": swapped}).check()
+    with pytest.raises(CharterError, match="no member has the id"):
+        charter.signed(make_identity(tmp_path / "stranger"))
+
+
+def test_keys_that_others_can_read_are_refused(tmp_path: Path) -> None:
+    make_identity(tmp_path)
+    (tmp_path / "key.pem").chmod(0o644)
+    with pytest.raises(IdentityError, match="got mode 0644, expected 0600"):
+        load_identity(tmp_path)
+    with pytest.raises(IdentityError, match="a key is there already"):
+        make_identity(tmp_path)
+    with pytest.raises(IdentityError, match="peertune keygen"):
+        load_identity(tmp_path / "none")
+
+
+@pytest.mark.parametrize("text", ["a", "a=b", "a b=" + "a" * 52, "a=" + "a" * 52 + "@h:1#many"])
+def test_members_are_spelled_in_one_way(text: str) -> None:
+    with pytest.raises(CharterError, match="expected NAME=ID"):
+        parse_member(text)
+
+
+def test_a_charter_needs_as_many_members_as_peers_and_reachable_edges(
+    tmp_path: Path, micro_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    consortium = Consortium(tmp_path, micro_model, {})
+    ids = [member.id for member in read_charter(consortium.charter).members]
+    for members, message in (
+        ([f"--member=m{i}={id}" for i, id in enumerate(ids)], "m0 and m1 are neighbours, and neither has an address"),
+        ([f"--member=m={ids[0]}"], "got 1 members for a recipe of 4"),
+        ([f"--member=m{i}={ids[0]}@h:1" for i in range(4)], "stands there twice"),
+    ):
+        arguments = ["charter", "new", str(consortium.recipe), *members, "--expires=2999-01-01"]
+        assert main([*arguments, "--to", str(tmp_path / "other.toml")]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "other.toml").exists()

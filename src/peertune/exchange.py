@@ -70,6 +70,8 @@ class Exchange(Protocol):
 
     sent: Traffic
     """What this peer has sent since the run began."""
+    left_out: Sequence[int]
+    """Members without whose messages this peer had to go on in its last round."""
 
     def start(self, round: int, hop: Hop, out: Payload | None) -> None:
         """Send `out` to this peer's targets in the hop; None where it has nothing to send."""

@@ -64,6 +64,7 @@ def peer_fields(member: Member, report: LocalReport | None, cpu_s: float) -> dic
         "lr": None if report is None else report.lr,
         "bytes_sent": member.exchange.sent.payload_bytes,
         "epochs": None if batches is None else batches.epochs,
+        "left_out": list(member.exchange.left_out),
         "cpu_s": cpu_s,
     }
 
@@ -94,6 +95,7 @@ def round_event(
         "consensus_distance": consensus_distance,
         "bytes_sent": by_peer("bytes_sent"),
         "epochs": by_peer("epochs"),
+        "left_out": by_peer("left_out") if any(by_peer("left_out")) else None,
         "wall_s": wall_s,
         "cpu_s": sum(spent for spent in by_peer("cpu_s") if spent is not None),
         "simulated_s": simulated_s,

@@ -21,7 +21,7 @@ from peertune.algorithms import ALGORITHMS
 from peertune.assemble import make_batches, make_pool, make_topology
 from peertune.checkpoint import GENERATIONS, CheckpointStore, newest_common
 from peertune.config import LinkSection, RunConfig
-from peertune.errors import CheckpointError, ConfigError, DivergedError, ModelError
+from peertune.errors import CheckpointError, ConfigError, DivergedError, ModelError, PeerLostError
 from peertune.evaluation import Measured, measure
 from peertune.memory import reset_peak
 from peertune.model.adapters import core_of
@@ -276,9 +276,17 @@ class Run:
     def _finish(self) -> dict[str, Any]:
         rounds = self.method.num_rounds
         own = self._gathered([self._evaluate(m.algorithm.peer.model, by_client=True) for m in self.peers])
-        hops = agree(rounds, self.members)
+        hops, agrees = 0, self.method.agrees
+        try:
+            hops = agree(rounds, self.members, restores=self.group.survives_loss)
+        except PeerLostError as error:
+            if not self.group.survives_loss:
+                raise
+            agrees = False
+            self.progress.note(f"{error}; the model is this site's own")
         told = self.group.gather([totals(member, self.cpu_s[member.index], self.device) for member in self.members])
-        self._load_average(rounds, agreed=self.method.agrees)
+        if not self._load_average(rounds, agrees):
+            self._load_average(rounds, agreed=True)  # nothing but its own is to be had here
         personal: list[Measured | None] = []
         if self.config.algorithm.local_modules:
             personal = self._gathered([self._evaluate(m.algorithm.peer.model) for m in self.peers])

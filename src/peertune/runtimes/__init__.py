@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from peertune.algorithms.base import Algorithm, LocalReport
+from peertune.errors import PeerLostError
 from peertune.exchange import Exchange, Hop, Inbox, Payload
 from peertune.link import Clock
 
@@ -37,6 +38,8 @@ class Group(Protocol):
     """Whether this process writes what is common to the run: events, summary, report, the exported model."""
     clock: Clock | None
     """Simulated time, where links are simulated."""
+    survives_loss: bool
+    """Whether the run goes on, and ends, without a member that is gone."""
 
     def exchange(self, member: int) -> Exchange:
         """What carries a hosted member's payloads."""
@@ -121,11 +124,15 @@ def _timed_local(round: int, member: Member, clock: Callable[[], float]) -> Loca
     return None if report is None else replace(report, cpu_s=clock() - start)
 
 
-def agree(round: int, members: Sequence[Member]) -> int:
+def agree(round: int, members: Sequence[Member], restores: bool = False) -> int:
     """Give every peer the bitwise same model, the weighted average of what the peers share, a block at a time.
 
+    Args:
+        restores: keep what the peers hold until a block is agreed on, and give it back where that fails.
     Returns:
         The number of hops it took.
+    Raises:
+        PeerLostError: a peer is gone, and with it the blocks still to come.
     """
     hops = members[0].algorithm.agreement()
     for block in members[0].algorithm.blocks:
@@ -134,10 +141,18 @@ def agree(round: int, members: Sequence[Member]) -> int:
         def outgoing(member: Member, hop: Hop, names: list[str] = names) -> Payload:
             return {name: member.algorithm.shared(name) for name in names}
 
-        for hop in hops:
-            for member, inbox in _carry(round, hop, members, outgoing):
-                for name in names:
-                    member.algorithm.set_shared(name, inbox.mean(name))
+        # On the way up they hold partial sums.
+        before = [{name: member.algorithm.shared(name) for name in names} for member in members if restores]
+        try:
+            for hop in hops:
+                for member, inbox in _carry(round, hop, members, outgoing):
+                    for name in names:
+                        member.algorithm.set_shared(name, inbox.mean(name))
+        except PeerLostError:
+            for member, held in zip(members, before, strict=False):
+                for name, value in held.items():
+                    member.algorithm.set_shared(name, value)
+            raise
     return len(hops)
 
 

@@ -91,6 +91,7 @@ class DistributedGroup:
         self.hosted: Sequence[int] = [self.rank]
         self.is_recorder = self.rank == 0
         self.clock: Clock | None = None
+        self.survives_loss = False
 
     def exchange(self, member: int) -> DistributedExchange:
         return DistributedExchange(member)
@@ -120,6 +121,7 @@ class DistributedExchange:
         self._peer = peer
         self._out: Payload | None = None
         self.sent = Traffic()
+        self.left_out: Sequence[int] = ()
 
     def start(self, round: int, hop: Hop, out: Payload | None) -> None:
         self._out = out

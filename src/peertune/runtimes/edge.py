@@ -128,6 +128,9 @@ class Edge:
         """Ask for a message of given names and shapes; `done` is told when it is there."""
         incoming = Incoming(like, payload_size(like), _hash(header(like)), done)
         self.inbox[key] = incoming
+        if self.peer_is_finished and key not in self.offers:
+            self.give_up(key)
+            return []
         if key in self.offers:
             return self._want(key, incoming)
         return []
@@ -188,6 +191,8 @@ class Edge:
             self.peer_round = fields[0]
         else:
             self.peer_is_finished = True
+            for key in [key for key in self.inbox if key not in self.offers]:
+                self.give_up(key)
         return []
 
     def _offered(self, key: Key, size: int, hash: bytes) -> Iterable[bytes]:

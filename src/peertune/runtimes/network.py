@@ -256,7 +256,7 @@ class NetworkGroup:
     def __init__(self, node: Node) -> None:
         self.node = node
         self.hosted: Sequence[int] = [node.index]
-        self.is_recorder = True
+        self.is_recorder = self.survives_loss = True
         self.clock: Clock | None = None
 
     def exchange(self, member: int) -> NetworkExchange:
@@ -282,9 +282,12 @@ class NetworkExchange:
         self._key: Key = (-1, 0)
         self._out: Payload | None = None
         self.sent = Traffic()
+        self.left_out: Sequence[int] = []
 
     def start(self, round: int, hop: Hop, out: Payload | None) -> None:
-        self._key = (round, self._key[1] + 1) if self._key[0] == round else (round, 0)
+        if self._key[0] != round:
+            self._key, self.left_out = (round, -1), []
+        self._key = (round, self._key[1] + 1)
         self._out = out
         if out is None:
             return
@@ -314,15 +317,11 @@ class NetworkExchange:
         if missing:
             names = ", ".join(self._node.neighbors[source].name for source in missing)
             self._node.log("left_out", peers=names, round=round, hop=hop.name)
-            if hop.name != "gossip" or self._peer not in weights:
-                raise PeerLostError(
-                    f"round {round}, hop {hop.name!r}: {names} did not come back within"
-                    f" {self._node.charter.grace_s:g} s, and this hop cannot go on without; join again with the same"
-                    " command when they are back"
-                )
-            weights = {source: weight for source, weight in weights.items() if source not in missing}
-            weights[self._peer] += sum(hop.weights[source, self._peer] for source in missing)
-        return Inbox(weights, payloads)
+            self.left_out = [*self.left_out, *missing]
+            if hop.name == "agree":
+                raise PeerLostError(f"the final agreement went without {names}, so it is none")
+            weights = without(weights, missing, self._peer)
+        return Inbox(weights, payloads) if weights else None
 
     def _expect(self, source: int, like: Payload) -> Future[Payload | None]:
         arrival: Future[Payload | None] = Future()
@@ -350,6 +349,19 @@ class NetworkExchange:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.sent.load_state_dict(state["sent"])
+
+
+def without(weights: Mapping[int, float], missing: Sequence[int], peer: int) -> dict[int, float]:
+    """A row of weights when some sources are missing: their share goes to the peer's own message.
+
+    A receiver who sends nothing himself, as a server, spreads it over the others alike; empty where nobody is left.
+    """
+    lost = sum(weights[source] for source in missing)
+    left = {source: weight for source, weight in weights.items() if source not in missing}
+    if peer in left:
+        return left | {peer: left[peer] + lost}
+    total = sum(left.values())
+    return {source: weight * (total + lost) / total for source, weight in left.items()}
 
 
 class AuditLog:

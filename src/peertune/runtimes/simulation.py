@@ -26,6 +26,7 @@ class SimulatedGroup:
     """
 
     is_recorder = True
+    survives_loss = False
 
     def __init__(self, num_members: int, link: LinkSection) -> None:
         self.hosted: Sequence[int] = range(num_members)
@@ -83,6 +84,7 @@ class SimulatedExchange:
         self._mailbox = mailbox
         self._peer = peer
         self.sent = Traffic()
+        self.left_out: Sequence[int] = ()
 
     def start(self, round: int, hop: Hop, out: Payload | None) -> None:
         if out is None:
