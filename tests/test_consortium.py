@@ -3,8 +3,12 @@
 import json
 import multiprocessing
 import os
+import re
+import shlex
 import signal
 import socket
+import subprocess
+import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from datetime import date
@@ -263,3 +267,47 @@ def test_a_charter_needs_as_many_members_as_peers_and_reachable_edges(
         assert main([*arguments, "--to", str(tmp_path / "other.toml")]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "other.toml").exists()
+
+
+def test_the_tutorials_commands_work_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """docs/consortium.md as it stands, with ids and loopback addresses in place of its placeholders."""
+    text = (Path(__file__).parents[1] / "docs" / "consortium.md").read_text()
+    commands = [line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()]
+    assert len(commands) == 10
+    monkeypatch.chdir(tmp_path)
+    recipe = tree(tmp_path, micro_model, run={"num_peers": 3, "threads": 1})
+    del recipe["data"]["train"], recipe["data"]["test"]
+    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(recipe))
+    known: dict[str, str] = {}
+    sites = []
+    for name, port in zip(("north", "east", "south"), free_ports(3), strict=True):
+        write_rows(tmp_path / f"{name}.jsonl")
+        known[f"{name}.example.org:7000"] = f"127.0.0.1:{port}"
+    for command in commands:
+        for placeholder, value in known.items():
+            command = command.replace(placeholder, value)
+        program, *arguments = shlex.split(command)
+        assert program == "peertune"
+        if arguments[0] == "join":
+            arguments += ["--model", str(micro_model)]
+            sites.append(multiprocessing.get_context("fork").Process(target=lambda a=arguments: os._exit(main(a))))
+            sites[-1].start()
+            continue
+        assert main(arguments) == 0, command
+        if arguments[0] == "keygen":
+            known["=" + arguments[-1].partition("/")[0].upper()] = "=" + capsys.readouterr().out.strip()
+    for site in sites:
+        site.join(120)
+        assert site.exitcode == 0
+    assert all((tmp_path / name / "run" / "model").is_dir() for name in ("north", "east", "south"))
+
+
+def test_local_consortium_runs_and_goes_on(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "scripts" / "local_consortium.py"
+    command = [sys.executable, str(script), str(tmp_path / "sites"), "--set", "algorithm.inner_steps=1"]
+    for said in ("$ peertune keygen", "going on with it"):
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert ran.returncode == 0, ran.stderr
+        assert said in ran.stdout and ran.stdout.count("held-out loss") == 5
