@@ -77,14 +77,14 @@ class Neighbor:
         self.is_connected, self.last_heard = True, time.monotonic()
         self.log("connected", peer=self.name)
         writer = asyncio.create_task(self._write(write, self._queue))
+        watch = asyncio.create_task(self._watch(this))
         try:
-            while True:
-                frame = await asyncio.wait_for(read(), self.charter.stall_s)
-                if frame is grpc.aio.EOF:
-                    break
+            while (frame := await read()) is not grpc.aio.EOF:
                 self.last_heard, self.is_absent = time.monotonic(), False
                 self.say(self.edge.receive(frame))
-        except TimeoutError:
+        except asyncio.CancelledError:
+            if not watch.done():
+                raise
             self.log("stalled", peer=self.name, seconds=self.charter.stall_s)
         except ProtocolError as error:
             self.log("refused", peer=self.name, reason=str(error))
@@ -92,9 +92,17 @@ class Neighbor:
             pass  # it is gone; whoever dials tries again
         finally:
             writer.cancel()
+            watch.cancel()
             if self._talk is this:
                 self._talk, self.is_connected = None, False
                 self.log("disconnected", peer=self.name)
+
+    async def _watch(self, talk: asyncio.Task[Any] | None) -> None:
+        """End a stream on which nothing comes any more."""
+        while (left := self.last_heard + self.charter.stall_s - time.monotonic()) > 0:
+            await asyncio.sleep(left)
+        if talk is not None:
+            talk.cancel()
 
     async def _write(self, write: Callable[[bytes], Awaitable[None]], queue: asyncio.Queue[Iterable[bytes]]) -> None:
         try:

@@ -1,0 +1,229 @@
+"""A block between two sites: speed against raw TCP, memory at the receiver, and what it costs the training beside it.
+
+    python benchmarks/exchange.py [--megabytes 256] [--repeats 5]
+
+Two processes on loopback. `raw` is asyncio TCP into a tensor that is there already, without encryption or checks; ours
+is what a run uses: gRPC, mutual TLS, hashed chunks, shapes checked, NaN refused. They take turns. Then one process
+trains (matrix products on one thread) with and without a block arriving every `--every` seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import multiprocessing
+import socket
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from datetime import date
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from _harness import RESULTS, finish
+
+import peertune
+from peertune.charter import Charter, Member
+from peertune.exchange import Hop
+from peertune.identity import make_identity
+from peertune.memory import peak_bytes, release, reset_peak
+from peertune.runtimes.network import NetworkExchange, Node
+
+HOP = Hop("gossip", {(0, 1): 0.5, (1, 1): 0.5})
+CPU = torch.device("cpu")
+FORK = multiprocessing.get_context("fork")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--megabytes", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--every", type=float, default=10.0, help="seconds between blocks while training")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
+    options = parser.parse_args()
+    size = options.megabytes * 1_000_000 // 4 * 4
+    with tempfile.TemporaryDirectory() as folder:
+        times: dict[str, list[float]] = {"raw": [], "peertune": []}
+        for _ in range(options.repeats):
+            times["raw"].append(pair(raw_sender, raw_receiver, size))
+            times["peertune"].append(pair(*ends(Path(folder)), size)["seconds"])
+        extra = pair(*ends(Path(folder)), size)["extra_bytes"]
+        training = pair(*ends(Path(folder), options.every), size)
+    seconds = {name: statistics.median(found) for name, found in times.items()}
+    finish(
+        "exchange",
+        {
+            "bytes": size,
+            "repeats": options.repeats,
+            "mb_per_s": {name: size / 1e6 / found for name, found in seconds.items()},
+            "peertune_over_raw": seconds["raw"] / seconds["peertune"],
+            "receiver_extra_bytes_beyond_the_block": extra,
+            "training": training,
+        },
+        options.results,
+    )
+
+
+def pair(send: Callable[..., Any], receive: Callable[..., Any], size: int) -> Any:
+    """What the receiving process found out."""
+    near, far = FORK.Pipe()
+    port = free_port()
+    sender = FORK.Process(target=send, args=(near, port, size))
+    sender.start()
+    result, own = FORK.Pipe(False)
+    receiver = FORK.Process(target=_report, args=(receive, own, far, port, size))
+    receiver.start()
+    found = result.recv()
+    receiver.join()
+    sender.join()
+    return found
+
+
+def _report(receive: Callable[..., Any], result: Connection, *arguments: Any) -> None:
+    result.send(receive(*arguments))
+
+
+def raw_sender(ready: Connection, port: int, size: int) -> None:
+    data = memoryview(torch.ones(size // 4).numpy()).cast("B")
+
+    async def serve() -> None:
+        done = asyncio.Event()
+
+        async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            for start in range(0, size, 1 << 20):
+                writer.write(data[start : start + (1 << 20)])
+                await writer.drain()
+            writer.close()
+            done.set()
+
+        async with await asyncio.start_server(handle, "127.0.0.1", port):
+            ready.send(None)
+            await done.wait()
+
+    asyncio.run(serve())
+
+
+def raw_receiver(ready: Connection, port: int, size: int) -> float:
+    buffer = torch.zeros(size // 4)
+    view = memoryview(buffer.numpy()).cast("B")
+    ready.recv()
+
+    async def fetch() -> float:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
+        start, offset = time.perf_counter(), 0
+        while offset < size:
+            data = await reader.read(1 << 20)
+            view[offset : offset + len(data)] = data
+            offset += len(data)
+        writer.close()
+        return time.perf_counter() - start
+
+    return asyncio.run(fetch())
+
+
+def ends(folder: Path, every: float = 0.0) -> tuple[Callable[..., None], Callable[..., dict[str, float]]]:
+    """The two sites; with `every`, the receiver trains, and a block comes every so many seconds."""
+    identities = []
+    for i in range(2):
+        home = folder / f"{time.monotonic_ns()}-{i}"
+        identities.append(make_identity(home))
+
+    def node(index: int, port: int) -> Node:
+        charter = Charter(
+            version=peertune.__version__,
+            expires=date(2999, 1, 1),
+            base="",
+            tokenizer="",
+            recipe={},
+            members=[
+                Member(name=f"site{i}", id=identity.id, address=f"127.0.0.1:{port}" if i == 0 else "")
+                for i, identity in enumerate(identities)
+            ],
+        )
+        for identity in identities:
+            charter = charter.signed(identity)
+        made = Node(charter, identities[index], f"127.0.0.1:{port}" if index == 0 else "", lambda *_, **__: None)
+        made.start([(0, 1)])
+        return made
+
+    def send(ready: Connection, port: int, size: int) -> None:
+        made = node(0, port)
+        exchange, payload = NetworkExchange(made), {"block": torch.ones(size // 4)}
+        round = 0
+        while ready.recv():
+            exchange.start(round, HOP, payload)
+            ready.send(None)
+            round += 1
+        made.stop(5.0)
+
+    def receive(ready: Connection, port: int, size: int) -> dict[str, float]:
+        made = node(1, port)
+        exchange, own = NetworkExchange(made), {"block": torch.zeros(size // 4)}
+        rounds = iter(range(1000))
+
+        def fetch() -> float:
+            round = next(rounds)
+            ready.send(True)
+            ready.recv()
+            exchange.start(round, HOP, own)
+            start = time.perf_counter()
+            inbox = exchange.finish(round, HOP, lambda: own)
+            assert inbox is not None and float(inbox.payloads[0]["block"][-1]) == 1.0
+            exchange.saved(round + 1)
+            return time.perf_counter() - start
+
+        if every:
+            found = beside_training(fetch, every)
+        else:
+            release()
+            reset_peak(CPU)
+            before = peak_bytes(CPU)
+            seconds = fetch()
+            found = {"seconds": seconds, "extra_bytes": peak_bytes(CPU) - before - size}
+        ready.send(False)
+        made.stop(5.0)
+        return found
+
+    return send, receive
+
+
+def beside_training(fetch: Callable[[], float], every: float) -> dict[str, float]:
+    """Steps a second of a training loop, alone and with transfers, in turn."""
+    torch.set_num_threads(1)
+    weights, batch = torch.randn(1024, 1024), torch.randn(256, 1024)
+
+    def steps(seconds: float) -> float:
+        count, end = 0, time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            for _ in range(10):
+                batch @ weights
+            count += 1
+        return count / seconds
+
+    alone, beside = [], []
+    for _ in range(3):
+        alone.append(steps(every))
+        transfer = threading.Thread(target=fetch)
+        transfer.start()
+        beside.append(steps(every))
+        transfer.join()
+    return {
+        "seconds_between_blocks": every,
+        "steps_per_s_alone": statistics.median(alone),
+        "steps_per_s_beside": statistics.median(beside),
+        "slowdown": statistics.median([1 - b / a for a, b in zip(alone, beside, strict=True)]),
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+if __name__ == "__main__":
+    main()
