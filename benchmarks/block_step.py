@@ -190,7 +190,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """All figures, as plain data."""
     torch.set_num_threads(arguments.threads)
     device, shape = torch.device(arguments.device), SHAPES[arguments.shape]
-    blocks = sorted({0, (shape.layers - 1) // 2, shape.layers - 1})
+    blocks = (
+        list(range(shape.layers)) if arguments.all_blocks else sorted({0, (shape.layers - 1) // 2, shape.layers - 1})
+    )
     absent = {
         n for n in arguments.contestants if (needs := CONTESTANTS[n][0].needs) and not importlib.util.find_spec(needs)
     }
@@ -246,6 +248,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a toy shape, one repeat, nothing compiled unless named")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps at each of three blocks; 0: none")
     parser.add_argument("--sweeps", type=int, default=5, help="timed sweeps over all blocks; 0: none")
+    parser.add_argument("--all-blocks", action="store_true", help="measure a step at every block, not at three")
     parser.add_argument("--skip-memory", action="store_true", help="times only, neither FLOPs nor memory")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -261,6 +264,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     figures = run(arguments)
     print(table(figures))
     parts = ["block_step", *([] if arguments.shape == "base" else [arguments.shape])]
+    parts += [] if arguments.repeats or arguments.sweeps else ["memory"]
     finish("-".join(parts), figures, arguments.results)
 
 
