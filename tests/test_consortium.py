@@ -5,11 +5,13 @@ import multiprocessing
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from datetime import date
 from pathlib import Path
@@ -22,12 +24,14 @@ from safetensors.torch import load_file
 
 from peertune import __version__
 from peertune.algorithms import METHODS
+from peertune.algorithms.deca import Deca
 from peertune.charter import Charter, Member, parse_member, read_charter, write_charter
 from peertune.cli import main
 from peertune.config import from_dict
 from peertune.errors import CharterError, IdentityError
 from peertune.identity import load_identity, make_identity
 from peertune.run import run
+from peertune.runtimes import edge
 from tests.recipes import tree, write_rows
 
 NAMES = ["north", "east", "south", "west"]
@@ -71,15 +75,18 @@ class Consortium:
         for name in self.names:
             assert main(["charter", "sign", str(self.charter), "--identity", str(folder / name / "key")]) == 0
 
-    def site(self, name: str) -> Any:
-        """Start one site's process."""
+    def site(self, name: str, delay: float = 0.0) -> Any:
+        """Start one site's process; with a delay, each local phase of its first turn takes so much longer."""
         fork = multiprocessing.get_context("fork")
-        process = fork.Process(target=self._join, args=(name,))
+        process = fork.Process(target=self._join, args=(name, delay), daemon=True)
         process.start()
         return process
 
-    def _join(self, name: str) -> None:
+    def _join(self, name: str, delay: float) -> None:
         torch.set_num_threads(1)
+        local = Deca.local
+        if delay:
+            Deca.local = lambda self, round: [time.sleep(delay * (round < 12)), local(self, round)][1]  # type: ignore[assignment]
         data = ["--data", str(self.folder / f"{name}.jsonl")] if name in NAMES else []
         base = self.folder / name
         with (base / "log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
@@ -141,9 +148,7 @@ def test_a_killed_site_comes_back_and_nothing_is_lost(tmp_path: Path, micro_mode
     run(consortium.config)
     processes = {site: consortium.site(site) for site in NAMES}
     victim = processes["east"]
-    end = time.monotonic() + 60
-    while len(consortium.events("east", "round", "events.jsonl")) < 7 and time.monotonic() < end:
-        time.sleep(0.002)
+    wait_for(lambda: len(consortium.events("east", "round", "events.jsonl")) >= 7)
     os.kill(victim.pid, signal.SIGKILL)
     victim.join()
     assert not (tmp_path / "east" / "run" / "summary.json").exists()
@@ -160,9 +165,7 @@ def test_a_site_that_stays_away_is_left_out_and_the_others_finish(tmp_path: Path
     section = {"num_peers": 4, "threads": 1}
     consortium = Consortium(tmp_path, micro_model, {"inner_steps": 16}, grace=1.0, run=section)
     processes = {site: consortium.site(site) for site in NAMES}
-    end = time.monotonic() + 60
-    while len(consortium.events("east", "round", "events.jsonl")) < 5 and time.monotonic() < end:
-        time.sleep(0.002)
+    wait_for(lambda: len(consortium.events("east", "round", "events.jsonl")) >= 5)
     os.kill(processes["east"].pid, signal.SIGKILL)
     processes.pop("east").join()
     consortium.ended(processes)
@@ -177,6 +180,61 @@ def test_a_site_that_stays_away_is_left_out_and_the_others_finish(tmp_path: Path
     assert not [e for e in consortium.events("west", "left_out") if e["hop"] == "gossip"]
     loss = [json.loads((tmp_path / site / "run" / "summary.json").read_text())["metrics"] for site in processes]
     assert all(m["average_model"]["loss"] < m["before"]["loss"] for m in loss)
+
+
+def test_a_site_that_lost_its_folder_comes_back_and_all_agree(tmp_path: Path, micro_model: Path) -> None:
+    """Its neighbours have kept their messages, so it computes what it missed anew."""
+    consortium, processes = lose_east(tmp_path, micro_model)
+    processes["east"] = consortium.site("east")
+    consortium.ended(processes)
+    rounds = [event["round"] for event in consortium.events("east", "round", "events.jsonl")]
+    assert rounds == sorted(rounds) and rounds[-1] == 191
+    away = [event["round"] for event in consortium.events("north", "left_out")]
+    assert away and max(away) < 190
+    assert_agreed(consortium)
+
+
+def test_a_site_far_behind_takes_up_the_run_from_a_neighbor(
+    tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has kept what it missed, and it is slow: it joins at the beginning of a block's turn."""
+    monkeypatch.setattr(edge, "KEPT_BYTES", 1)
+    consortium, processes = lose_east(tmp_path, micro_model)
+    processes["east"] = consortium.site("east", delay=0.3)
+    consortium.ended(processes)
+    (joined,) = consortium.events("east", "joined")
+    assert joined["round"] % 12 == 0 and joined["missed"] > 1
+    rounds = [event["round"] for event in consortium.events("east", "round", "events.jsonl")]
+    assert rounds == [*range(joined["round"] - joined["missed"]), *range(joined["round"], 192)]
+    (told,) = consortium.events("east", "join", "events.jsonl")
+    assert (told["round"], told["missed"]) == (joined["round"], joined["missed"])
+    assert_agreed(consortium)
+
+
+def lose_east(tmp_path: Path, micro_model: Path) -> tuple[Consortium, dict[str, Any]]:
+    """Sites in mid-run; east is killed, its folder gone, and the others go on without it."""
+    section = {"num_peers": 4, "threads": 1}
+    consortium = Consortium(tmp_path, micro_model, {"inner_steps": 12, "outer_rounds": 4}, grace=0.5, run=section)
+    processes = {site: consortium.site(site) for site in NAMES}
+    wait_for(lambda: len(consortium.events("east", "round", "events.jsonl")) >= 3)
+    os.kill(processes["east"].pid, signal.SIGKILL)
+    processes["east"].join()
+    shutil.rmtree(tmp_path / "east" / "run")
+    wait_for(lambda: bool(consortium.events("north", "left_out")))
+    return consortium, processes
+
+
+def assert_agreed(consortium: Consortium) -> None:
+    folders = [consortium.folder / site / "run" / "model" for site in NAMES]
+    models = [load_file(next(folder.glob("*.safetensors"))) for folder in folders]
+    assert all(torch.equal(model[name], models[0][name]) for model in models for name in model)
+
+
+def wait_for(happened: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.002)
 
 
 def test_strangers_and_members_with_another_charter_are_refused(tmp_path: Path, micro_model: Path) -> None:
@@ -292,7 +350,8 @@ def test_the_tutorials_commands_work_in_their_order(
         assert program == "peertune"
         if arguments[0] == "join":
             arguments += ["--model", str(micro_model)]
-            sites.append(multiprocessing.get_context("fork").Process(target=lambda a=arguments: os._exit(main(a))))
+            fork = multiprocessing.get_context("fork")
+            sites.append(fork.Process(target=lambda a=arguments: os._exit(main(a)), daemon=True))
             sites[-1].start()
             continue
         assert main(arguments) == 0, command

@@ -140,12 +140,85 @@ def test_messages_are_kept_until_the_neighbor_has_a_checkpoint_beyond_them() -> 
 
 
 def test_a_message_nobody_keeps_any_more_is_given_up() -> None:
+    for expected_first in (True, False):
+        pair = Pair()
+        pair.post(0, (5, 0), make_payload())
+        if expected_first:
+            pair.expect(1, (3, 0), make_payload())
+        pair.connect()
+        pair.run()
+        pair.expect(1, (3, 0), make_payload())
+        assert pair.got[1] == {(3, 0): None}
+
+
+def test_old_messages_make_room_for_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "KEPT_BYTES", 250)
     pair = Pair()
-    pair.post(0, (5, 0), make_payload())
-    pair.expect(1, (3, 0), make_payload())
+    for round in range(5):
+        pair.post(0, (round, 0), make_payload(round))  # 88 bytes
+    assert len(pair.ends[0].outbox) == 5, "what it has not had yet is kept while it is there"
+    pair.ends[0].peer_is_away = True
+    pair.post(0, (5, 0), make_payload(5))
+    assert list(pair.ends[0].outbox) == [(4, 0), (5, 0)]
+    pair.post(0, (6, 0), make_payload(6, size=100))
+    assert list(pair.ends[0].outbox) == [(6, 0)]
+
+
+def test_messages_that_were_delivered_make_room_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "KEPT_BYTES", 250)
+    pair = Pair()
     pair.connect()
+    for round in range(4):
+        pair.post(0, (round, 0), make_payload(round))
+        pair.expect(1, (round, 0), make_payload())
+        pair.run()
+    assert list(pair.ends[0].outbox) == [(2, 0), (3, 0)]
+
+
+def test_a_message_dropped_after_it_was_offered_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "KEPT_BYTES", 1)
+    pair = Pair()
+    pair.connect()
+    pair.post(0, (0, 0), make_payload())
     pair.run()
-    assert pair.got[1] == {(3, 0): None}
+    pair.ends[0].peer_is_away = True
+    pair.ends[0].post((1, 0), make_payload())  # its offer is still on the way
+    pair.expect(1, (0, 0), make_payload())
+    pair.run()
+    assert pair.got[1] == {(0, 0): None}
+
+
+def test_one_who_is_behind_gets_the_state_and_goes_on_from_there() -> None:
+    pair = Pair()
+    pair.connect()
+    for round in (7, 8):
+        pair.post(0, (round, 0), make_payload(round))
+    pair.run()
+    assert pair.ends[1].peer_round == 8
+    arrived: list[tuple[int, Payload | None]] = []
+    pair.expect(1, (2, 0), make_payload())
+    pair.say(1, pair.ends[1].ask(make_payload(), lambda round, found: arrived.append((round, found))))
+    pair.connect()  # the question survives a new stream
+    pair.run()
+    assert pair.ends[0].peer_asks
+    pair.post(0, (8, module.STATE), make_payload(80))
+    pair.run()
+    ((round, found),) = arrived
+    assert round == 8 and same(found, make_payload(80))
+    assert (8, module.STATE) not in pair.ends[0].outbox
+    pair.ends[1].skip_to(8)
+    assert pair.got[1] == {(2, 0): None}
+    pair.expect(1, (8, 0), make_payload())
+    pair.run()
+    assert same(pair.got[1][8, 0], make_payload(8))
+
+
+def test_a_state_nobody_asked_for_takes_no_memory() -> None:
+    pair = Pair()
+    pair.connect()
+    pair.post(0, (3, module.STATE), make_payload())
+    pair.run()
+    assert not pair.ends[1].inbox and not pair.ends[1].offers and not pair.ends[0].outbox
 
 
 def test_what_comes_too_late_is_dropped() -> None:

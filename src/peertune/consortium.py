@@ -128,7 +128,14 @@ def join(
         raise ConfigError(f"--data: got {train!r}, but {charter.members[index].name} is {role}")
     address = charter.members[index].address
     port = address.rpartition(":")[2]
-    node = Node(charter, own, listen or (f"[::]:{port}" if port else ""), AuditLog(out / "audit.jsonl"))
+    audit = AuditLog(out / "audit.jsonl")
+
+    def log(event: str, **fields: Any) -> None:
+        audit(event, **fields)
+        if event != "sent":
+            progress.note(" ".join([event.replace("_", " "), *(f"{key} {value}" for key, value in fields.items())]))
+
+    node = Node(charter, own, listen or (f"[::]:{port}" if port else ""), log)
     resume = RunFolder(out).holds_run
     counts = [member.samples or 1 for member in charter.members[:num_peers]]
     site = Site(index, counts, partial(_check_base, charter, config.model.path))

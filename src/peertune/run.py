@@ -214,8 +214,13 @@ class Run:
         self._record(lambda: self._open(done))
         for note in self.notes:
             self.progress.note(note)
-        for round in range(done, self.method.num_rounds):
-            self._round(round)
+        round = done
+        while round < self.method.num_rounds:
+            then = self.group.catch_up(round, self.method)
+            if then != round:
+                self.folder.event("join", round=then, missed=then - round)
+            self._round(then)
+            round = then + 1
         return self._finish()
 
     def _open(self, done: int) -> None:

@@ -103,6 +103,13 @@ class Algorithm(ABC):
         """Hops after the last round that leave every peer with the bitwise same model."""
         return agreement(self.topology, self.consensus(self.num_rounds)) if self.agrees else ()
 
+    def can_join(self, round: int) -> bool:
+        """Whether one who was away may come back at the beginning of a round, with the others' shared tensors."""
+        return True
+
+    def joined(self, round: int) -> None:  # noqa: B027 - most methods have nothing to forget
+        """The shared tensors are now those of a peer after `round` rounds: forget what belonged to the old ones."""
+
     @abstractmethod
     def position(self, round: int) -> Mapping[str, int]:
         """Where in the method's schedule a round lies, for the log; has at least "outer_round" and "block"."""

@@ -179,6 +179,17 @@ class Deca(Algorithm):
         turn = self.calendar.at(round)
         return {"outer_round": turn.outer_round, "block": turn.block, "inner_step": turn.first_step}
 
+    def can_join(self, round: int) -> bool:
+        """At a turn's begin, where all peers' moments are zero."""
+        return self.calendar.at(round).is_first
+
+    def joined(self, round: int) -> None:
+        turn = self.calendar.at(round)
+        if not turn.is_first:
+            self.begin_turn(turn.block)
+            self.moments = {name: Moments.zeros(p) for name, p in self.active.items()}
+        self.anchor = {}
+
     def is_boundary(self, round: int) -> bool:
         return self.calendar.at(round).is_last
 

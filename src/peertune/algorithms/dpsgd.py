@@ -22,6 +22,9 @@ class Dpsgd(Deca):
         steps = config.outer_rounds * len(self.peer.blocks) * config.inner_steps
         return replace(super().make_calendar(config), outer_rounds=1, inner_steps=steps)
 
+    def can_join(self, round: int) -> bool:
+        return True
+
     def is_boundary(self, round: int) -> bool:
         """As often as DECA with the same keys."""
         rounds = -(-self.config.inner_steps // self.config.gossip_every)

@@ -50,6 +50,10 @@ class Gt(LocalSteps):
             self.tracked[name].add_(tracked, alpha=share)
             parameter.grad = tracked.to(parameter.dtype)
 
+    def can_join(self, round: int) -> bool:
+        """Never: the sum of all corrections is zero, and one who left took his along."""
+        return False
+
     def outgoing(self, hop: Hop) -> Payload:
         return {**super().outgoing(hop), **{TRACKED + name: z for name, z in self.tracked.items()}}
 

@@ -47,6 +47,13 @@ class Group(Protocol):
     def open(self, algorithm: Algorithm) -> None:
         """Connect the hosted members to those with whom the method has them exchange messages: its `edges`."""
 
+    def catch_up(self, round: int, algorithm: Algorithm) -> int:
+        """Called between rounds: help others who are behind, and come back where this process is.
+
+        Returns:
+            The round to go on with.
+        """
+
     def gather(self, values: Sequence[T]) -> list[T | None]:
         """Values that JSON can hold, one for each hosted member -> one for each of all; None for what stays unknown."""
 

@@ -8,13 +8,16 @@ stream at any moment:
     WANT  key, offset                   the receiver knows its shapes, has made room, and holds `offset` bytes already
     CHUNK key, offset, hash, bytes      at most CHUNK_SIZE of it
     GOT   key                           all of it has arrived, or is needed no more
+    GONE  key                           it was offered, but is kept no more
     SAVED round                         whoever says this has a checkpoint of that round: it will never again ask for a
                                         message of an earlier one
     BEAT  round                         nothing else to say
+    ASK                                 this site is behind: it wants the state of one who is not
     DONE                                this site has finished the run
 
 A key is (round, number of the hop in it). Messages are kept until the neighbour has a checkpoint beyond them, so one
-who was killed and came back asks for them again and computes bitwise what he computed before.
+who was killed and came back asks for them again and computes bitwise what he computed before. They are kept up to
+`KEPT_BYTES`; one who stayed away for longer asks for the state, which is a message of the key (round, STATE).
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,12 +40,16 @@ from peertune.wire import header, payload_size
 Key = tuple[int, int]
 CHUNK_SIZE = 1 << 20
 HASH_SIZE = 16
+KEPT_BYTES = 1 << 30
+"""Bytes kept for one neighbour of messages that it has had, or, while it is away, of any but the newest."""
+STATE = (1 << 32) - 1
+"""The number of the hop in the key of a state."""
 MAX_OFFERS = 1 << 16
 """Messages a neighbour may announce ahead of us."""
 
 
 class Kind(IntEnum):
-    HELLO, OFFER, WANT, CHUNK, GOT, SAVED, BEAT, DONE = range(1, 9)
+    HELLO, OFFER, WANT, CHUNK, GOT, GONE, SAVED, BEAT, ASK, DONE = range(1, 11)
 
 
 LAYOUT = {
@@ -50,8 +58,10 @@ LAYOUT = {
     Kind.WANT: struct.Struct("<BIIQ"),
     Kind.CHUNK: struct.Struct(f"<BIIQ{HASH_SIZE}s"),
     Kind.GOT: struct.Struct("<BII"),
+    Kind.GONE: struct.Struct("<BII"),
     Kind.SAVED: struct.Struct("<BI"),
     Kind.BEAT: struct.Struct("<BI"),
+    Kind.ASK: struct.Struct("<B"),
     Kind.DONE: struct.Struct("<B"),
 }
 MAX_FRAME = CHUNK_SIZE + LAYOUT[Kind.CHUNK].size
@@ -107,14 +117,20 @@ class Edge:
         self.round = 0
         self.is_finished = self.peer_is_finished = False
         self.peer_round = self.peer_saved = 0
+        self.peer_is_away = False
+        """Whether the rounds go on without the neighbour, and what it has not fetched may be dropped."""
+        self.peer_asks = False
+        """Whether the neighbour is behind, and wants the state."""
         self.delivered: set[Key] = set()
         """Messages of the outbox that the neighbour has."""
+        self._joining: tuple[Payload, Callable[[int, Payload | None], None]] | None = None
 
     def connected(self) -> Iterator[bytes]:
         """A new stream begins: forget what was said on the old one, and say it anew."""
         self.offers.clear()
         frames = [_pack(Kind.HELLO, self.boot), _pack(Kind.SAVED, self.saved)]
         frames += [_pack(Kind.OFFER, *key, message.size, message.hash) for key, message in self.outbox.items()]
+        frames += [self.beat()] + [_pack(Kind.ASK)] * (self._joining is not None)
         return iter([*frames, *([_pack(Kind.DONE)] if self.is_finished else [])])
 
     def post(self, key: Key, payload: Payload) -> Iterable[bytes]:
@@ -122,14 +138,18 @@ class Edge:
         parts = [_view(payload[name].detach().cpu().contiguous().view(-1)) for name in sorted(payload)]
         message = Outgoing(parts, payload_size(payload), _hash(header(payload)))
         self.outbox[key] = message
+        droppable = [old for old in self.outbox if old != key and (self.peer_is_away or old in self.delivered)]
+        while droppable and sum(kept.size for kept in self.outbox.values()) > KEPT_BYTES:
+            self._drop(droppable.pop(0))
         return [_pack(Kind.OFFER, *key, message.size, message.hash)]
 
     def expect(self, key: Key, like: Payload, done: Callable[[Payload | None], None]) -> Iterable[bytes]:
         """Ask for a message of given names and shapes; `done` is told when it is there."""
         incoming = Incoming(like, payload_size(like), _hash(header(like)), done)
         self.inbox[key] = incoming
-        if self.peer_is_finished and key not in self.offers:
-            self.give_up(key)
+        newer = any(other > key and other[1] != STATE for other in self.offers)
+        if key not in self.offers and (newer or self.peer_is_finished):
+            self.give_up(key)  # offers come in order: it is not kept any more
             return []
         if key in self.offers:
             return self._want(key, incoming)
@@ -138,9 +158,27 @@ class Edge:
     def give_up(self, key: Key) -> None:
         """Go on without a message; should it come later, it is dropped."""
         incoming = self.inbox.pop(key, None)
-        self.closed = max(self.closed, key)
+        if key[1] != STATE:
+            self.closed = max(self.closed, key)
         if incoming is not None:
             incoming.done(None)
+
+    def ask(self, like: Payload, done: Callable[[int, Payload | None], None]) -> Iterable[bytes]:
+        """Ask for the state; `done` is told the round it is the beginning of, and the tensors."""
+        self._joining = (like, done)
+        return [_pack(Kind.ASK)]
+
+    def skip_to(self, round: int) -> None:
+        """Go on from the beginning of a round: nothing of earlier ones is sent or expected any more."""
+        for key in [key for key in self.inbox if key[0] < round]:
+            self.give_up(key)
+        for key in [key for key in self.outbox if key[0] < round]:
+            self._drop(key)
+        self.closed = max(self.closed, (round - 1, STATE))
+
+    def _drop(self, key: Key) -> None:
+        del self.outbox[key]
+        self.delivered.discard(key)
 
     def checkpointed(self, round: int) -> Iterable[bytes]:
         """This site has a checkpoint of that round."""
@@ -178,17 +216,23 @@ class Edge:
                 # A new process makes its messages anew: no part of an old one is put together with those.
                 for incoming in self.inbox.values():
                     incoming.offset = 0
+                self.peer_round = 0
             self.peer_boot = fields[0]
         elif kind is Kind.GOT:
             if (fields[0], fields[1]) in self.outbox:
                 self.delivered.add((fields[0], fields[1]))
+                if fields[1] == STATE:
+                    self._drop((fields[0], fields[1]))
+        elif kind is Kind.GONE:
+            self.give_up((fields[0], fields[1]))
         elif kind is Kind.SAVED:
             self.peer_saved = fields[0]
             for key in [key for key in self.outbox if key[0] < fields[0]]:
-                del self.outbox[key]
-                self.delivered.discard(key)
+                self._drop(key)
         elif kind is Kind.BEAT:
             self.peer_round = fields[0]
+        elif kind is Kind.ASK:
+            self.peer_asks = True
         else:
             self.peer_is_finished = True
             for key in [key for key in self.inbox if key not in self.offers]:
@@ -197,13 +241,18 @@ class Edge:
 
     def _offered(self, key: Key, size: int, hash: bytes) -> Iterable[bytes]:
         self.peer_round = max(self.peer_round, key[0])
-        if key <= self.closed:
+        if key[1] == STATE and self._joining is not None and key not in self.inbox:
+            (like, joined), self._joining = self._joining, None
+            self.offers[key] = (size, hash)
+            self.inbox[key] = Incoming(like, payload_size(like), _hash(header(like)), partial(joined, key[0]))
+            return self._want(key, self.inbox[key])
+        if key <= self.closed or (key[1] == STATE and key not in self.inbox):
             return [_pack(Kind.GOT, *key)]
         if len(self.offers) >= MAX_OFFERS:
             raise ProtocolError(f"announced more than {MAX_OFFERS} messages")
         self.offers[key] = (size, hash)
-        # Offers come in order, so what is older and was not among them is not kept any more.
-        for old in [old for old in self.inbox if old < key and old not in self.offers]:
+        # What is older and was not offered on this stream is not kept any more.
+        for old in [old for old in self.inbox if old < key and old not in self.offers and old[1] != STATE]:
             self.give_up(old)
         incoming = self.inbox.get(key)
         return [] if incoming is None else self._want(key, incoming)
@@ -223,7 +272,7 @@ class Edge:
     def _wanted(self, key: Key, offset: int) -> Iterable[bytes]:
         message = self.outbox.get(key)
         if message is None:
-            return []  # asked for before it was made, on a stream that began in between: the offer follows
+            return [_pack(Kind.GONE, *key)]
         if offset > message.size or offset % CHUNK_SIZE:
             raise ProtocolError(f"asked for byte {offset} of a message of {message.size}")
         return _chunks(key, message, offset)
@@ -254,9 +303,12 @@ class Edge:
 
     def _complete(self, key: Key, incoming: Incoming) -> Iterable[bytes]:
         del self.inbox[key]
-        for old in [old for old in self.offers if old <= key]:
-            del self.offers[old]
-        self.closed = max(self.closed, key)
+        if key[1] == STATE:
+            del self.offers[key]
+        else:
+            for old in [old for old in self.offers if old <= key]:
+                del self.offers[old]
+            self.closed = max(self.closed, key)
         incoming.done(_split(incoming.buffer, incoming.like))
         return [_pack(Kind.GOT, *key)]
 

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,13 +29,15 @@ from peertune.exchange import Hop, Inbox, Payload
 from peertune.identity import Identity, certificate_id
 from peertune.link import Clock
 from peertune.runtimes import edges
-from peertune.runtimes.edge import MAX_FRAME, Edge, Key, ProtocolError
+from peertune.runtimes.edge import MAX_FRAME, STATE, Edge, Key, ProtocolError
 from peertune.wire import Traffic
 
 T = TypeVar("T")
 METHOD = "/peertune.Peer/Link"
 CHARTER_KEY = "peertune-charter"
 OPTIONS = [("grpc.max_receive_message_length", MAX_FRAME), ("grpc.max_send_message_length", MAX_FRAME)]
+POLL_S = 0.05
+"""Seconds between looks at whether a neighbour is still worth waiting for."""
 BEAT_S = 1.0
 """Seconds after which a silent connection says that it is alive."""
 REDIAL_S = (0.2, 10.0)
@@ -47,9 +50,7 @@ class Neighbor:
     def __init__(self, name: str, charter: Charter, log: Callable[..., None]) -> None:
         self.edge, self.name, self.charter, self.log = Edge(), name, charter, log
         self.last_heard = time.monotonic()
-        self.is_connected = False
-        self.is_absent = False
-        """Whether a round has gone on without it, and it has not been back since."""
+        self.is_connected = self.was_seen = False
         self._queue: asyncio.Queue[Iterable[bytes]] = asyncio.Queue()
         self._talk: asyncio.Task[Any] | None = None
 
@@ -57,8 +58,20 @@ class Neighbor:
         if self.is_connected:
             self._queue.put_nowait(frames)
 
+    def is_gone(self, round: int) -> bool:
+        """Whether to go on with a round without it: out of reach for the grace, or still behind after that."""
+        behind = self.edge.peer_round < round - 1
+        away = self.edge.peer_is_away and (behind or not self.is_connected)
+        if not self.is_connected and time.monotonic() - self.last_heard > self.charter.grace_s:
+            away = True
+        self.edge.peer_is_away = away
+        return away
+
     def post(self, key: Key, payload: Payload) -> None:
         self.say(self.edge.post(key, payload))
+
+    def ask(self, like: Payload, done: Callable[[int, Payload | None], None]) -> None:
+        self.say(self.edge.ask(like, done))
 
     def expect(self, key: Key, like: Payload, done: Callable[[Payload | None], None]) -> None:
         self.edge.round = key[0]
@@ -67,6 +80,11 @@ class Neighbor:
     def checkpointed(self, round: int) -> None:
         self.say(self.edge.checkpointed(round))
 
+    def skip_to(self, round: int) -> None:
+        self.edge.skip_to(round)
+        self.edge.round = round
+        self.say([self.edge.beat()])
+
     async def talk(self, read: Callable[[], Awaitable[Any]], write: Callable[[bytes], Awaitable[None]]) -> None:
         """Carry the edge over one stream until it ends, or the next one begins."""
         if self._talk is not None:
@@ -74,13 +92,14 @@ class Neighbor:
         self._talk = this = asyncio.current_task()
         self._queue = asyncio.Queue()
         self._queue.put_nowait(self.edge.connected())
-        self.is_connected, self.last_heard = True, time.monotonic()
+        self.is_connected = self.was_seen = True
+        self.last_heard = time.monotonic()
         self.log("connected", peer=self.name)
         writer = asyncio.create_task(self._write(write, self._queue))
         watch = asyncio.create_task(self._watch(this))
         try:
             while (frame := await read()) is not grpc.aio.EOF:
-                self.last_heard, self.is_absent = time.monotonic(), False
+                self.last_heard = time.monotonic()
                 self.say(self.edge.receive(frame))
         except asyncio.CancelledError:
             if not watch.done():
@@ -266,9 +285,44 @@ class NetworkGroup:
         self.hosted: Sequence[int] = [node.index]
         self.is_recorder = self.survives_loss = True
         self.clock: Clock | None = None
+        self._exchange = NetworkExchange(node)
+        self._asked = False
+        self._state: tuple[int, Payload | None] | None = None
+
+    def catch_up(self, round: int, algorithm: Algorithm) -> int:
+        """Give neighbours who are behind the state, where the method lets them join; take it where this site is."""
+        state: Payload | None = None
+        for index, neighbor in self.node.neighbors.items():
+            if neighbor.edge.peer_asks and algorithm.can_join(round):
+                # It is waited for again, or it would fall behind anew.
+                neighbor.edge.peer_asks, neighbor.edge.peer_round, neighbor.edge.peer_is_away = False, round, False
+                state = state or _state(algorithm)
+                self._exchange.post(index, (round, STATE), state, "state")
+        ahead = max(self.node.neighbors.values(), key=lambda n: n.edge.peer_round, default=None)
+        if ahead is not None and ahead.edge.peer_round > round + 1 and not self._asked:
+            self._asked = True
+            self.node.log("asked", peer=ahead.name, round=round, behind=ahead.edge.peer_round - round)
+            self.node.soon(partial(ahead.ask, _state(algorithm), self._arrived))
+        arrived, self._state = self._state, None
+        if arrived is None:
+            return round
+        self._asked = False
+        then, found = arrived
+        if found is None or then <= round:
+            return round
+        for name, value in found.items():
+            algorithm.set_shared(name, value)
+        algorithm.joined(then)
+        for neighbor in self.node.neighbors.values():
+            self.node.soon(partial(neighbor.skip_to, then))
+        self.node.log("joined", round=then, missed=then - round)
+        return then
+
+    def _arrived(self, round: int, state: Payload | None) -> None:
+        self._state = (round, state)
 
     def exchange(self, member: int) -> NetworkExchange:
-        return NetworkExchange(self.node)
+        return self._exchange
 
     def open(self, algorithm: Algorithm) -> None:
         self.node.start(edges(algorithm))
@@ -299,12 +353,14 @@ class NetworkExchange:
         self._out = out
         if out is None:
             return
-        targets = hop.targets(self._peer)
-        size = self.sent.count(targets, out)
-        for target in targets:
-            self._node.soon(partial(self._node.neighbors[target].post, self._key, out))
-            name, each = self._node.neighbors[target].name, size // len(targets)
-            self._node.log("sent", peer=name, round=round, hop=hop.name, tensors=len(out), bytes=each)
+        for target in hop.targets(self._peer):
+            self.post(target, self._key, out, hop.name)
+
+    def post(self, target: int, key: Key, payload: Payload, what: str) -> None:
+        """Make a message ready for a neighbour, and write it down."""
+        neighbor, size = self._node.neighbors[target], self.sent.count([target], payload)
+        self._node.soon(partial(neighbor.post, key, payload))
+        self._node.log("sent", peer=neighbor.name, round=key[0], hop=what, tensors=len(payload), bytes=size)
 
     def finish(self, round: int, hop: Hop, like: Callable[[], Payload]) -> Inbox | None:
         out, self._out = self._out, None
@@ -340,13 +396,15 @@ class NetworkExchange:
         """The payload; None where the neighbour has been out of reach for the grace."""
         neighbor = self._node.neighbors[source]
         while True:
-            try:
-                return arrival.result(timeout=0.2)
-            except TimeoutError:
-                late = time.monotonic() - neighbor.last_heard > self._node.charter.grace_s
-                if not neighbor.is_connected and (late or neighbor.is_absent):
-                    neighbor.is_absent = True
-                    self._node.soon(partial(neighbor.edge.give_up, self._key))
+            if not arrival.done() and not self._begins(neighbor) and neighbor.is_gone(self._key[0]):
+                self._node.soon(partial(neighbor.edge.give_up, self._key))
+            with suppress(TimeoutError):
+                return arrival.result(timeout=POLL_S)
+
+    def _begins(self, neighbor: Neighbor) -> bool:
+        """Whether the run has not begun, for all this site knows, and waits until everyone is there."""
+        others = self._node.neighbors.values()
+        return self._key == (0, 0) and not neighbor.was_seen and all(other.edge.peer_round <= 1 for other in others)
 
     def saved(self, round: int) -> None:
         for neighbor in self._node.neighbors.values():
@@ -357,6 +415,11 @@ class NetworkExchange:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.sent.load_state_dict(state["sent"])
+
+
+def _state(algorithm: Algorithm) -> Payload:
+    """What a peer who joins needs: all that the peers have in common."""
+    return {name: algorithm.shared(name) for name in algorithm.shared_names()}
 
 
 def without(weights: Mapping[int, float], missing: Sequence[int], peer: int) -> dict[int, float]:

@@ -39,6 +39,9 @@ class SimulatedGroup:
     def open(self, algorithm: Algorithm) -> None:
         pass  # they are
 
+    def catch_up(self, round: int, algorithm: Algorithm) -> int:
+        return round  # nobody is ever behind
+
     def gather(self, values: Sequence[T]) -> list[T | None]:
         return list(values)
 
