@@ -29,9 +29,10 @@ from peertune.charter import Charter, Member, parse_member, read_charter, write_
 from peertune.cli import main
 from peertune.config import from_dict
 from peertune.errors import CharterError, IdentityError
-from peertune.identity import load_identity, make_identity
+from peertune.identity import Identity, load_identity, make_identity
 from peertune.run import run
 from peertune.runtimes import edge
+from peertune.runtimes.network import Node
 from tests.recipes import tree, write_rows
 
 NAMES = ["north", "east", "south", "west"]
@@ -237,25 +238,75 @@ def wait_for(happened: Callable[[], bool]) -> None:
         time.sleep(0.002)
 
 
-def test_strangers_and_members_with_another_charter_are_refused(tmp_path: Path, micro_model: Path) -> None:
-    """One whose charter names another grace is told so; a key of nobody's gets no answer; the others go on."""
-    consortium = Consortium(tmp_path, micro_model, {}, grace=2.0)
-    stranger = make_identity(tmp_path / "stranger")
+def test_members_with_another_charter_are_refused_by_name_of_the_difference(tmp_path: Path, micro_model: Path) -> None:
+    """Both ends say what differs; with the right charter the site is let in, and all goes on."""
+    consortium = Consortium(tmp_path, micro_model, {})
     good = read_charter(consortium.charter)
     changed = good.model_copy(update={"grace_s": 3.0})
     for site in NAMES:
         changed = changed.signed(load_identity(tmp_path / site / "key"))
     processes = {site: consortium.site(site) for site in ("north", "south", "west")}
+    wait_for(lambda: all(consortium.events(site, "connected") for site in processes))  # they have read theirs
     write_charter(changed, consortium.charter)
-    processes["east"] = consortium.site("east")
-    assert stranger.id not in consortium.charter.read_text()
-    for site in ("north", "south", "west"):
-        processes[site].join(120)
-        assert processes[site].exitcode == 0, (tmp_path / site / "log").read_text()
+    east = consortium.site("east")
+    wait_for(lambda: bool(consortium.events("east", "refused_by")))
+    east.kill()
+    east.join()
+    assert "grace_s differ" in consortium.events("east", "refused_by")[0]["reason"]
     refusals = consortium.events("north", "refused") + consortium.events("south", "refused")
     assert refusals and all("grace_s differ" in event["reason"] for event in refusals)
-    assert "grace_s differ" in consortium.events("east", "refused_by")[0]["reason"]
-    processes["east"].terminate()
+    write_charter(good, consortium.charter)
+    processes["east"] = consortium.site("east")
+    consortium.ended(processes)
+
+
+def play_node(charter: Charter, identity: Identity, listen: str, seconds: float, heard: Any) -> None:
+    """A site's network alone, until it is connected or the time is over; puts what it logged."""
+    events: list[str] = []
+    node = Node(charter, identity, listen, lambda event, **_: events.append(event))
+    node.start([(0, 1)])
+    end = time.monotonic() + seconds
+    while "connected" not in events and time.monotonic() < end:
+        time.sleep(0.01)
+    heard.put(events)
+    node.stop(1.0)
+    os._exit(0)
+
+
+def test_a_stranger_gets_no_answer_and_a_member_still_does(tmp_path: Path) -> None:
+    """Bytes that are no TLS, then a key that is in no charter, then the member in whose place it stood."""
+    port = free_ports(1)[0]
+    charter = make_charter(tmp_path, ["a", "b"])
+    members = [charter.members[0].model_copy(update={"address": f"127.0.0.1:{port}"}), charter.members[1]]
+    charter = charter.model_copy(update={"members": members})
+    a, b, stranger = (load_identity(tmp_path / "a"), load_identity(tmp_path / "b"), make_identity(tmp_path / "c"))
+    charter = charter.signed(a).signed(b)
+    forged = charter.model_copy(update={"members": [members[0], members[1].model_copy(update={"id": stranger.id})]})
+    fork = multiprocessing.get_context("fork")
+    heard = [fork.Queue() for _ in range(3)]
+
+    def start(*arguments: Any) -> Any:
+        process = fork.Process(target=play_node, args=arguments, daemon=True)
+        process.start()
+        return process
+
+    server = start(charter, a, f"127.0.0.1:{port}", 60.0, heard[0])
+    wait_for(lambda: is_open(port))
+    with socket.create_connection(("127.0.0.1", port)) as raw:
+        raw.sendall(b"GET / HTTP/1.0\r\n\r\n" + bytes(range(256)))
+    start(forged, stranger, "", 1.0, heard[1]).join(30)
+    assert heard[1].get(timeout=10) == []
+    assert server.is_alive() and heard[0].empty()
+    start(charter, b, "", 60.0, heard[2])
+    assert heard[2].get(timeout=60) == heard[0].get(timeout=60) == ["connected"]
+
+
+def is_open(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port)).close()
+    except OSError:
+        return False
+    return True
 
 
 def make_charter(tmp_path: Path, names: list[str]) -> Charter:
