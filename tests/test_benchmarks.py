@@ -242,3 +242,13 @@ def test_a_side_that_fails_says_why(simulate: ModuleType, tmp_path: Path) -> Non
     failing = [sys.executable, "-c", "raise SystemExit('no room left')"]
     with pytest.raises(RuntimeError, match=r"exit code 1:\nno room left"):
         simulate.carry_out(failing, tmp_path / "scratch")
+
+
+def test_an_exchange_is_measured_at_toy_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exchange = script("exchange")
+    arguments = ["--megabytes", "2", "--repeats", "1", "--every", "0.1", "--results", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["exchange.py", *arguments])
+    exchange.main()
+    figures = json.loads((tmp_path / "exchange.json").read_text())["figures"]
+    assert figures["bytes"] == 2_000_000 and figures["mb_per_s"].keys() == {"raw", "peertune"}
+    assert figures["peertune_over_raw"] > 0 and figures["training"]["steps_per_s_alone"] > 0
