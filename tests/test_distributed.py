@@ -18,7 +18,8 @@ from peertune import runtimes
 from peertune.algorithms import METHODS
 from peertune.config import RunConfig, from_dict
 from peertune.errors import PeertuneError
-from peertune.run import Silent, launch, run
+from peertune.launch import launch
+from peertune.run import Silent, run
 from tests.recipes import recipe, tree
 
 STAR = {"kind": "star", "weights": "samples"}

@@ -8,18 +8,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from datetime import date
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 import peertune
+from peertune.cli_consortium import add_consortium
+from peertune.cli_output import Bars, GridBars, loading, print_paths, summary_table
 from peertune.errors import PeertuneError
 
 EPILOG = """\
@@ -31,57 +28,6 @@ examples:
   peertune compare recipe.toml --algorithms deca,local --seeds 0,1,2 --out runs/compared
   peertune eval runs/first/model --data test.jsonl --task classification
 """
-
-
-class Bars:
-    """Shows a run's progress on standard error."""
-
-    def __init__(self, console: Console, label: str = "training") -> None:
-        self._console = console
-        self._label = label
-        self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[loss]}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task: TaskID | None = None
-
-    def __enter__(self) -> Bars:
-        self._bars.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bars.stop()
-
-    def note(self, message: str) -> None:
-        self._console.print(f"note: {message}", style="dim", markup=False, highlight=False, emoji=False, soft_wrap=True)
-
-    def rounds(self, done: int, total: int, loss: float | None) -> None:
-        if self._task is None:
-            self._task = self._bars.add_task(self._label, total=total, loss="")
-        self._bars.update(self._task, completed=done, loss="" if loss is None else f"loss {loss:.3f}")
-
-
-class GridBars:
-    """Shows a comparison's progress: a line a cell, and a cell's own bar while it runs."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-
-    def note(self, message: str) -> None:
-        Bars(self._console).note(message)
-
-    @contextmanager
-    def cell(self, label: str, number: int, total: int) -> Iterator[Bars]:
-        self._console.print(f"[{number}/{total}] {label}", markup=False, highlight=False, emoji=False, soft_wrap=True)
-        with Bars(self._console, f"[{number}/{total}]") as bars:
-            yield bars
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -112,13 +58,13 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     if options.out is not None:
         overrides.append(f"run.out={json.dumps(options.out, ensure_ascii=False)}")
     config, notes = load_recipe(options.recipe, overrides, METHODS)
-    from peertune.run import launch
+    from peertune.launch import launch
 
     with Bars(console) as bars:
         summary = launch(config, base=Path(options.recipe).parent, notes=notes, resume=options.resume, progress=bars)
     if os.environ.get("RANK", "0") == "0":  # torchrun starts this command once a peer
-        Console().print(_summary_table(summary))
-        _print_paths(Path(config.run.out))
+        Console().print(summary_table(summary))
+        print_paths(Path(config.run.out))
 
 
 def _demo(options: argparse.Namespace, console: Console) -> None:
@@ -129,7 +75,7 @@ def _demo(options: argparse.Namespace, console: Console) -> None:
 
     table = demo(Path(options.out), bars)
     Console().print(table)
-    _print_paths(Path(options.out) / "deca")
+    print_paths(Path(options.out) / "deca")
 
 
 def _compare(options: argparse.Namespace, console: Console) -> None:
@@ -154,51 +100,6 @@ def _compare(options: argparse.Namespace, console: Console) -> None:
         print(f"{kind + ':':10}{path}")
 
 
-def _keygen(options: argparse.Namespace, console: Console) -> None:
-    from peertune.identity import default_folder, make_identity
-
-    print(make_identity(Path(options.identity) if options.identity else default_folder()).id)
-
-
-def _charter_new(options: argparse.Namespace, console: Console) -> None:
-    from peertune.charter import parse_member
-    from peertune.consortium import new_charter
-
-    members = [parse_member(text) for text in options.member]
-    to = Path(options.to)
-    new_charter(Path(options.recipe), options.set, members, options.expires, to, options.grace)
-    print(f"{to}: now let every member sign it: peertune charter sign {to}")
-
-
-def _charter_sign(options: argparse.Namespace, console: Console) -> None:
-    from peertune.consortium import sign_charter
-    from peertune.identity import default_folder
-
-    charter = sign_charter(Path(options.charter), Path(options.identity) if options.identity else default_folder())
-    missing = [member.name for member in charter.members if member.name not in charter.signatures]
-    print(f"{options.charter}: signed by {', '.join(charter.signatures)}; missing: {', '.join(missing) or 'nobody'}")
-
-
-def _join(options: argparse.Namespace, console: Console) -> None:
-    from peertune.consortium import join
-    from peertune.identity import default_folder
-
-    with Bars(console) as bars:
-        summary = join(
-            Path(options.charter),
-            identity=Path(options.identity) if options.identity else default_folder(),
-            train=options.data or "",
-            test=options.test or "",
-            out=Path(options.out),
-            listen=options.listen or "",
-            model=options.model or "",
-            overrides=options.set,
-            progress=bars,
-        )
-    Console().print(_summary_table(summary))
-    _print_paths(Path(options.out))
-
-
 def _report(options: argparse.Namespace, console: Console) -> None:
     from peertune.report import write_report
 
@@ -209,7 +110,7 @@ def _export(options: argparse.Namespace, console: Console) -> None:
     from peertune.export import export
 
     export(Path(options.folder), Path(options.to))
-    print(f"{options.to}: load it with {_loading(Path(options.to))}")
+    print(f"{options.to}: load it with {loading(Path(options.to))}")
 
 
 def _eval(options: argparse.Namespace, console: Console) -> None:
@@ -236,43 +137,6 @@ def _eval(options: argparse.Namespace, console: Console) -> None:
         trust_remote_code=options.trust_remote_code,
     ):
         print(json.dumps(line), flush=True)
-
-
-def _summary_table(summary: dict[str, Any]) -> Table:
-    """What a run achieved, a row a metric."""
-    metrics = summary["metrics"]
-    table = Table(
-        title=f"{summary['algorithm']}, {len(summary['bytes_sent_per_peer'])} peers, {summary['rounds']} rounds"
-    )
-    for column in ("held-out", "before", "average model", "peers' own, mean", "worst peer"):
-        table.add_column(column, justify="left" if column == "held-out" else "right")
-    for name, value in metrics["average_model"].items():
-        own = [peer[name] for peer in metrics.get("personal", metrics["peers"]) if peer and name in peer]
-        spread = ["-", "-"]  # a server in a consortium knows no peer's
-        if own:
-            worst = max(own) if name in ("loss", "call_loss", "perplexity") else min(own)
-            spread = [f"{v:.4f}" for v in (sum(own) / len(own), worst)]
-        table.add_row(name, *(f"{v:.4f}" for v in (metrics["before"][name], value)), *spread)
-    sent = [count for count in summary["bytes_sent_per_peer"] if count is not None] or [0]  # a site knows its own
-    table.caption = (
-        f"sent by a peer: {sum(sent) / len(sent) / 1e6:,.1f} MB on average, {max(sent) / 1e6:,.1f} MB at most;"
-        f" peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB; {summary['wall_s']:.0f} s"
-    )
-    return table
-
-
-def _print_paths(out: Path) -> None:
-    exported = next(folder for folder in (out / "model", out / "adapter") if folder.exists())
-    print(f"report: {out / 'report.html'}")
-    print(f"{exported.name + ':':<8}{exported}")
-    print(f"load it with: {_loading(exported)}")
-
-
-def _loading(folder: Path) -> str:
-    if (folder / "adapter_config.json").exists():
-        return f"peft.AutoPeftModelForCausalLM.from_pretrained({str(folder)!r})"
-    code = ", trust_remote_code=True" if any(folder.glob("modeling_*.py")) else ""
-    return f"transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r}{code})"
 
 
 def _quiet_libraries() -> None:
@@ -341,66 +205,6 @@ def _at_least(least: int) -> Callable[[str], int]:
     return parse
 
 
-def _date(text: str) -> date:
-    try:
-        return date.fromisoformat(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a date such as 2030-12-31") from None
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected seconds above 0")
-    return value
-
-
-def _add_consortium(commands: Any) -> None:
-    """The commands of a site in a consortium (docs/consortium.md)."""
-
-    def own(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--identity", metavar="DIR", help="folder of this site's key; default: ~/.peertune")
-
-    keygen = commands.add_parser("keygen", help="make this site's key and print its id, for a charter")
-    own(keygen)
-    keygen.set_defaults(command=_keygen)
-
-    charter = commands.add_parser("charter", help="what the sites of a consortium agree on: write it, sign it")
-    actions = charter.add_subparsers(required=True, metavar="ACTION")
-    new = actions.add_parser("new", help="write a charter for a recipe and its members", allow_abbrev=False)
-    new.add_argument("recipe", metavar="RECIPE.toml")
-    new.add_argument(
-        "--member", action="append", required=True, metavar="NAME=ID[@HOST:PORT][#SAMPLES]", help="in order; repeatable"
-    )
-    new.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override a key")
-    new.add_argument("--expires", type=_date, required=True, metavar="YYYY-MM-DD", help="last day it is valid")
-    new.add_argument("--grace", type=_seconds, default=600.0, metavar="S", help="wait so long for a site out of reach")
-    new.add_argument("--to", default="charter.toml", metavar="FILE")
-    new.set_defaults(command=_charter_new)
-    sign = actions.add_parser("sign", help="add this site's signature")
-    sign.add_argument("charter", metavar="CHARTER.toml")
-    own(sign)
-    sign.set_defaults(command=_charter_sign)
-
-    join = commands.add_parser(
-        "join", help="take part in a charter's run; the same command goes on", allow_abbrev=False
-    )
-    join.add_argument("charter", metavar="CHARTER.toml")
-    join.add_argument("--data", metavar="FILE", help="this site's training data; a server has none")
-    join.add_argument("--test", metavar="FILE", help="its held-out data")
-    join.add_argument("--out", default="runs/consortium", metavar="DIR", help="folder of the run")
-    join.add_argument("--listen", metavar="HOST:PORT", help="default: the port of this site's address in the charter")
-    join.add_argument("--model", metavar="PATH", help="where the base lies here")
-    join.add_argument(
-        "--set", action="append", default=[], metavar="section.key=value", help="a key of this site's own"
-    )
-    own(join)
-    join.set_defaults(command=_join)
-
-
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
@@ -452,7 +256,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--out", default="runs/compared", metavar="DIR", help="folder; an unfinished one goes on")
     compare.set_defaults(command=_compare)
 
-    _add_consortium(commands)
+    add_consortium(commands)
 
     report = commands.add_parser("report", help="write a run's HTML page anew, also while the run goes on")
     report.add_argument("folder", metavar="DIR")

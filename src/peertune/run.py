@@ -19,9 +19,10 @@ import torch
 
 from peertune.algorithms import ALGORITHMS
 from peertune.assemble import make_batches, make_pool, make_topology
+from peertune.average import Average
 from peertune.checkpoint import GENERATIONS, CheckpointStore, newest_common
 from peertune.config import LinkSection, RunConfig
-from peertune.errors import CheckpointError, ConfigError, DivergedError, ModelError, PeerLostError
+from peertune.errors import CheckpointError, DivergedError, ModelError, PeerLostError
 from peertune.evaluation import Measured, measure
 from peertune.memory import reset_peak
 from peertune.model.adapters import core_of
@@ -44,7 +45,6 @@ from peertune.records import peer_fields, round_event, start_event, summary_of, 
 from peertune.report import write_report
 from peertune.run_folder import RunFolder, save_trained
 from peertune.runtimes import Group, Member, agree, play_round
-from peertune.runtimes.distributed import DistributedGroup, is_first_rank, is_launched, local_device, process_group
 from peertune.runtimes.simulation import SimulatedGroup
 
 Connect = Callable[[int, LinkSection], Group]
@@ -131,25 +131,6 @@ def run(
     return Run(config, folder, data, module, counts, progress, notes, base or Path(), connect).carry_out(resume)
 
 
-def launch(config: RunConfig, *, progress: Progress, **options: Any) -> dict[str, Any]:
-    """As `run`; one peer a process where torchrun started this one among others, else in simulation.
-
-    Args:
-        progress: told by rank 0 only.
-    """
-    if not is_launched():
-        return run(config, progress=progress, **options)
-    if ALGORITHMS[config.algorithm.name].pools_data:
-        raise ConfigError(
-            f"algorithm.name: got {config.algorithm.name!r} under torchrun, but it trains one model on all data; start"
-            " it without torchrun"
-        )
-    device = local_device(config.run.device)
-    heard = progress if is_first_rank() else Silent()
-    with process_group(device):
-        return run(config, progress=heard, connect=DistributedGroup, device=device, **options)
-
-
 class Run:
     """One run, as far as this process plays it."""
 
@@ -196,8 +177,7 @@ class Run:
             peer = Peer(index, model, self.blocks, batches.get(index), config.run.seed)  # a hub has none
             self.members.append(Member(method(peer, config.algorithm, topology), self.group.exchange(index)))
         # Only now: an instance whose layers were taken over cannot be cloned.
-        self.average = LanguageModel(module, config.model, has_plain_head=plain)
-        """The base, then wherever an average is wanted; shares what is frozen with the peers."""
+        self.average = Average(LanguageModel(module, config.model, has_plain_head=plain), self.members, self.group)
         self.peers = [member for member in self.members if not member.is_hub]
         self.method = self.members[0].algorithm
         self.group.open(self.method)
@@ -226,7 +206,7 @@ class Run:
     def _open(self, done: int) -> None:
         """Make the run's folder ready for the rounds to come."""
         self.folder.require_space(self._foreseen_bytes())
-        self.progress.note("blocks:\n" + block_table(self.average.module, self.method.blocks))
+        self.progress.note("blocks:\n" + block_table(self.average.model.module, self.method.blocks))
         if done == 0:
             base = str(self.base.absolute())
             recipe = {
@@ -235,7 +215,7 @@ class Run:
             self.folder.create(recipe)
             self.folder.rewind(0)
             self.folder.event("start", **start_event(self.config, self.method, self.data, self.notes))
-            self.before = self._evaluate(self.average, by_client=True)
+            self.before = self._evaluate(self.average.model, by_client=True)
             self.folder.event("eval", round=0, average_model=self.before.overall, peers=None)
         else:
             self.folder.rewind(done)
@@ -256,7 +236,7 @@ class Run:
         every = self.config.eval.every
         if not every and self.config.eval.points:
             every = max(1, self.method.num_rounds // self.config.eval.points)
-        if every and (round + 1) % every == 0 and not last and self._load_average(round + 1):
+        if every and (round + 1) % every == 0 and not last and self.average.load(round + 1):
             self._record(lambda: self._evaluate_average(round + 1))
         every = self.config.run.checkpoint_every
         if last or ((round + 1) % every == 0 if every else self.method.is_boundary(round)):
@@ -269,14 +249,14 @@ class Run:
         told = self.group.gather(
             [peer_fields(*pair, self.cpu_s[pair[0].index]) for pair in zip(self.members, reports, strict=True)]
         )
-        distance = self._consensus_distance(round)
+        distance = self.average.consensus_distance(round)
         position = self.method.position(round)
         if self.group.is_recorder:
             fields = round_event(round, position, told[: self.num_peers], distance, self._simulated_s(), self._wall_s())
             self.folder.event("round", **fields)
 
     def _evaluate_average(self, round: int) -> None:
-        self.folder.event("eval", round=round, average_model=self._evaluate(self.average).overall, peers=None)
+        self.folder.event("eval", round=round, average_model=self._evaluate(self.average.model).overall, peers=None)
 
     def _finish(self) -> dict[str, Any]:
         rounds = self.method.num_rounds
@@ -290,8 +270,8 @@ class Run:
             agrees = False
             self.progress.note(f"{error}; the model is this site's own")
         told = self.group.gather([totals(member, self.cpu_s[member.index], self.device) for member in self.members])
-        if not self._load_average(rounds, agrees):
-            self._load_average(rounds, agreed=True)  # nothing but its own is to be had here
+        if not self.average.load(rounds, agrees):
+            self.average.load(rounds, agreed=True)  # nothing but its own is to be had here
         personal: list[Measured | None] = []
         if self.config.algorithm.local_modules:
             personal = self._gathered([self._evaluate(m.algorithm.peer.model) for m in self.peers])
@@ -306,7 +286,7 @@ class Run:
             wall_s = self._wall_s()
             save_trained(
                 self.folder.model,
-                self.average.module,
+                self.average.model.module,
                 self.data.tokenizer,
                 lambda: load_full_model(self.config.model, torch.device("cpu"), self.base),
                 self.folder.adapter,
@@ -321,7 +301,7 @@ class Run:
 
     def _metrics(self, own: Sequence[Measured | None], personal: Sequence[Measured | None]) -> dict[str, Any]:
         """What the summary says of quality, the average model's measured here."""
-        agreed = self._evaluate(self.average, by_client=True)
+        agreed = self._evaluate(self.average.model, by_client=True)
         for name, value in agreed.overall.items():
             _require_finite(f"the average model's {name}", value)
         metrics: dict[str, Any] = {
@@ -420,40 +400,6 @@ class Run:
             return Measured({})
         return measure(model, self.data.test, self.config.eval, by_client=by_client)
 
-    @torch.no_grad()
-    def _load_average(self, round: int, agreed: bool = False) -> bool:
-        """Put the peers' weighted average after some rounds into `self.average`; where all agreed, what each holds.
-
-        Returns:
-            Whether it is to be had.
-        """
-        own = dict(self.average.module.named_parameters())
-        weights = self.method.consensus(round)
-        for name in self.method.shared_names():
-            if agreed:
-                own[name].copy_(self.method.shared(name))
-                continue
-            mean = self.group.mean((member.algorithm.shared(name) for member in self.members), weights)
-            if mean is None:
-                return False
-            own[name].copy_(mean)
-        return True
-
-    def _consensus_distance(self, round: int) -> float | None:
-        """sqrt(mean_i ||theta_i - mean||^2) over the tensors that the round trained; None for a lone model."""
-        if self.num_peers == 1:
-            return None
-        squares, weights = [0.0] * len(self.members), self.method.consensus(round + 1)
-        for name in self.method.shared_names(round):
-            held = [member.algorithm.shared(name) for member in self.members]
-            mean = self.group.mean(held, weights)
-            if mean is None:
-                return None
-            for i, tensor in enumerate(held):
-                squares[i] += float(torch.linalg.vector_norm(tensor.sub_(mean))) ** 2
-        told = [square for square in self.group.gather(squares)[: self.num_peers] if square is not None]
-        return math.sqrt(sum(told) / self.num_peers)
-
     def _wall_s(self) -> float:
         return time.monotonic() - self.started
 
@@ -462,7 +408,7 @@ class Run:
 
     def _foreseen_bytes(self) -> int:
         """Disk the checkpoints and the exported model will need: generations kept, one being written, the model."""
-        sizes: dict[str, int] = {name: num_weights(p) for name, p in self.average.module.named_parameters()}
+        sizes: dict[str, int] = {name: num_weights(p) for name, p in self.average.model.module.named_parameters()}
         trained = sum(sizes[n] for block in self.blocks for n in block.parameters)
         largest = max(sum(sizes[n] for n in block.parameters) for block in self.method.blocks)
         return (GENERATIONS + 1) * self.num_members * (4 * trained + 8 * largest) + 4 * sum(sizes.values())

@@ -1,0 +1,117 @@
+"""The commands of a site in a consortium: keygen, charter, join (docs/consortium.md)."""
+
+from __future__ import annotations
+
+import argparse
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from peertune.cli_output import Bars, print_paths, summary_table
+
+
+def _date(text: str) -> date:
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a date such as 2030-12-31") from None
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected seconds above 0")
+    return value
+
+
+def add_consortium(commands: Any) -> None:
+    """Add them to the parser."""
+
+    def own(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--identity", metavar="DIR", help="folder of this site's key; default: ~/.peertune")
+
+    keygen = commands.add_parser("keygen", help="make this site's key and print its id, for a charter")
+    own(keygen)
+    keygen.set_defaults(command=_keygen)
+
+    charter = commands.add_parser("charter", help="what the sites of a consortium agree on: write it, sign it")
+    actions = charter.add_subparsers(required=True, metavar="ACTION")
+    new = actions.add_parser("new", help="write a charter for a recipe and its members", allow_abbrev=False)
+    new.add_argument("recipe", metavar="RECIPE.toml")
+    new.add_argument(
+        "--member", action="append", required=True, metavar="NAME=ID[@HOST:PORT][#SAMPLES]", help="in order; repeatable"
+    )
+    new.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override a key")
+    new.add_argument("--expires", type=_date, required=True, metavar="YYYY-MM-DD", help="last day it is valid")
+    new.add_argument("--grace", type=_seconds, default=600.0, metavar="S", help="wait so long for a site out of reach")
+    new.add_argument("--to", default="charter.toml", metavar="FILE")
+    new.set_defaults(command=_charter_new)
+    sign = actions.add_parser("sign", help="add this site's signature")
+    sign.add_argument("charter", metavar="CHARTER.toml")
+    own(sign)
+    sign.set_defaults(command=_charter_sign)
+
+    join = commands.add_parser(
+        "join", help="take part in a charter's run; the same command goes on", allow_abbrev=False
+    )
+    join.add_argument("charter", metavar="CHARTER.toml")
+    join.add_argument("--data", metavar="FILE", help="this site's training data; a server has none")
+    join.add_argument("--test", metavar="FILE", help="its held-out data")
+    join.add_argument("--out", default="runs/consortium", metavar="DIR", help="folder of the run")
+    join.add_argument("--listen", metavar="HOST:PORT", help="default: the port of this site's address in the charter")
+    join.add_argument("--model", metavar="PATH", help="where the base lies here")
+    join.add_argument(
+        "--set", action="append", default=[], metavar="section.key=value", help="a key of this site's own"
+    )
+    own(join)
+    join.set_defaults(command=_join)
+
+
+def _keygen(options: argparse.Namespace, console: Console) -> None:
+    from peertune.identity import default_folder, make_identity
+
+    print(make_identity(Path(options.identity) if options.identity else default_folder()).id)
+
+
+def _charter_new(options: argparse.Namespace, console: Console) -> None:
+    from peertune.charter import parse_member
+    from peertune.consortium import new_charter
+
+    members = [parse_member(text) for text in options.member]
+    to = Path(options.to)
+    new_charter(Path(options.recipe), options.set, members, options.expires, to, options.grace)
+    print(f"{to}: now let every member sign it: peertune charter sign {to}")
+
+
+def _charter_sign(options: argparse.Namespace, console: Console) -> None:
+    from peertune.consortium import sign_charter
+    from peertune.identity import default_folder
+
+    charter = sign_charter(Path(options.charter), Path(options.identity) if options.identity else default_folder())
+    missing = [member.name for member in charter.members if member.name not in charter.signatures]
+    print(f"{options.charter}: signed by {', '.join(charter.signatures)}; missing: {', '.join(missing) or 'nobody'}")
+
+
+def _join(options: argparse.Namespace, console: Console) -> None:
+    from peertune.consortium import join
+    from peertune.identity import default_folder
+
+    with Bars(console) as bars:
+        summary = join(
+            Path(options.charter),
+            identity=Path(options.identity) if options.identity else default_folder(),
+            train=options.data or "",
+            test=options.test or "",
+            out=Path(options.out),
+            listen=options.listen or "",
+            model=options.model or "",
+            overrides=options.set,
+            progress=bars,
+        )
+    Console().print(summary_table(summary))
+    print_paths(Path(options.out))

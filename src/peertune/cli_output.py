@@ -1,0 +1,101 @@
+"""What the command shows: bars on standard error while it works, a table and paths when it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class Bars:
+    """Shows a run's progress on standard error."""
+
+    def __init__(self, console: Console, label: str = "training") -> None:
+        self._console = console
+        self._label = label
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[loss]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Bars:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def note(self, message: str) -> None:
+        self._console.print(f"note: {message}", style="dim", markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+    def rounds(self, done: int, total: int, loss: float | None) -> None:
+        if self._task is None:
+            self._task = self._bars.add_task(self._label, total=total, loss="")
+        self._bars.update(self._task, completed=done, loss="" if loss is None else f"loss {loss:.3f}")
+
+
+class GridBars:
+    """Shows a comparison's progress: a line a cell, and a cell's own bar while it runs."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def note(self, message: str) -> None:
+        Bars(self._console).note(message)
+
+    @contextmanager
+    def cell(self, label: str, number: int, total: int) -> Iterator[Bars]:
+        self._console.print(f"[{number}/{total}] {label}", markup=False, highlight=False, emoji=False, soft_wrap=True)
+        with Bars(self._console, f"[{number}/{total}]") as bars:
+            yield bars
+
+
+def summary_table(summary: dict[str, Any]) -> Table:
+    """What a run achieved, a row a metric."""
+    metrics = summary["metrics"]
+    table = Table(
+        title=f"{summary['algorithm']}, {len(summary['bytes_sent_per_peer'])} peers, {summary['rounds']} rounds"
+    )
+    for column in ("held-out", "before", "average model", "peers' own, mean", "worst peer"):
+        table.add_column(column, justify="left" if column == "held-out" else "right")
+    for name, value in metrics["average_model"].items():
+        own = [peer[name] for peer in metrics.get("personal", metrics["peers"]) if peer and name in peer]
+        spread = ["-", "-"]  # a server in a consortium knows no peer's
+        if own:
+            worst = max(own) if name in ("loss", "call_loss", "perplexity") else min(own)
+            spread = [f"{v:.4f}" for v in (sum(own) / len(own), worst)]
+        table.add_row(name, *(f"{v:.4f}" for v in (metrics["before"][name], value)), *spread)
+    sent = [count for count in summary["bytes_sent_per_peer"] if count is not None] or [0]  # a site knows its own
+    table.caption = (
+        f"sent by a peer: {sum(sent) / len(sent) / 1e6:,.1f} MB on average, {max(sent) / 1e6:,.1f} MB at most;"
+        f" peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB; {summary['wall_s']:.0f} s"
+    )
+    return table
+
+
+def print_paths(out: Path) -> None:
+    exported = next(folder for folder in (out / "model", out / "adapter") if folder.exists())
+    print(f"report: {out / 'report.html'}")
+    print(f"{exported.name + ':':<8}{exported}")
+    print(f"load it with: {loading(exported)}")
+
+
+def loading(folder: Path) -> str:
+    if (folder / "adapter_config.json").exists():
+        return f"peft.AutoPeftModelForCausalLM.from_pretrained({str(folder)!r})"
+    code = ", trust_remote_code=True" if any(folder.glob("modeling_*.py")) else ""
+    return f"transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r}{code})"
