@@ -192,8 +192,8 @@ class Edge:
 
     @property
     def is_settled(self) -> bool:
-        """Whether the neighbour needs this site no more."""
-        return self.peer_is_finished
+        """Whether this site need not wait for the neighbour to have what it needs."""
+        return self.peer_is_finished or self.peer_is_away
 
     def beat(self) -> bytes:
         return _pack(Kind.BEAT, self.round)
@@ -216,7 +216,7 @@ class Edge:
                 # A new process makes its messages anew: no part of an old one is put together with those.
                 for incoming in self.inbox.values():
                     incoming.offset = 0
-                self.peer_round = 0
+                self.peer_round, self.peer_is_finished = 0, False
             self.peer_boot = fields[0]
         elif kind is Kind.GOT:
             if (fields[0], fields[1]) in self.outbox:

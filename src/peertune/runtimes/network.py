@@ -173,7 +173,11 @@ class Node:
         self.call(self._start())
 
     def stop(self, linger_s: float) -> None:
-        """Close, after at most `linger_s` seconds in which neighbours may still fetch what they need."""
+        """Close, after at most `linger_s` seconds in which neighbours may still fetch what they need.
+
+        Args:
+            linger_s: 0: the run did not end, and this site will be back.
+        """
         if not self._thread.is_alive():
             return
         self.call(self._stop(linger_s))
@@ -206,8 +210,9 @@ class Node:
         await self._server.start()
 
     async def _stop(self, linger_s: float) -> None:
-        for neighbor in self.neighbors.values():
-            neighbor.say(neighbor.edge.finished())
+        if linger_s:
+            for neighbor in self.neighbors.values():
+                neighbor.say(neighbor.edge.finished())
         end = time.monotonic() + linger_s
         while time.monotonic() < end and not all(n.edge.is_settled for n in self.neighbors.values()):
             await asyncio.sleep(0.05)
