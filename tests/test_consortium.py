@@ -345,6 +345,25 @@ def test_a_charter_holds_only_whole_signed_and_unaltered(tmp_path: Path) -> None
         charter.signed(make_identity(tmp_path / "stranger"))
 
 
+def test_nothing_may_stand_beside_a_certificate(tmp_path: Path) -> None:
+    """It would be trusted too, and whoever owns it could take the member's place."""
+    charter = make_charter(tmp_path, ["a", "b"])
+    charter = charter.signed(load_identity(tmp_path / "a")).signed(load_identity(tmp_path / "b"))
+    other = make_identity(tmp_path / "c").certificate_pem.decode()
+    own = charter.signatures["a"]
+    more = {**charter.signatures, "a": own.model_copy(update={"certificate": own.certificate + other})}
+    with pytest.raises(CharterError, match="beside a's certificate stands another"):
+        charter.model_copy(update={"signatures": more}).check()
+
+
+@pytest.mark.parametrize("address", ["host", "host:", "host:99999", "http://h:1", "h:abc", ":7000"])
+def test_addresses_are_host_and_port(address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(CharterError, match="expected NAME=ID"):
+        parse_member(f"a={'a' * 52}@{address}")
+    assert main(["join", str(tmp_path / "charter.toml"), "--listen", address]) == 2
+    assert "--listen: got" in capsys.readouterr().err
+
+
 def test_keys_that_others_can_read_are_refused(tmp_path: Path) -> None:
     make_identity(tmp_path)
     (tmp_path / "key.pem").chmod(0o644)

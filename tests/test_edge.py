@@ -262,6 +262,47 @@ def test_wrong_shapes_and_sizes_are_refused_before_memory_is_taken(monkeypatch: 
         edge.receive(huge)
 
 
+@pytest.mark.parametrize("expected_first", [True, False])
+def test_a_refused_message_is_given_up_and_not_asked_for_again(expected_first: bool) -> None:
+    pair = Pair()
+    pair.connect()
+    steps = [lambda: pair.expect(1, (0, 0), make_payload()), lambda: pair.post(0, (0, 0), {"x": torch.zeros(22)})]
+    with pytest.raises(ProtocolError):
+        for step in steps if expected_first else reversed(steps):
+            step()
+            pair.run()
+    assert pair.got[1] == {(0, 0): None}
+    pair.connect()
+    pair.run()
+    assert pair.ends[0].delivered == {(0, 0)}
+
+
+def test_a_helper_that_restarts_is_asked_no_more() -> None:
+    """The one who asked is told, so that it can ask again."""
+    pair = Pair()
+    pair.connect()
+    told: list[Payload | None] = []
+    pair.say(1, pair.ends[1].ask(make_payload(), lambda round, found: told.append(found)))
+    pair.run()
+    pair.ends[0] = Edge()
+    pair.connect()
+    pair.run()
+    assert told == [None]
+
+
+def test_what_is_fetched_is_told() -> None:
+    pair = Pair()
+    told: list[tuple[Key, int]] = []
+    pair.ends[0] = Edge(lambda key, size: told.append((key, size)))
+    pair.connect()
+    pair.post(0, (0, 0), make_payload())
+    pair.run()
+    assert told == []
+    pair.expect(1, (0, 0), make_payload())
+    pair.run()
+    assert told == [((0, 0), 88)]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_infinity_are_refused(value: float) -> None:
     pair, payload = Pair(), make_payload()

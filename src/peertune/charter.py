@@ -17,15 +17,27 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tomli_w
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 import peertune
 from peertune.config import Methods, NonNegative, RunConfig, Section, from_dict
 from peertune.errors import CharterError
-from peertune.identity import Identity, certificate_id, is_signed
+from peertune.identity import Identity, certificate_id, is_signed, is_single
 
 OWN_KEYS = {"run": ("out", "device"), "data": ("train", "test")}
 """Keys of a recipe that are each site's own business, and in no charter."""
+
+
+def is_address(text: str) -> bool:
+    """Whether a text is HOST:PORT."""
+    host, _, port = text.rpartition(":")
+    return bool(host) and not set(host) & set(" /@#") and port.isdecimal() and 0 < int(port) < 65536
+
+
+def _address(text: str) -> str:
+    if text and not is_address(text):
+        raise ValueError(f"got {text!r}, expected HOST:PORT")
+    return text
 
 
 class Member(Section):
@@ -33,7 +45,7 @@ class Member(Section):
     """What people call it."""
     id: Annotated[str, Field(pattern=r"^[a-z2-7]{52}$")]
     """Hash of its key, as `peertune keygen` prints it."""
-    address: str = ""
+    address: Annotated[str, AfterValidator(_address)] = ""
     """HOST:PORT where it can be reached; empty: it opens no port and dials out."""
     samples: NonNegative = 0
     """Its number of samples; only methods that weight sites by it need it (topology.weights = "samples")."""
@@ -115,6 +127,8 @@ class Charter(Section):
                 raise CharterError(
                     f"charter: {member.name}'s signature is by another key than its id says; ask who wrote it"
                 )
+            if not is_single(certificate):
+                raise CharterError(f"charter: beside {member.name}'s certificate stands another; have it signed anew")
             if not is_signed(certificate, found.signature, self.digest()):
                 raise CharterError(
                     f"charter: it was altered after {member.name} signed it; have the whole of it signed again"

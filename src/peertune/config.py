@@ -232,7 +232,7 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str], methods: Meth
     """
     tree = _read_toml(Path(path)) if path is not None else {}
     for text in overrides:
-        _apply_override(tree, text)
+        apply_override(tree, text)
     return from_dict(tree, methods)
 
 
@@ -290,7 +290,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _apply_override(tree: dict[str, Any], text: str) -> None:
+def apply_override(tree: dict[str, Any], text: str) -> None:
+    """Set a key of nested dicts from `section.key=value`. Raises ConfigError."""
     key, equals, value = text.partition("=")
     parts = key.strip().split(".")
     if not equals or len(parts) < 2 or not all(parts):

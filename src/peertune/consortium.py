@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import threading
+import time
 from collections.abc import Sequence
 from datetime import date
 from functools import partial
@@ -18,21 +21,22 @@ from peertune.charter import (
     Charter,
     Member,
     check_members,
+    is_address,
     read_charter,
     shared_recipe,
     write_charter,
 )
-from peertune.config import RunConfig, from_dict, load_recipe
-from peertune.errors import CharterError, ConfigError
+from peertune.config import RunConfig, apply_override, from_dict, load_recipe
+from peertune.errors import CharterError, ConfigError, StorageError
 from peertune.identity import load_identity
 from peertune.model.language_model import LanguageModel
 from peertune.model.load import TINY, resolve_path
 from peertune.peer import Peer
 from peertune.prepare import base_print, model_blocks, prepare_model, prepare_tokenizer
 from peertune.run import Progress, Site, run
-from peertune.run_folder import RunFolder
+from peertune.run_folder import RunFolder, storage_errors
 from peertune.runtimes import edges
-from peertune.runtimes.network import AuditLog, NetworkGroup, Node
+from peertune.runtimes.network import NetworkGroup, Node
 
 SITE_KEYS = (
     *("run.device", "run.threads", "run.log_every", "data.text_field", "data.text_b_field", "data.label_field"),
@@ -118,6 +122,8 @@ def join(
         InputError: the charter does not hold, or something given cannot be used.
         RunError: the run had to stop; the same command goes on.
     """
+    if listen and not is_address(listen):
+        raise ConfigError(f"--listen: got {listen!r}, expected HOST:PORT, such as 0.0.0.0:7000")
     charter, own = read_charter(path), load_identity(identity)
     charter.check()
     index = charter.index_of(own.id)
@@ -131,8 +137,11 @@ def join(
     audit = AuditLog(out / "audit.jsonl")
 
     def log(event: str, **fields: Any) -> None:
-        audit(event, **fields)
-        if event != "sent":
+        try:
+            audit(event, **fields)
+        except StorageError as error:
+            progress.note(f"the audit log has a gap: {error}")
+        if event not in ("sent", "fetched"):
             progress.note(" ".join([event.replace("_", " "), *(f"{key} {value}" for key, value in fields.items())]))
 
     node = Node(charter, own, listen or (f"[::]:{port}" if port else ""), log)
@@ -165,9 +174,7 @@ def site_config(charter: Charter, train: str, test: str, out: Path, model: str, 
     tree["run"]["out"] = str(out)
     tree["model"]["path"] = model or tree["model"]["path"]
     for text in overrides:
-        key, _, value = text.partition("=")
-        section, name = key.strip().split(".")
-        tree[section][name] = int(value) if value.strip().isdecimal() else value.strip()
+        apply_override(tree, text)
     return from_dict(tree, METHODS)[0]
 
 
@@ -192,3 +199,22 @@ def _check_base(charter: Charter, path: str, module: Any, tokenizer: Any) -> Non
                 f"model.path: the {what} in {path!r} are not those of the charter; get the same base as"
                 " the other sites, and name its folder with --model"
             )
+
+
+class AuditLog:
+    """DIR/audit.jsonl: what was made ready for whom, when it was fetched, and who was missing.
+
+    Raises:
+        StorageError: when called: the disk refused a line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+
+    def __call__(self, event: str, **fields: Any) -> None:
+        line = json.dumps({"time": round(time.time(), 3), "event": event, **fields})
+        with self._lock, storage_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
@@ -83,10 +83,10 @@ def make_identity(folder: Path) -> Identity:
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / CERTIFICATE).write_bytes(made.certificate_pem)
         descriptor = os.open(folder / KEY, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as file:
             file.write(made.key_pem)
-        (folder / CERTIFICATE).write_bytes(made.certificate_pem)
     except OSError as error:
         raise IdentityError(
             f"{folder}: cannot write the key: {error.strerror}; name another with --identity"
@@ -113,7 +113,7 @@ def load_identity(folder: Path) -> Identity:
             raise IdentityError(f"{folder}: {KEY} and {CERTIFICATE} do not belong together; bring back the old files")
     except FileNotFoundError as error:
         raise IdentityError(f"{folder}: holds no identity; make one with `peertune keygen`") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:  # TypeError: it has a password
         if isinstance(error, IdentityError):
             raise
         raise IdentityError(f"{folder}: the identity cannot be read: {error}; bring back the old files") from error
@@ -129,6 +129,11 @@ def certificate_id(certificate_pem: bytes) -> str:
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise IdentityError("a certificate holds a key of another kind; ask its owner to use `peertune keygen`")
     return _id_of(key)
+
+
+def is_single(certificate_pem: bytes) -> bool:
+    """Whether there is nothing beside the one certificate; what else stood there would be trusted too."""
+    return x509.load_pem_x509_certificate(certificate_pem).public_bytes(Encoding.PEM) == certificate_pem
 
 
 def is_signed(certificate_pem: bytes, signature: str, data: bytes) -> bool:

@@ -103,9 +103,13 @@ class Edge:
 
     Every method that returns frames returns them for the stream that is connected now, if any. They are made when they
     are iterated over, so a large message is not copied whole.
+
+    Args:
+        fetched: told the key and the bytes of a message when the neighbour begins to fetch it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, fetched: Callable[[Key, int], None] = lambda key, size: None) -> None:
+        self._fetched = fetched
         self.outbox: dict[Key, Outgoing] = {}
         self.inbox: dict[Key, Incoming] = {}
         self.offers: dict[Key, tuple[int, bytes]] = {}
@@ -168,6 +172,15 @@ class Edge:
         self._joining = (like, done)
         return [_pack(Kind.ASK)]
 
+    def no_state(self) -> None:
+        """The neighbour will not send the state that it was asked for."""
+        for key in [key for key in self.inbox if key[1] == STATE]:
+            self.offers.pop(key, None)
+            self.inbox.pop(key).done(None)
+        if self._joining is not None:
+            (_, done), self._joining = self._joining, None
+            done(0, None)
+
     def skip_to(self, round: int) -> None:
         """Go on from the beginning of a round: nothing of earlier ones is sent or expected any more."""
         for key in [key for key in self.inbox if key[0] < round]:
@@ -189,11 +202,6 @@ class Edge:
         """This site has all it needs."""
         self.is_finished = True
         return [_pack(Kind.DONE)]
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether this site need not wait for the neighbour to have what it needs."""
-        return self.peer_is_finished or self.peer_is_away
 
     def beat(self) -> bytes:
         return _pack(Kind.BEAT, self.round)
@@ -217,6 +225,7 @@ class Edge:
                 for incoming in self.inbox.values():
                     incoming.offset = 0
                 self.peer_round, self.peer_is_finished = 0, False
+                self.no_state()
             self.peer_boot = fields[0]
         elif kind is Kind.GOT:
             if (fields[0], fields[1]) in self.outbox:
@@ -230,11 +239,12 @@ class Edge:
             for key in [key for key in self.outbox if key[0] < fields[0]]:
                 self._drop(key)
         elif kind is Kind.BEAT:
-            self.peer_round = fields[0]
+            self.peer_round = max(self.peer_round, fields[0])
         elif kind is Kind.ASK:
             self.peer_asks = True
         else:
             self.peer_is_finished = True
+            self.no_state()
             for key in [key for key in self.inbox if key not in self.offers]:
                 self.give_up(key)
         return []
@@ -258,9 +268,11 @@ class Edge:
         return [] if incoming is None else self._want(key, incoming)
 
     def _want(self, key: Key, incoming: Incoming) -> Iterable[bytes]:
-        if self.offers[key] != (incoming.size, incoming.hash):
+        offered = self.offers[key]
+        if offered != (incoming.size, incoming.hash):
+            self.give_up(key)
             raise ProtocolError(
-                f"announced a message of {self.offers[key][0]} bytes for round {key[0]}, expected {incoming.size}, and"
+                f"announced a message of {offered[0]} bytes for round {key[0]}, expected {incoming.size}, and"
                 " the same names and shapes as here"
             )
         if not incoming.offset:
@@ -275,6 +287,7 @@ class Edge:
             return [_pack(Kind.GONE, *key)]
         if offset > message.size or offset % CHUNK_SIZE:
             raise ProtocolError(f"asked for byte {offset} of a message of {message.size}")
+        self._fetched(key, message.size - offset)
         return _chunks(key, message, offset)
 
     def _arrived(self, key: Key, offset: int, hash: bytes, data: memoryview) -> Iterable[bytes]:

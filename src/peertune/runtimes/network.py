@@ -16,20 +16,20 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, S
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import grpc
 from torch import Tensor
 
 from peertune.algorithms.base import Algorithm
-from peertune.charter import Charter, difference
+from peertune.charter import Charter, check_members, difference
 from peertune.errors import CharterError, IdentityError, PeerLostError
 from peertune.exchange import Hop, Inbox, Payload
 from peertune.identity import Identity, certificate_id
 from peertune.link import Clock
 from peertune.runtimes import edges
-from peertune.runtimes.edge import MAX_FRAME, STATE, Edge, Key, ProtocolError
+from peertune.runtimes.edge import MAX_FRAME, MAX_OFFERS, STATE, Edge, Key, ProtocolError
 from peertune.wire import Traffic
 
 T = TypeVar("T")
@@ -48,34 +48,50 @@ class Neighbor:
     """One edge's connection: streams come and go, `edge` stays."""
 
     def __init__(self, name: str, charter: Charter, log: Callable[..., None]) -> None:
-        self.edge, self.name, self.charter, self.log = Edge(), name, charter, log
-        self.last_heard = time.monotonic()
+        self.edge, self.name, self.charter, self.log = Edge(self._fetched), name, charter, log
+        self.last_heard = self.last_heard_on_stream = time.monotonic()
         self.is_connected = self.was_seen = False
         self._queue: asyncio.Queue[Iterable[bytes]] = asyncio.Queue()
         self._talk: asyncio.Task[Any] | None = None
 
+    def _fetched(self, key: Key, size: int) -> None:
+        self.log("fetched", peer=self.name, round=key[0], hop="state" if key[1] == STATE else key[1], bytes=size)
+
     def say(self, frames: Iterable[bytes]) -> None:
-        if self.is_connected:
+        if self._talk is not None:
             self._queue.put_nowait(frames)
+
+    def try_to_say(self, frames: Callable[[], Iterable[bytes]]) -> None:
+        """Say what a call of the edge gives; end the stream where the edge finds the neighbour's messages wrong."""
+        try:
+            self.say(frames())
+        except ProtocolError as error:
+            self.log("refused", peer=self.name, reason=str(error))
+            if self._talk is not None:
+                self._talk.cancel()
+
+    @property
+    def is_out_of_reach(self) -> bool:
+        """For the grace, or since it was left out for that."""
+        late = time.monotonic() - self.last_heard > self.charter.grace_s
+        return not self.is_connected and (late or self.edge.peer_is_away)
 
     def is_gone(self, round: int) -> bool:
         """Whether to go on with a round without it: out of reach for the grace, or still behind after that."""
         behind = self.edge.peer_round < round - 1
-        away = self.edge.peer_is_away and (behind or not self.is_connected)
-        if not self.is_connected and time.monotonic() - self.last_heard > self.charter.grace_s:
-            away = True
+        away = self.is_out_of_reach or (self.edge.peer_is_away and behind)
         self.edge.peer_is_away = away
         return away
 
     def post(self, key: Key, payload: Payload) -> None:
+        self.edge.peer_is_away |= self.is_out_of_reach
         self.say(self.edge.post(key, payload))
 
     def ask(self, like: Payload, done: Callable[[int, Payload | None], None]) -> None:
-        self.say(self.edge.ask(like, done))
+        self.try_to_say(partial(self.edge.ask, like, done))
 
     def expect(self, key: Key, like: Payload, done: Callable[[Payload | None], None]) -> None:
-        self.edge.round = key[0]
-        self.say(self.edge.expect(key, like, done))
+        self.try_to_say(partial(self.edge.expect, key, like, done))
 
     def checkpointed(self, round: int) -> None:
         self.say(self.edge.checkpointed(round))
@@ -92,19 +108,22 @@ class Neighbor:
         self._talk = this = asyncio.current_task()
         self._queue = asyncio.Queue()
         self._queue.put_nowait(self.edge.connected())
-        self.is_connected = self.was_seen = True
-        self.last_heard = time.monotonic()
-        self.log("connected", peer=self.name)
+        begun = self.last_heard_on_stream = time.monotonic()
         writer = asyncio.create_task(self._write(write, self._queue))
         watch = asyncio.create_task(self._watch(this))
         try:
             while (frame := await read()) is not grpc.aio.EOF:
-                self.last_heard = time.monotonic()
+                self.last_heard = self.last_heard_on_stream = time.monotonic()
+                if not self.is_connected:  # only now: a refused stream opens too
+                    self.is_connected = self.was_seen = True
+                    self.log("connected", peer=self.name)
                 self.say(self.edge.receive(frame))
+                if self._queue.qsize() > MAX_OFFERS:
+                    raise ProtocolError("asks for more than it reads")
         except asyncio.CancelledError:
             if not watch.done():
                 raise
-            self.log("stalled", peer=self.name, seconds=self.charter.stall_s)
+            self.log("stalled", peer=self.name, seconds=round(time.monotonic() - begun, 1))
         except ProtocolError as error:
             self.log("refused", peer=self.name, reason=str(error))
         except grpc.RpcError:
@@ -113,12 +132,14 @@ class Neighbor:
             writer.cancel()
             watch.cancel()
             if self._talk is this:
-                self._talk, self.is_connected = None, False
-                self.log("disconnected", peer=self.name)
+                self._talk = None
+                if self.is_connected:
+                    self.is_connected = False
+                    self.log("disconnected", peer=self.name)
 
     async def _watch(self, talk: asyncio.Task[Any] | None) -> None:
         """End a stream on which nothing comes any more."""
-        while (left := self.last_heard + self.charter.stall_s - time.monotonic()) > 0:
+        while (left := self.last_heard_on_stream + self.charter.stall_s - time.monotonic()) > 0:
             await asyncio.sleep(left)
         if talk is not None:
             talk.cancel()
@@ -214,7 +235,9 @@ class Node:
             for neighbor in self.neighbors.values():
                 neighbor.say(neighbor.edge.finished())
         end = time.monotonic() + linger_s
-        while time.monotonic() < end and not all(n.edge.is_settled for n in self.neighbors.values()):
+        while time.monotonic() < end and any(
+            not n.edge.peer_is_finished and not n.is_out_of_reach for n in self.neighbors.values()
+        ):
             await asyncio.sleep(0.05)
         await asyncio.sleep(0.05)  # so that the last frames are out
         for task in self._tasks:
@@ -241,12 +264,16 @@ class Node:
                 try:
                     await asyncio.wait_for(channel.channel_ready(), self.charter.stall_s)
                     call = channel.stream_stream(METHOD)(metadata=metadata)
+                    began = time.monotonic()
                     await neighbor.talk(call.read, call.write)
-                    if await call.code() is grpc.StatusCode.FAILED_PRECONDITION:
+                    if call.done() and await call.code() is grpc.StatusCode.FAILED_PRECONDITION:
                         self.log("refused_by", peer=member.name, reason=await call.details())
-                    wait = REDIAL_S[0]
+                    elif time.monotonic() - began > REDIAL_S[1]:
+                        wait = REDIAL_S[0]
                 except (TimeoutError, grpc.RpcError):
                     pass
+                except Exception as error:  # whatever it was, the edge is dialled again
+                    self.log("failed", peer=member.name, reason=f"{type(error).__name__}: {error}")
             await asyncio.sleep(wait)
             wait = min(2 * wait, REDIAL_S[1])
 
@@ -291,8 +318,8 @@ class NetworkGroup:
         self.is_recorder = self.survives_loss = True
         self.clock: Clock | None = None
         self._exchange = NetworkExchange(node)
-        self._asked = False
-        self._state: tuple[int, Payload | None] | None = None
+        self._asked: Neighbor | None = None
+        self._states: SimpleQueue[tuple[int, Payload | None]] = SimpleQueue()
 
     def catch_up(self, round: int, algorithm: Algorithm) -> int:
         """Give neighbours who are behind the state, where the method lets them join; take it where this site is."""
@@ -304,19 +331,21 @@ class NetworkGroup:
                 state = state or _state(algorithm)
                 self._exchange.post(index, (round, STATE), state, "state")
         ahead = max(self.node.neighbors.values(), key=lambda n: n.edge.peer_round, default=None)
-        if ahead is not None and ahead.edge.peer_round > round + 1 and not self._asked:
-            self._asked = True
+        if self._asked is not None and self._asked.is_out_of_reach:
+            self.node.soon(self._asked.edge.no_state)
+        missed = bool(self._exchange.left_out)
+        if missed and ahead is not None and ahead.edge.peer_round > round + 1 and self._asked is None:
+            self._asked = ahead
             self.node.log("asked", peer=ahead.name, round=round, behind=ahead.edge.peer_round - round)
             self.node.soon(partial(ahead.ask, _state(algorithm), self._arrived))
-        arrived, self._state = self._state, None
-        if arrived is None:
+        if self._states.empty():
             return round
-        self._asked = False
-        then, found = arrived
-        if found is None or then <= round:
+        self._asked = None
+        then, found = self._states.get()
+        if found is None or not round < then < algorithm.num_rounds or not algorithm.can_join(then):
             return round
         for name, value in found.items():
-            algorithm.set_shared(name, value)
+            algorithm.set_shared(name, value.to(algorithm.peer.model.device))
         algorithm.joined(then)
         for neighbor in self.node.neighbors.values():
             self.node.soon(partial(neighbor.skip_to, then))
@@ -324,13 +353,15 @@ class NetworkGroup:
         return then
 
     def _arrived(self, round: int, state: Payload | None) -> None:
-        self._state = (round, state)
+        self._states.put((round, state))
 
     def exchange(self, member: int) -> NetworkExchange:
         return self._exchange
 
     def open(self, algorithm: Algorithm) -> None:
-        self.node.start(edges(algorithm))
+        pairs, topology = edges(algorithm), algorithm.topology
+        check_members(self.node.charter.members, topology.num_peers + topology.has_hub, pairs)
+        self.node.start(pairs)
 
     def gather(self, values: Sequence[T]) -> list[T | None]:
         told: list[T | None] = [None] * len(self.node.charter.members)
@@ -350,10 +381,13 @@ class NetworkExchange:
         self._out: Payload | None = None
         self.sent = Traffic()
         self.left_out: Sequence[int] = []
+        self._has_begun = False
 
     def start(self, round: int, hop: Hop, out: Payload | None) -> None:
         if self._key[0] != round:
             self._key, self.left_out = (round, -1), []
+            for neighbor in self._node.neighbors.values():
+                neighbor.edge.round = round
         self._key = (round, self._key[1] + 1)
         self._out = out
         if out is None:
@@ -382,7 +416,8 @@ class NetworkExchange:
             if payload is None:
                 missing.append(source)
             else:
-                payloads[source] = payload
+                payloads[source] = {name: tensor.to(shapes[name].device) for name, tensor in payload.items()}
+        self._has_begun |= bool(arrivals)
         if missing:
             names = ", ".join(self._node.neighbors[source].name for source in missing)
             self._node.log("left_out", peers=names, round=round, hop=hop.name)
@@ -409,7 +444,7 @@ class NetworkExchange:
     def _begins(self, neighbor: Neighbor) -> bool:
         """Whether the run has not begun, for all this site knows, and waits until everyone is there."""
         others = self._node.neighbors.values()
-        return self._key == (0, 0) and not neighbor.was_seen and all(other.edge.peer_round <= 1 for other in others)
+        return not self._has_begun and not neighbor.was_seen and all(other.edge.peer_round <= 1 for other in others)
 
     def saved(self, round: int) -> None:
         for neighbor in self._node.neighbors.values():
@@ -420,6 +455,7 @@ class NetworkExchange:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.sent.load_state_dict(state["sent"])
+        self._has_begun = True
 
 
 def _state(algorithm: Algorithm) -> Payload:
@@ -438,18 +474,3 @@ def without(weights: Mapping[int, float], missing: Sequence[int], peer: int) -> 
         return left | {peer: left[peer] + lost}
     total = sum(left.values())
     return {source: weight * (total + lost) / total for source, weight in left.items()}
-
-
-class AuditLog:
-    """DIR/audit.jsonl: what left this site, to whom and when, and who was missing."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._lock = threading.Lock()
-
-    def __call__(self, event: str, **fields: Any) -> None:
-        line = json.dumps({"time": round(time.time(), 3), "event": event, **fields})
-        with self._lock:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
