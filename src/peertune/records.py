@@ -24,6 +24,7 @@ def start_event(config: RunConfig, method: Algorithm, data: Prepared, notes: lis
     sizes = {name: num_weights(p) for name, p in module.named_parameters()}
     held = [
         {
+            "peer": peer,
             "samples": shown["samples"],
             "classes": shown["classes"],
             "sequences": len(rendered.samples),
@@ -31,7 +32,7 @@ def start_event(config: RunConfig, method: Algorithm, data: Prepared, notes: lis
             "cut": rendered.num_cut,
             "dropped": rendered.num_dropped,
         }
-        for shown, rendered in zip(data.classes, data.train.values(), strict=True)
+        for shown, (peer, rendered) in zip(data.classes, data.train.items(), strict=True)
     ]
     cut, dropped = (sum(peer[key] for peer in held) for key in ("cut", "dropped"))
     if cut or dropped:

@@ -48,8 +48,9 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True)
 class Holding:
-    """What one peer holds. `classes` maps a label to its number of samples, and is empty where there are no labels."""
+    """What one peer holds. `classes` maps a label to its number of samples; empty where there are no labels."""
 
+    peer: int
     samples: int
     sequences: int
     tokens: int
@@ -88,7 +89,8 @@ class Run:
 
     @property
     def num_peers(self) -> int:
-        return len(self.holdings) or len(self.weights) or max((len(r.loss) for r in self.rounds), default=1)
+        known = max(len(self.holdings), len(self.weights))  # a pooled run has one model, a site knows its own data
+        return known or max((len(r.loss) for r in self.rounds), default=1)
 
     @property
     def num_models(self) -> int:
@@ -165,7 +167,7 @@ def read_run(run_dir: Path) -> Run:
         trained=_integer(model.get("trained")),
         frozen=tuple(str(n) for n in _list(model.get("frozen"))),
         blocks=tuple(_block(i, _mapping(b)) for i, b in enumerate(_list(start.get("blocks")))),
-        holdings=tuple(_holding(_mapping(p)) for p in _list(start.get("peers"))),
+        holdings=tuple(_holding(i, _mapping(p)) for i, p in enumerate(_list(start.get("peers")))),
         edges=tuple((_integer(e[0]), _integer(e[1])) for e in _list(start.get("edges")) if len(_list(e)) == 2),
         weights=tuple(
             tuple(_number(w) or 0.0 for w in _list(row))
@@ -267,10 +269,10 @@ def _block(position: int, block: Json) -> Block:
     )
 
 
-def _holding(peer: Json) -> Holding:
+def _holding(place: int, peer: Json) -> Holding:
     counts = {name: _integer(peer.get(name)) for name in ("samples", "sequences", "tokens", "cut", "dropped")}
     classes = {str(k): _integer(v) for k, v in _mapping(peer.get("classes")).items()}
-    return Holding(classes=classes, **counts)
+    return Holding(peer=_integer(peer["peer"]) if "peer" in peer else place, classes=classes, **counts)
 
 
 def _metrics(value: object) -> dict[str, float]:

@@ -55,10 +55,11 @@ def data(run: Run) -> str:
     epochs = run.rounds[-1].epochs if run.rounds else ()
     lost = [name for name in ("cut", "dropped") if any(getattr(h, name) for h in run.holdings)]
     rows = []
-    for peer, held in enumerate(run.holdings):
+    for held in run.holdings:
+        peer = held.peer
         # A pooled model counts epochs of the union, not of a peer.
-        done = epochs[peer] if len(epochs) == len(run.holdings) else None
-        total = run.bytes_sent[peer] if len(run.bytes_sent) == len(run.holdings) else None
+        done = epochs[peer] if len(epochs) == run.num_peers else None
+        total = run.bytes_sent[peer] if len(run.bytes_sent) == run.num_peers else None
         rows.append(
             [
                 f'<i class="dot" style="--c:var(--s{peer % 32})"></i>{peer}',
@@ -75,6 +76,8 @@ def data(run: Run) -> str:
     head = ["peer", bars, "samples", "sequences", "tokens", *lost, "epochs", "sent"]
     total_samples = sum(h.samples for h in run.holdings)
     lead = f"{plural(total_samples, 'sample')} over {plural(len(run.holdings), 'peer')}; none leaves its peer."
+    if len(run.holdings) == 1 < run.num_peers:
+        lead = f"This site's {plural(total_samples, 'sample')}; nobody else sees them, nor this site the others'."
     kind = setting(run, "data", "partition")
     if isinstance(kind, Mapping) and kind.get("kind"):
         alpha = f", α = {esc(kind.get('alpha'), 20)}" if kind.get("kind") in ("dirichlet", "quantity") else ""  # noqa: RUF001
