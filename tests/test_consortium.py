@@ -178,6 +178,9 @@ def test_a_site_that_stays_away_is_left_out_and_the_others_finish(tmp_path: Path
         assert recorded == left
         waited = [e["time"] for e in consortium.events(site, "left_out")]
         assert len(left) > 10 and sorted(waited) == waited
+        summary = json.loads((tmp_path / site / "run" / "summary.json").read_text())
+        told = {"peer": NAMES.index(site), "went_without": 1, "rounds": len(left) + 1}  # and in the agreement
+        assert summary["rounds_without"] == [told]
         assert "this site's own" in (tmp_path / site / "log").read_text()
     assert not [e for e in consortium.events("west", "left_out") if e["hop"] == "gossip"]
     loss = [json.loads((tmp_path / site / "run" / "summary.json").read_text())["metrics"] for site in processes]

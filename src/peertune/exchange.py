@@ -73,6 +73,10 @@ class Exchange(Protocol):
     left_out: Sequence[int]
     """Members without whose messages this peer had to go on in its last round."""
 
+    @property
+    def rounds_without(self) -> Mapping[int, int]:
+        """Member -> rounds that this peer went on without it."""
+
     def start(self, round: int, hop: Hop, out: Payload | None) -> None:
         """Send `out` to this peer's targets in the hop; None where it has nothing to send."""
 

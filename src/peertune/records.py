@@ -110,6 +110,7 @@ def totals(member: Member, cpu_s: float, device: torch.device) -> dict[str, Any]
         "bytes_sent": sent.payload_bytes,
         "header_bytes_sent": sent.header_bytes,
         "bytes_by_target": sent.by_target(),
+        "rounds_without": dict(member.exchange.rounds_without),
         "cpu_s": cpu_s,
         "peak_memory_bytes": peak_bytes(device),
     }
@@ -149,6 +150,11 @@ def summary_of(
             for target, payload, header in ([] if fields is None else fields["bytes_by_target"])
         ],
         "rounds": method.num_rounds,
+        "rounds_without": [
+            {"peer": peer, "went_without": other, "rounds": rounds}
+            for peer, fields in enumerate(told)
+            for other, rounds in ({} if fields is None else fields["rounds_without"]).items()
+        ],
         "wall_s": wall_s,
         "cpu_s": sum(spent for spent in by_peer("cpu_s") if spent is not None),
         "cpu_s_per_peer": by_peer("cpu_s"),

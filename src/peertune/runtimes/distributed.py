@@ -125,6 +125,7 @@ class DistributedExchange:
         self._out: Payload | None = None
         self.sent = Traffic()
         self.left_out: Sequence[int] = ()
+        self.rounds_without: Mapping[int, int] = {}
 
     def start(self, round: int, hop: Hop, out: Payload | None) -> None:
         self._out = out

@@ -12,6 +12,7 @@ import asyncio
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -381,6 +382,7 @@ class NetworkExchange:
         self._out: Payload | None = None
         self.sent = Traffic()
         self.left_out: Sequence[int] = []
+        self.rounds_without: Counter[int] = Counter()
         self._has_begun = False
 
     def start(self, round: int, hop: Hop, out: Payload | None) -> None:
@@ -421,6 +423,7 @@ class NetworkExchange:
         if missing:
             names = ", ".join(self._node.neighbors[source].name for source in missing)
             self._node.log("left_out", peers=names, round=round, hop=hop.name)
+            self.rounds_without.update(set(missing).difference(self.left_out))
             self.left_out = [*self.left_out, *missing]
             if hop.name == "agree":
                 raise PeerLostError(f"the final agreement went without {names}, so it is none")
@@ -451,10 +454,11 @@ class NetworkExchange:
             self._node.soon(partial(neighbor.checkpointed, round))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sent": self.sent.state_dict()}
+        return {"sent": self.sent.state_dict(), "rounds_without": list(self.rounds_without.items())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.sent.load_state_dict(state["sent"])
+        self.rounds_without = Counter(dict(state["rounds_without"]))
         self._has_begun = True
 
 

@@ -88,6 +88,7 @@ class SimulatedExchange:
         self._peer = peer
         self.sent = Traffic()
         self.left_out: Sequence[int] = ()
+        self.rounds_without: Mapping[int, int] = {}
 
     def start(self, round: int, hop: Hop, out: Payload | None) -> None:
         if out is None:
