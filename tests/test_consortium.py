@@ -32,7 +32,7 @@ from peertune.errors import CharterError, IdentityError
 from peertune.identity import Identity, load_identity, make_identity
 from peertune.run import run
 from peertune.runtimes import edge
-from peertune.runtimes.network import Node
+from peertune.runtimes.network import Node, without
 from tests.recipes import tree, write_rows
 
 NAMES = ["north", "east", "south", "west"]
@@ -233,6 +233,14 @@ def assert_agreed(consortium: Consortium) -> None:
     folders = [consortium.folder / site / "run" / "model" for site in NAMES]
     models = [load_file(next(folder.glob("*.safetensors"))) for folder in folders]
     assert all(torch.equal(model[name], models[0][name]) for model in models for name in model)
+
+
+def test_the_weight_of_the_missing_goes_to_self_or_is_spread() -> None:
+    row = {0: 0.5, 1: 0.3, 2: 0.2}
+    assert without(row, [1], 0) == {0: pytest.approx(0.8), 2: 0.2}
+    assert without(row, [1, 2], 0) == {0: pytest.approx(1.0)}
+    assert without(row, [1], 7) == {0: pytest.approx(0.5 / 0.7), 2: pytest.approx(0.2 / 0.7)}  # a server's
+    assert without(row, [0, 1, 2], 7) == {}
 
 
 def wait_for(happened: Callable[[], bool]) -> None:
