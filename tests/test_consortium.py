@@ -29,10 +29,11 @@ from peertune.charter import Charter, Member, parse_member, read_charter, write_
 from peertune.cli import main
 from peertune.config import from_dict
 from peertune.errors import CharterError, IdentityError
+from peertune.exchange import Hop
 from peertune.identity import Identity, load_identity, make_identity
 from peertune.run import run
 from peertune.runtimes import edge
-from peertune.runtimes.network import Node, without
+from peertune.runtimes.network import NetworkExchange, Node, without
 from tests.recipes import tree, write_rows
 
 NAMES = ["north", "east", "south", "west"]
@@ -233,6 +234,40 @@ def assert_agreed(consortium: Consortium) -> None:
     folders = [consortium.folder / site / "run" / "model" for site in NAMES]
     models = [load_file(next(folder.glob("*.safetensors"))) for folder in folders]
     assert all(torch.equal(model[name], models[0][name]) for model in models for name in model)
+
+
+def test_a_refused_message_ends_the_stream_and_the_edge_is_dialled_anew(tmp_path: Path) -> None:
+    """On both ends of the edge: after the refusal they are connected again, and what is right arrives."""
+    port = free_ports(1)[0]
+    charter = make_charter(tmp_path, ["a", "b"])
+    members = [charter.members[0].model_copy(update={"address": f"127.0.0.1:{port}"}), charter.members[1]]
+    identities = [load_identity(tmp_path / name) for name in "ab"]
+    charter = charter.model_copy(update={"members": members}).signed(identities[0]).signed(identities[1])
+    fork = multiprocessing.get_context("fork")
+    heard = fork.Queue()
+
+    def play(index: int) -> None:
+        events: list[str] = []
+        node = Node(
+            charter, identities[index], f"127.0.0.1:{port}" if index == 0 else "", lambda e, **_: events.append(e)
+        )
+        node.start([(0, 1)])
+        exchange = NetworkExchange(node)
+        hop = Hop("gossip", {(i, j): 0.5 for i in range(2) for j in range(2)})
+        inboxes = []
+        for round, size in enumerate((3, 3 + index, 3)):
+            out = {"w": torch.full((size,), float(index))}
+            exchange.start(round, hop, out)
+            inboxes.append(exchange.finish(round, hop, lambda: {}))
+        heard.put((index, [sorted(inbox.payloads) for inbox in inboxes if inbox is not None], events.count("refused")))
+        node.stop(10.0)
+        os._exit(0)
+
+    for index in range(2):
+        fork.Process(target=play, args=(index,), daemon=True).start()
+    for _, received, refused in (heard.get(timeout=60) for _ in range(2)):
+        assert received[0] == received[2] == [0, 1] and refused >= 1
+        assert len(received[1]) == 1, "the odd message was left out"
 
 
 def test_the_weight_of_the_missing_goes_to_self_or_is_spread() -> None:

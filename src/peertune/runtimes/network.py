@@ -39,6 +39,8 @@ CHARTER_KEY = "peertune-charter"
 OPTIONS = [("grpc.max_receive_message_length", MAX_FRAME), ("grpc.max_send_message_length", MAX_FRAME)]
 POLL_S = 0.05
 """Seconds between looks at whether a neighbour is still worth waiting for."""
+WAITING_S = 5.0
+"""Seconds after which one is told whom a round waits for."""
 BEAT_S = 1.0
 """Seconds after which a silent connection says that it is alive."""
 REDIAL_S = (0.2, 10.0)
@@ -54,6 +56,7 @@ class Neighbor:
         self.is_connected = self.was_seen = False
         self._queue: asyncio.Queue[Iterable[bytes]] = asyncio.Queue()
         self._talk: asyncio.Task[Any] | None = None
+        self._ended: asyncio.Task[Any] | None = None
 
     def _fetched(self, key: Key, size: int) -> None:
         self.log("fetched", peer=self.name, round=key[0], hop="state" if key[1] == STATE else key[1], bytes=size)
@@ -68,8 +71,13 @@ class Neighbor:
             self.say(frames())
         except ProtocolError as error:
             self.log("refused", peer=self.name, reason=str(error))
-            if self._talk is not None:
-                self._talk.cancel()
+            self.end()
+
+    def end(self) -> None:
+        """End the stream that is open, if any; it is dialled anew."""
+        if self._talk is not None:
+            self._ended = self._talk
+            self._talk.cancel()
 
     @property
     def is_out_of_reach(self) -> bool:
@@ -109,7 +117,7 @@ class Neighbor:
         self._talk = this = asyncio.current_task()
         self._queue = asyncio.Queue()
         self._queue.put_nowait(self.edge.connected())
-        begun = self.last_heard_on_stream = time.monotonic()
+        self.last_heard_on_stream = time.monotonic()
         writer = asyncio.create_task(self._write(write, self._queue))
         watch = asyncio.create_task(self._watch(this))
         try:
@@ -122,9 +130,8 @@ class Neighbor:
                 if self._queue.qsize() > MAX_OFFERS:
                     raise ProtocolError("asks for more than it reads")
         except asyncio.CancelledError:
-            if not watch.done():
+            if self._ended is not this:
                 raise
-            self.log("stalled", peer=self.name, seconds=round(time.monotonic() - begun, 1))
         except ProtocolError as error:
             self.log("refused", peer=self.name, reason=str(error))
         except grpc.RpcError:
@@ -142,8 +149,9 @@ class Neighbor:
         """End a stream on which nothing comes any more."""
         while (left := self.last_heard_on_stream + self.charter.stall_s - time.monotonic()) > 0:
             await asyncio.sleep(left)
-        if talk is not None:
-            talk.cancel()
+        if self._talk is talk:
+            self.log("stalled", peer=self.name, seconds=self.charter.stall_s)
+            self.end()
 
     async def _write(self, write: Callable[[bytes], Awaitable[None]], queue: asyncio.Queue[Iterable[bytes]]) -> None:
         try:
@@ -156,6 +164,9 @@ class Neighbor:
                     await write(frame)
         except (grpc.RpcError, asyncio.InvalidStateError):
             pass  # the reader sees it too
+        except Exception as error:
+            self.log("failed", peer=self.name, reason=f"{type(error).__name__}: {error}")
+            self.end()
 
 
 class Node:
@@ -437,8 +448,11 @@ class NetworkExchange:
 
     def _wait(self, source: int, arrival: Future[Payload | None]) -> Payload | None:
         """The payload; None where the neighbour has been out of reach for the grace."""
-        neighbor = self._node.neighbors[source]
+        neighbor, began, told = self._node.neighbors[source], time.monotonic(), False
         while True:
+            if not told and not neighbor.is_connected and time.monotonic() - began > WAITING_S:
+                told = True
+                self._node.log("waiting", peer=neighbor.name, round=self._key[0])
             if not arrival.done() and not self._begins(neighbor) and neighbor.is_gone(self._key[0]):
                 self._node.soon(partial(neighbor.edge.give_up, self._key))
             with suppress(TimeoutError):
