@@ -216,11 +216,13 @@ def test_validation_rows_are_neither_trained_on_nor_tested(tmp_path: Path, micro
     tested = prepare_data(recipe(tmp_path, micro_model, **sections), None)
     judged = prepare_data(recipe(tmp_path, micro_model, **sections, eval={"split": "validation"}), None)
     whole = prepare_data(recipe(tmp_path, micro_model), None)
-    train = [sample for held in judged.train for sample in held.samples]
-    assert ids(train) == ids([sample for held in tested.train for sample in held.samples])
+    train = [sample for held in judged.train.values() for sample in held.samples]
+    assert ids(train) == ids([sample for held in tested.train.values() for sample in held.samples])
     assert len(judged.test.samples) == 9 and len(train) == 51
     assert not ids(judged.test.samples) & ids(train)
-    assert ids(judged.test.samples) | ids(train) == ids([sample for held in whole.train for sample in held.samples])
+    assert ids(judged.test.samples) | ids(train) == ids(
+        [sample for held in whole.train.values() for sample in held.samples]
+    )
     assert ids(tested.test.samples) == ids(whole.test.samples)
     assert judged.test.labels == whole.test.labels
     moved = recipe(tmp_path, micro_model, run={"seed": 1}, **sections, eval={"split": "validation"})
