@@ -22,6 +22,7 @@ who was killed and came back asks for them again and computes bitwise what he co
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
@@ -308,8 +309,8 @@ class Edge:
             raise ProtocolError(f"sent bytes at {offset} of a message of round {key[0]} that do not match their hash")
         incoming.view[offset : offset + len(data)] = data
         incoming.offset += len(data)
-        # A part at a time, while it lies in the cache.
-        if not bool(torch.isfinite(incoming.buffer[offset // 4 : incoming.offset // 4]).all()):
+        # A part at a time, while it lies in the cache; both are NaN where anything is. isfinite takes ten times as long.
+        if not all(map(math.isfinite, map(float, incoming.buffer[offset // 4 : incoming.offset // 4].aminmax()))):
             self.give_up(key)
             raise ProtocolError(f"sent NaN or infinity in round {key[0]}")
         return self._complete(key, incoming) if incoming.offset == incoming.size else []
