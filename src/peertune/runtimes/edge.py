@@ -309,7 +309,7 @@ class Edge:
             raise ProtocolError(f"sent bytes at {offset} of a message of round {key[0]} that do not match their hash")
         incoming.view[offset : offset + len(data)] = data
         incoming.offset += len(data)
-        # A part at a time, while it lies in the cache; both are NaN where anything is. isfinite takes ten times as long.
+        # A part at a time, while it lies in the cache; both are NaN where anything is. isfinite takes ten times longer.
         if not all(map(math.isfinite, map(float, incoming.buffer[offset // 4 : incoming.offset // 4].aminmax()))):
             self.give_up(key)
             raise ProtocolError(f"sent NaN or infinity in round {key[0]}")
