@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import re
+import socket
 import statistics
 import subprocess
 import time
@@ -53,6 +54,13 @@ def finish(name: str, figures: dict[str, Any], results: Path = RESULTS) -> None:
     results.mkdir(parents=True, exist_ok=True)
     (results / f"{name}.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     print(json.dumps(figures, allow_nan=False), flush=True)
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def check_portable(value: Any, where: str = "figures") -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import multiprocessing
-import socket
 import statistics
 import tempfile
 import threading
@@ -24,14 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import RESULTS, finish
+from _harness import RESULTS, finish, free_port
 
 import peertune
 from peertune.charter import Charter, Member
 from peertune.exchange import Hop
 from peertune.identity import make_identity
 from peertune.memory import peak_bytes, release, reset_peak
-from peertune.runtimes.network import NetworkExchange, Node
+from peertune.runtimes.network import NetworkExchange
+from peertune.runtimes.node import Node
 
 HOP = Hop("gossip", {(0, 1): 0.5, (1, 1): 0.5})
 CPU = torch.device("cpu")
@@ -217,12 +217,6 @@ def beside_training(fetch: Callable[[], float], every: float) -> dict[str, float
         "steps_per_s_beside": statistics.median(beside),
         "slowdown": statistics.median([1 - b / a for a, b in zip(alone, beside, strict=True)]),
     }
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 if __name__ == "__main__":

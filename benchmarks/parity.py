@@ -12,7 +12,6 @@ import argparse
 import gzip
 import hashlib
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from _harness import RESULTS, finish
+from _harness import RESULTS, finish, free_port
 from safetensors import safe_open
 
 SHARED = Path(os.environ.get("PEERTUNE_TEST_DATA") or Path(__file__).parents[2] / "shared")
@@ -134,12 +133,6 @@ def weights_hash(out: Path) -> str:
             for name in sorted(tensors.keys()):
                 digest.update(name.encode() + tensors.get_tensor(name).contiguous().view(-1).numpy().tobytes())
     return digest.hexdigest()
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 if __name__ == "__main__":

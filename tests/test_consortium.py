@@ -33,7 +33,8 @@ from peertune.exchange import Hop
 from peertune.identity import Identity, load_identity, make_identity
 from peertune.run import run
 from peertune.runtimes import edge
-from peertune.runtimes.network import NetworkExchange, Node, without
+from peertune.runtimes.network import NetworkExchange, without
+from peertune.runtimes.node import Node
 from tests.recipes import tree, write_rows
 
 NAMES = ["north", "east", "south", "west"]

@@ -36,7 +36,8 @@ from peertune.prepare import base_print, model_blocks, prepare_model, prepare_to
 from peertune.run import Progress, Site, run
 from peertune.run_folder import RunFolder, storage_errors
 from peertune.runtimes import edges
-from peertune.runtimes.network import NetworkGroup, Node
+from peertune.runtimes.network import NetworkGroup
+from peertune.runtimes.node import Node
 
 SITE_KEYS = (
     *("run.device", "run.threads", "run.log_every", "data.text_field", "data.text_b_field", "data.label_field"),

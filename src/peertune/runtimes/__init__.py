@@ -7,11 +7,11 @@ are the peers, in the recipe's order, and after them the hub, where there is one
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,8 +20,9 @@ from peertune.algorithms.base import Algorithm, LocalReport
 from peertune.errors import PeerLostError
 from peertune.exchange import Exchange, Hop, Inbox, Payload
 from peertune.link import Clock
+from peertune.wire import Traffic
 
-__all__ = ["Group", "Member", "agree", "edges", "play_round", "thread_pool", "weighted_mean"]
+__all__ = ["Group", "Lockstep", "Member", "agree", "edges", "play_round", "thread_pool", "weighted_mean"]
 
 T = TypeVar("T")
 
@@ -64,6 +65,26 @@ class Group(Protocol):
             tensors: float32, of one shape, one for each hosted member; a hub's is left out.
             weights: by peer.
         """
+
+
+class Lockstep:
+    """What exchanges have in common whose peers all stop and go on together: nobody is ever left out."""
+
+    left_out: Sequence[int] = ()
+
+    def __init__(self, peer: int) -> None:
+        self._peer = peer
+        self.sent = Traffic()
+        self.rounds_without: Mapping[int, int] = {}
+
+    def saved(self, round: int) -> None:
+        pass  # nobody asks for a message twice
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sent": self.sent.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.sent.load_state_dict(state["sent"])
 
 
 def edges(algorithm: Algorithm) -> list[tuple[int, int]]:

@@ -7,9 +7,9 @@ rank: the group ends with an error, and torchrun's restart of all ranks, or the 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,8 +20,7 @@ from peertune.config import LinkSection
 from peertune.errors import ConfigError, PeerLostError
 from peertune.exchange import Hop, Inbox, Payload
 from peertune.link import Clock
-from peertune.runtimes import weighted_mean
-from peertune.wire import Traffic
+from peertune.runtimes import Lockstep, weighted_mean
 
 T = TypeVar("T")
 
@@ -117,15 +116,12 @@ class DistributedGroup:
         return weighted_mean(every, weights)
 
 
-class DistributedExchange:
+class DistributedExchange(Lockstep):
     """Implements `peertune.exchange.Exchange`: a message is one flat tensor, its parts in the order of their names."""
 
     def __init__(self, peer: int) -> None:
-        self._peer = peer
+        super().__init__(peer)
         self._out: Payload | None = None
-        self.sent = Traffic()
-        self.left_out: Sequence[int] = ()
-        self.rounds_without: Mapping[int, int] = {}
 
     def start(self, round: int, hop: Hop, out: Payload | None) -> None:
         self._out = out
@@ -153,15 +149,6 @@ class DistributedExchange:
         if self._peer in weights:
             payloads[self._peer] = shapes
         return Inbox(weights, payloads)
-
-    def saved(self, round: int) -> None:
-        pass  # all peers of the run stop and go on together
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"sent": self.sent.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.sent.load_state_dict(state["sent"])
 
 
 def _parts(flat: Tensor, shapes: Payload) -> Payload:

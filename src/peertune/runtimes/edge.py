@@ -121,7 +121,7 @@ class Edge:
         self.boot, self.peer_boot = os.urandom(8), b""
         self.round = 0
         self.is_finished = self.peer_is_finished = False
-        self.peer_round = self.peer_saved = 0
+        self.peer_round = 0
         self.peer_is_away = False
         """Whether the rounds go on without the neighbour, and what it has not fetched may be dropped."""
         self.peer_asks = False
@@ -236,7 +236,6 @@ class Edge:
         elif kind is Kind.GONE:
             self.give_up((fields[0], fields[1]))
         elif kind is Kind.SAVED:
-            self.peer_saved = fields[0]
             for key in [key for key in self.outbox if key[0] < fields[0]]:
                 self._drop(key)
         elif kind is Kind.BEAT:

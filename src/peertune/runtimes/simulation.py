@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -11,8 +11,7 @@ from peertune.algorithms.base import Algorithm
 from peertune.config import LinkSection
 from peertune.exchange import Hop, Inbox, Payload
 from peertune.link import Clock
-from peertune.runtimes import weighted_mean
-from peertune.wire import Traffic
+from peertune.runtimes import Lockstep, weighted_mean
 
 T = TypeVar("T")
 
@@ -80,15 +79,12 @@ class Mailbox:
         return inbox
 
 
-class SimulatedExchange:
+class SimulatedExchange(Lockstep):
     """Implements `peertune.exchange.Exchange` for one peer."""
 
     def __init__(self, mailbox: Mailbox, peer: int) -> None:
+        super().__init__(peer)
         self._mailbox = mailbox
-        self._peer = peer
-        self.sent = Traffic()
-        self.left_out: Sequence[int] = ()
-        self.rounds_without: Mapping[int, int] = {}
 
     def start(self, round: int, hop: Hop, out: Payload | None) -> None:
         if out is None:
@@ -99,12 +95,3 @@ class SimulatedExchange:
     def finish(self, round: int, hop: Hop, like: Callable[[], Payload]) -> Inbox | None:
         inbox = self._mailbox.collect(hop.sources(self._peer))
         return inbox if inbox.weights else None
-
-    def saved(self, round: int) -> None:
-        pass  # all peers of the run stop and go on together
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"sent": self.sent.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.sent.load_state_dict(state["sent"])

@@ -1,0 +1,307 @@
+"""A site's end of its connections: gRPC with mutual TLS, in a thread of its own, and nobody answered but members.
+
+An edge is dialled by one of its ends and both directions use that connection, so a site behind a firewall needs no open
+port. What is said is `edge`'s; here streams are opened, ended when nothing has come for `stall_s`, and dialled anew.
+Nothing here knows of methods or rounds of training.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import grpc
+
+from peertune.charter import Charter, difference
+from peertune.errors import CharterError, IdentityError
+from peertune.exchange import Payload
+from peertune.identity import Identity, certificate_id
+from peertune.runtimes.edge import MAX_FRAME, MAX_OFFERS, STATE, Edge, Key, ProtocolError
+
+T = TypeVar("T")
+METHOD = "/peertune.Peer/Link"
+CHARTER_KEY = "peertune-charter"
+OPTIONS = [("grpc.max_receive_message_length", MAX_FRAME), ("grpc.max_send_message_length", MAX_FRAME)]
+BEAT_S = 1.0
+"""Seconds after which a silent connection says that it is alive."""
+REDIAL_S = (0.2, 10.0)
+"""Seconds between attempts to reach a neighbour: first, and at most; doubled in between."""
+
+
+class Neighbor:
+    """One edge's connection: streams come and go, `edge` stays."""
+
+    def __init__(self, name: str, charter: Charter, log: Callable[..., None]) -> None:
+        self.edge, self.name, self.charter, self.log = Edge(self._fetched), name, charter, log
+        self.last_heard = self.last_heard_on_stream = time.monotonic()
+        self.is_connected = self.was_seen = False
+        self._queue: asyncio.Queue[Iterable[bytes]] = asyncio.Queue()
+        self._talk: asyncio.Task[Any] | None = None
+        self._ended: asyncio.Task[Any] | None = None
+
+    def _fetched(self, key: Key, size: int) -> None:
+        self.log("fetched", peer=self.name, round=key[0], hop="state" if key[1] == STATE else key[1], bytes=size)
+
+    def say(self, frames: Iterable[bytes]) -> None:
+        if self._talk is not None:
+            self._queue.put_nowait(frames)
+
+    def try_to_say(self, frames: Callable[[], Iterable[bytes]]) -> None:
+        """Say what a call of the edge gives; end the stream where the edge finds the neighbour's messages wrong."""
+        try:
+            self.say(frames())
+        except ProtocolError as error:
+            self.log("refused", peer=self.name, reason=str(error))
+            self.end()
+
+    def end(self) -> None:
+        """End the stream that is open, if any; it is dialled anew."""
+        if self._talk is not None:
+            self._ended = self._talk
+            self._talk.cancel()
+
+    @property
+    def is_out_of_reach(self) -> bool:
+        """For the grace, or since it was left out for that."""
+        late = time.monotonic() - self.last_heard > self.charter.grace_s
+        return not self.is_connected and (late or self.edge.peer_is_away)
+
+    def is_gone(self, round: int) -> bool:
+        """Whether to go on with a round without it: out of reach for the grace, or still behind after that."""
+        behind = self.edge.peer_round < round - 1
+        away = self.is_out_of_reach or (self.edge.peer_is_away and behind)
+        self.edge.peer_is_away = away
+        return away
+
+    def post(self, key: Key, payload: Payload) -> None:
+        self.edge.peer_is_away |= self.is_out_of_reach
+        self.say(self.edge.post(key, payload))
+
+    def ask(self, like: Payload, done: Callable[[int, Payload | None], None]) -> None:
+        self.try_to_say(partial(self.edge.ask, like, done))
+
+    def expect(self, key: Key, like: Payload, done: Callable[[Payload | None], None]) -> None:
+        self.try_to_say(partial(self.edge.expect, key, like, done))
+
+    def checkpointed(self, round: int) -> None:
+        self.say(self.edge.checkpointed(round))
+
+    def skip_to(self, round: int) -> None:
+        self.edge.skip_to(round)
+        self.edge.round = round
+        self.say([self.edge.beat()])
+
+    async def talk(self, read: Callable[[], Awaitable[Any]], write: Callable[[bytes], Awaitable[None]]) -> None:
+        """Carry the edge over one stream until it ends, or the next one begins."""
+        if self._talk is not None:
+            self._talk.cancel()  # the other end is back before this one saw it go
+        self._talk = this = asyncio.current_task()
+        self._queue = asyncio.Queue()
+        self._queue.put_nowait(self.edge.connected())
+        self.last_heard_on_stream = time.monotonic()
+        writer = asyncio.create_task(self._write(write, self._queue))
+        watch = asyncio.create_task(self._watch(this))
+        try:
+            while (frame := await read()) is not grpc.aio.EOF:
+                self.last_heard = self.last_heard_on_stream = time.monotonic()
+                if not self.is_connected:  # only now: a refused stream opens too
+                    self.is_connected = self.was_seen = True
+                    self.log("connected", peer=self.name)
+                self.say(self.edge.receive(frame))
+                if self._queue.qsize() > MAX_OFFERS:
+                    raise ProtocolError("asks for more than it reads")
+        except asyncio.CancelledError:
+            if self._ended is not this:
+                raise
+        except ProtocolError as error:
+            self.log("refused", peer=self.name, reason=str(error))
+        except grpc.RpcError:
+            pass  # it is gone; whoever dials tries again
+        finally:
+            writer.cancel()
+            watch.cancel()
+            if self._talk is this:
+                self._talk = None
+                if self.is_connected:
+                    self.is_connected = False
+                    self.log("disconnected", peer=self.name)
+
+    async def _watch(self, talk: asyncio.Task[Any] | None) -> None:
+        """End a stream on which nothing comes any more."""
+        while (left := self.last_heard_on_stream + self.charter.stall_s - time.monotonic()) > 0:
+            await asyncio.sleep(left)
+        if self._talk is talk:
+            self.log("stalled", peer=self.name, seconds=self.charter.stall_s)
+            self.end()
+
+    async def _write(self, write: Callable[[bytes], Awaitable[None]], queue: asyncio.Queue[Iterable[bytes]]) -> None:
+        try:
+            while True:
+                try:
+                    frames = await asyncio.wait_for(queue.get(), BEAT_S)
+                except TimeoutError:
+                    frames = [self.edge.beat()]
+                for frame in frames:
+                    await write(frame)
+        except (grpc.RpcError, asyncio.InvalidStateError):
+            pass  # the reader sees it too
+        except Exception as error:
+            self.log("failed", peer=self.name, reason=f"{type(error).__name__}: {error}")
+            self.end()
+
+
+class Node:
+    """This site's end of all its edges, in a thread with an event loop.
+
+    Args:
+        charter: signed by all, and checked.
+        identity: this site's; a member's.
+        listen: HOST:PORT to open; empty: none.
+        log: told what happens, for the audit log.
+    """
+
+    def __init__(
+        self,
+        charter: Charter,
+        identity: Identity,
+        listen: str,
+        log: Callable[..., None],
+    ) -> None:
+        self.charter, self.identity, self.listen, self.log = charter, identity, listen, log
+        self.index = charter.index_of(identity.id)
+        self.neighbors: dict[int, Neighbor] = {}
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="network", daemon=True)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._server: Any = None
+
+    def start(self, edges: Sequence[tuple[int, int]]) -> None:
+        """Open the port and dial. Raises IdentityError where the port cannot be opened.
+
+        Args:
+            edges: pairs of members that exchange messages.
+        """
+        others = sorted({i + j - self.index for i, j in edges if self.index in (i, j)})
+        self.neighbors = {i: Neighbor(self.charter.members[i].name, self.charter, self.log) for i in others}
+        self._thread.start()
+        self.call(self._start())
+
+    def stop(self, linger_s: float) -> None:
+        """Close, after at most `linger_s` seconds in which neighbours may still fetch what they need.
+
+        Args:
+            linger_s: 0: the run did not end, and this site will be back.
+        """
+        if not self._thread.is_alive():
+            return
+        self.call(self._stop(linger_s))
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    def call(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do something in the network's thread and wait for it."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def soon(self, work: Callable[[], None]) -> None:
+        """Do something in the network's thread."""
+        self._loop.call_soon_threadsafe(work)
+
+    async def _start(self) -> None:
+        for index in self.neighbors:
+            if self._dials(index):
+                self._tasks.append(asyncio.create_task(self._dial(index)))
+        if not self.listen:
+            return
+        roots = b"".join(self.charter.certificate(index) for index in range(len(self.charter.members)))
+        pair = [(self.identity.key_pem, self.identity.certificate_pem)]
+        credentials = grpc.ssl_server_credentials(pair, roots, require_client_auth=True)
+        self._server = grpc.aio.server(options=[*OPTIONS, ("grpc.so_reuseport", 0)])
+        self._server.add_generic_rpc_handlers([_Handler(self._serve)])
+        try:
+            self._server.add_secure_port(self.listen, credentials)
+        except RuntimeError as error:
+            raise IdentityError(f"--listen: {self.listen} cannot be opened: {error}; name another port") from error
+        await self._server.start()
+
+    async def _stop(self, linger_s: float) -> None:
+        if linger_s:
+            for neighbor in self.neighbors.values():
+                neighbor.say(neighbor.edge.finished())
+        end = time.monotonic() + linger_s
+        while time.monotonic() < end and any(
+            not n.edge.peer_is_finished and not n.is_out_of_reach for n in self.neighbors.values()
+        ):
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(0.05)  # so that the last frames are out
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._server is not None:
+            await self._server.stop(0.5)
+
+    def _dials(self, index: int) -> bool:
+        """Whether this end dials: the one that has to, else the lower index."""
+        mine, theirs = (bool(self.charter.members[i].address) for i in (self.index, index))
+        return theirs and (not mine or self.index < index)
+
+    async def _dial(self, index: int) -> None:
+        member, neighbor = self.charter.members[index], self.neighbors[index]
+        credentials = grpc.ssl_channel_credentials(
+            self.charter.certificate(index), self.identity.key_pem, self.identity.certificate_pem
+        )
+        options = [*OPTIONS, ("grpc.ssl_target_name_override", member.id), ("grpc.enable_retries", 0)]
+        metadata = ((CHARTER_KEY, json.dumps(self.charter.parts())),)
+        wait = REDIAL_S[0]
+        while True:
+            async with grpc.aio.secure_channel(member.address, credentials, options=options) as channel:
+                try:
+                    await asyncio.wait_for(channel.channel_ready(), self.charter.stall_s)
+                    call = channel.stream_stream(METHOD)(metadata=metadata)
+                    began = time.monotonic()
+                    await neighbor.talk(call.read, call.write)
+                    if call.done() and await call.code() is grpc.StatusCode.FAILED_PRECONDITION:
+                        self.log("refused_by", peer=member.name, reason=await call.details())
+                    elif time.monotonic() - began > REDIAL_S[1]:
+                        wait = REDIAL_S[0]
+                except (TimeoutError, grpc.RpcError):
+                    pass
+                except Exception as error:  # whatever it was, the edge is dialled again
+                    self.log("failed", peer=member.name, reason=f"{type(error).__name__}: {error}")
+            await asyncio.sleep(wait)
+            wait = min(2 * wait, REDIAL_S[1])
+
+    async def _serve(self, _: Any, context: Any) -> None:
+        """Take a stream that was dialled from outside."""
+        (certificate,) = context.auth_context()["x509_pem_cert"]
+        try:
+            index = self.charter.index_of(certificate_id(certificate))
+        except (CharterError, IdentityError):
+            self.log("stranger", peer=context.peer())
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, "no member")
+        neighbor = self.neighbors.get(index)
+        if neighbor is None:
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, "no neighbour")
+            return
+        told = dict(context.invocation_metadata()).get(CHARTER_KEY, "{}")
+        try:
+            differs = difference(self.charter, json.loads(told))
+        except (ValueError, AttributeError):
+            differs = "everything"
+        if differs:
+            reason = f"another charter than {self.charter.members[self.index].name}'s: {differs} differ"
+            self.log("refused", peer=self.charter.members[index].name, reason=reason)
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, reason)
+        await neighbor.talk(context.read, context.write)
+
+
+class _Handler(grpc.GenericRpcHandler):  # type: ignore[misc]
+    def __init__(self, serve: Callable[[Any, Any], Awaitable[None]]) -> None:
+        self._serve = serve
+
+    def service(self, details: Any) -> Any:
+        return grpc.stream_stream_rpc_method_handler(self._serve) if details.method == METHOD else None
