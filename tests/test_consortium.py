@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from datetime import date
 from pathlib import Path
@@ -183,8 +183,12 @@ def test_a_site_that_stays_away_is_left_out_and_the_others_finish(tmp_path: Path
         summary = json.loads((tmp_path / site / "run" / "summary.json").read_text())
         told = {"peer": NAMES.index(site), "went_without": 1, "rounds": len(left) + 1}  # and in the agreement
         assert summary["rounds_without"] == [told]
-        assert "this site's own" in (tmp_path / site / "log").read_text()
-    assert not [e for e in consortium.events("west", "left_out") if e["hop"] == "gossip"]
+    for site in processes:
+        assert "nothing was heard of peers 1" in " ".join((tmp_path / site / "log").read_text().split())
+        (agreement,) = consortium.events(site, "agreement", "events.jsonl")
+        assert agreement["absent"] == [1]
+    assert_agreed(consortium, list(processes))
+    assert not consortium.events("west", "left_out")
     loss = [json.loads((tmp_path / site / "run" / "summary.json").read_text())["metrics"] for site in processes]
     assert all(m["average_model"]["loss"] < m["before"]["loss"] for m in loss)
 
@@ -231,8 +235,8 @@ def lose_east(tmp_path: Path, micro_model: Path) -> tuple[Consortium, dict[str, 
     return consortium, processes
 
 
-def assert_agreed(consortium: Consortium) -> None:
-    folders = [consortium.folder / site / "run" / "model" for site in NAMES]
+def assert_agreed(consortium: Consortium, names: Sequence[str] = NAMES) -> None:
+    folders = [consortium.folder / site / "run" / "model" for site in names]
     models = [load_file(next(folder.glob("*.safetensors"))) for folder in folders]
     assert all(torch.equal(model[name], models[0][name]) for model in models for name in model)
 

@@ -87,10 +87,10 @@ def test_after_agreement_all_peers_hold_the_exported_weights(tmp_path: Path, mic
     held: list[Any] = []
     original = module.agree
 
-    def spy(round: int, members: Any, **options: Any) -> int:
-        hops = original(round, members, **options)
+    def spy(round: int, members: Any, **options: Any) -> Any:
+        told = original(round, members, **options)
         held.extend(dict(m.algorithm.peer.model.module.named_parameters()) for m in members)
-        return hops
+        return told
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "agree", spy)

@@ -11,7 +11,7 @@ along it and hands each receiver an inbox; the algorithm mixes. Algorithms know 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +20,8 @@ from torch import Tensor
 from peertune.topology import Topology
 from peertune.wire import Traffic
 
+ROLL = "roll"
+"""Name of a hop that carries who is still there, and nothing of the method's."""
 Payload = Mapping[str, Tensor]
 """Named float32 tensors; a snapshot: nobody writes to them after they were handed over."""
 
@@ -105,7 +107,9 @@ def gossip(topology: Topology) -> Hop:
     return Hop("gossip", {(j, i): float(w[i, j]) for j, i in pairs if w[i, j] > 0})
 
 
-def agreement(topology: Topology, pi: Sequence[float]) -> Sequence[Hop]:
+def agreement(
+    topology: Topology, pi: Sequence[float], pairs: Collection[tuple[int, int]] | None = None
+) -> Sequence[Hop]:
     """Hops that leave every peer with the bitwise same weighted average, sum_j pi_j x_j.
 
     A reduce up a breadth-first tree of the graph and a broadcast down it: 2 x depth hops, where gossip alone would
@@ -113,15 +117,24 @@ def agreement(topology: Topology, pi: Sequence[float]) -> Sequence[Hop]:
 
     Args:
         pi: by peer, its share in the average; they sum to 1.
+        pairs: edges that still carry messages, where some do not; each part of the graph that they hold together then
+            agrees by itself, on the average of its own peers.
     """
-    tree = topology.tree()
+    tree = topology.tree(pairs)
     if not tree:
         return ()
     children: dict[int, list[int]] = {}
-    depth: dict[int, int] = {tree[0][0]: 0}
+    depth: dict[int, int] = {}
+    root: dict[int, int] = {}
     for parent, child in tree:
         children.setdefault(parent, []).append(child)
-        depth[child] = depth[parent] + 1
+        depth[child] = depth.setdefault(parent, 0) + 1
+        root[child] = root.setdefault(parent, parent)
+    if pairs is not None:
+        pi = [
+            share / sum(pi[q] for q in root if root[q] == root.get(p)) if p in root else 1.0
+            for p, share in enumerate(pi)
+        ]
 
     def level(d: int) -> list[int]:
         return [p for p in depth if depth[p] == d and p in children]

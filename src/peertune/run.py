@@ -22,7 +22,7 @@ from peertune.assemble import make_batches, make_pool, make_topology
 from peertune.average import Average
 from peertune.checkpoint import GENERATIONS, CheckpointStore, newest_common
 from peertune.config import LinkSection, RunConfig
-from peertune.errors import CheckpointError, DivergedError, ModelError, PeerLostError
+from peertune.errors import CheckpointError, DivergedError, ModelError, PeerLostError, StorageError
 from peertune.evaluation import Measured, measure
 from peertune.memory import reset_peak
 from peertune.model.adapters import core_of
@@ -165,6 +165,8 @@ class Run:
         self.num_peers = topology.num_peers
         self.num_members = self.num_peers + topology.has_hub
         self.group = connect(self.num_members, config.link)
+        if self.group.survives_loss:
+            folder.refused = lambda error: progress.note(f"warning: {error}; until then the run goes on without a log")
         batches = make_batches(config, data, method.pools_data)
         held = {0: list(data.train.values())} if method.pools_data else {i: [r] for i, r in data.train.items()}
         self.data_prints = {i: data_print(held.get(i, [])) for i in self.group.hosted}
@@ -261,14 +263,17 @@ class Run:
     def _finish(self) -> dict[str, Any]:
         rounds = self.method.num_rounds
         own = self._gathered([self._evaluate(m.algorithm.peer.model, by_client=True) for m in self.peers])
-        hops, agrees = 0, self.method.agrees
+        hops, absent, agrees = 0, list[int](), self.method.agrees
         try:
-            hops = agree(rounds, self.members, restores=self.group.survives_loss)
+            hops, absent = agree(rounds, self.members, may_lose=self.group.survives_loss)
         except PeerLostError as error:
             if not self.group.survives_loss:
                 raise
             agrees = False
             self.progress.note(f"{error}; the model is this site's own")
+        if absent:
+            names = ", ".join(map(str, absent))
+            self.progress.note(f"in the final agreement nothing was heard of peers {names}: the model is the others'")
         told = self.group.gather([totals(member, self.cpu_s[member.index], self.device) for member in self.members])
         if not self.average.load(rounds, agrees):
             self.average.load(rounds, agreed=True)  # nothing but its own is to be had here
@@ -280,7 +285,7 @@ class Run:
         def conclude() -> None:
             sent = [None if t is None else t["bytes_sent"] for t in told[: self.num_peers]]
             if hops:
-                self.folder.event("agreement", hops=hops, bytes_sent=sent)
+                self.folder.event("agreement", hops=hops, bytes_sent=sent, absent=absent)
             metrics = self._metrics(own, personal)
             self.folder.event("eval", round=rounds, average_model=metrics["average_model"], peers=metrics["peers"])
             wall_s = self._wall_s()
@@ -388,7 +393,13 @@ class Run:
                 "cpu_s": self.cpu_s[member.index],
                 "simulated_s": self._simulated_s(),
             }
-            self.store.save(member.index, done, tensors, state)
+            try:
+                self.store.save(member.index, done, tensors, state)
+            except StorageError as error:
+                if not self.group.survives_loss:
+                    raise
+                self.progress.note(f"warning: {error}; until then the run goes on without new checkpoints")
+                return
         self._record(lambda: self.folder.event("checkpoint", round=done))
         # Only now that all members have this one.
         for member in self.members:

@@ -38,6 +38,9 @@ class RunFolder:
         self.path = path
         self.recipe, self.events, self.summary = path / "recipe.json", path / "events.jsonl", path / "summary.json"
         self.checkpoints, self.model, self.adapter = path / "checkpoints", path / "model", path / "adapter"
+        self.refused: Callable[[StorageError], None] | None = None
+        """Told when the disk refuses an event, once for several in a row; None: that ends the run."""
+        self._refuses = False
 
     @property
     def holds_run(self) -> bool:
@@ -102,9 +105,17 @@ class RunFolder:
             _replace(self.events, "".join(kept) if round > 0 else "")
 
     def event(self, event: str, **fields: Any) -> None:
-        """Append one event."""
-        with storage_errors(self.path), self.events.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event, "time": round(time.time(), 3), **fields}) + "\n")
+        """Append one event. Raises StorageError, where `refused` is None."""
+        try:
+            with storage_errors(self.path), self.events.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"event": event, "time": round(time.time(), 3), **fields}) + "\n")
+            self._refuses = False
+        except StorageError as error:
+            if self.refused is None:
+                raise
+            if not self._refuses:
+                self.refused(error)
+            self._refuses = True
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         with storage_errors(self.path):

@@ -12,7 +12,7 @@ recipe build the same W without asking each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -124,23 +124,35 @@ class Topology:
         """1 - lambda_2: the larger, the sooner the peers agree."""
         return 1.0 - self.second_eigenvalue
 
-    def tree(self) -> list[tuple[int, int]]:
+    def tree(self, pairs: Collection[tuple[int, int]] | None = None) -> list[tuple[int, int]]:
         """Breadth-first spanning tree of the graph, directions ignored, from a peer in its centre.
 
         The root has the least eccentricity (the lowest index among equals), so no breadth-first tree is shallower.
 
+        Args:
+            pairs: use these edges alone, and make a tree for each part that they hold together; None: all edges.
         Returns:
-            N - 1 pairs (parent, child) in breadth-first order, children of one parent ascending.
+            Pairs (parent, child), N - 1 where there is one tree: tree after tree in the order of their lowest peers,
+            each breadth-first, children of one parent ascending.
         Raises:
-            TopologyError: some peers cannot be reached from peer 0.
+            TopologyError: without `pairs`, some peers cannot be reached from peer 0.
         """
         # networkx visits neighbors in the order their edges were added: `edges` is sorted, so ties fall the same way
         # for every peer and every version.
-        graph = _graph(self.num_peers, self.edges)
-        _check_connected(graph, f"topology.kind = {self.kind!r}")
-        eccentricity: dict[int, int] = nx.eccentricity(graph)
-        root = min(eccentricity, key=lambda peer: (eccentricity[peer], peer))
-        return [(int(parent), int(child)) for parent, child in nx.bfs_edges(graph, root)]
+        graph = _graph(self.num_peers, self.edges if pairs is None else sorted(pairs))
+        if pairs is None:
+            _check_connected(graph, f"topology.kind = {self.kind!r}")
+        found = []
+        for peers in sorted(nx.connected_components(graph), key=min):
+            part = graph.subgraph(peers)
+            eccentricity: dict[int, int] = nx.eccentricity(part)
+            root = min(eccentricity, key=lambda peer: (eccentricity[peer], peer))
+            found += [(int(parent), int(child)) for parent, child in nx.bfs_edges(part, root)]
+        return found
+
+    def cut_off_from(self, peer: int, pairs: Collection[tuple[int, int]]) -> list[int]:
+        """The peers, ascending, whom no word from `peer` reaches over the edges given."""
+        return sorted(set(range(self.num_peers)) - nx.node_connected_component(_graph(self.num_peers, pairs), peer))
 
     @cached_property
     def tree_depth(self) -> int:
@@ -184,7 +196,7 @@ def build_topology(
 # Graphs. Two peers can be joined in one way only, so every kind of undirected graph accepts N = 2.
 
 
-def _graph(num_peers: int, edges: Sequence[Sequence[int]]) -> Any:
+def _graph(num_peers: int, edges: Collection[Sequence[int]]) -> Any:
     graph = nx.Graph()
     graph.add_nodes_from(range(num_peers))
     graph.add_edges_from(edges)

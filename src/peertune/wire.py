@@ -51,9 +51,15 @@ class Traffic:
     payload: dict[int, int] = field(default_factory=dict)
     header: dict[int, int] = field(default_factory=dict)
 
-    def count(self, targets: Sequence[int], payload: Mapping[str, Tensor]) -> int:
-        """Count one message to each target. Returns the bytes of all of them."""
+    def count(self, targets: Sequence[int], payload: Mapping[str, Tensor], is_control: bool = False) -> int:
+        """Count one message to each target. Returns the bytes of all of them.
+
+        Args:
+            is_control: the message is not the method's: all of it counts as header.
+        """
         parts = payload_size(payload), len(header(payload))
+        if is_control:
+            parts = 0, sum(parts)
         for target in targets:
             for counted, size in zip((self.payload, self.header), parts, strict=True):
                 counted[target] = counted.get(target, 0) + size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -99,9 +99,13 @@ class Algorithm(ABC):
         """Weights of the peers in the model they have in common after `round` rounds; they sum to 1."""
         return [float(p) for p in self.topology.stationary]
 
-    def agreement(self) -> Sequence[Hop]:
-        """Hops after the last round that leave every peer with the bitwise same model."""
-        return agreement(self.topology, self.consensus(self.num_rounds)) if self.agrees else ()
+    def agreement(self, pairs: Collection[tuple[int, int]] | None = None) -> Sequence[Hop]:
+        """Hops after the last round that leave every peer with the bitwise same model.
+
+        Args:
+            pairs: peers (i, j), i < j, who still hear each other, where some do not; None: all do.
+        """
+        return agreement(self.topology, self.consensus(self.num_rounds), pairs) if self.agrees else ()
 
     def can_join(self, round: int) -> bool:
         """Whether one who was away may come back at the beginning of a round, with the others' shared tensors."""

@@ -16,7 +16,7 @@ none: everybody sends to everybody and does the server's part for itself, with t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -86,7 +86,7 @@ class Fedavg(LocalSteps):
     def consensus(self, round: int) -> Sequence[float]:
         return self.shares()
 
-    def agreement(self) -> Sequence[Hop]:
+    def agreement(self, pairs: Collection[tuple[int, int]] | None = None) -> Sequence[Hop]:
         """None is needed: each round ends with one model."""
         return ()
 

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from peertune.algorithms.base import Algorithm, LocalReport
 from peertune.errors import PeerLostError
-from peertune.exchange import Exchange, Hop, Inbox, Payload
+from peertune.exchange import ROLL, Exchange, Hop, Inbox, Payload
 from peertune.link import Clock
 from peertune.wire import Traffic
 
-__all__ = ["Group", "Lockstep", "Member", "agree", "edges", "play_round", "thread_pool", "weighted_mean"]
+__all__ = ["Group", "Lockstep", "Member", "agree", "edges", "play_round", "roll_call", "thread_pool", "weighted_mean"]
 
 T = TypeVar("T")
 
@@ -152,17 +152,24 @@ def _timed_local(round: int, member: Member, clock: Callable[[], float]) -> Loca
     return None if report is None else replace(report, cpu_s=clock() - start)
 
 
-def agree(round: int, members: Sequence[Member], restores: bool = False) -> int:
+def agree(round: int, members: Sequence[Member], may_lose: bool = False) -> tuple[int, list[int]]:
     """Give every peer the bitwise same model, the weighted average of what the peers share, a block at a time.
 
     Args:
-        restores: keep what the peers hold until a block is agreed on, and give it back where that fails.
+        may_lose: ask first who is still there, and agree without those who are not; keep what the peers hold until a
+            block is agreed on, and give it back where that fails.
     Returns:
-        The number of hops it took.
+        The number of hops it took, and the peers who are not in the average.
     Raises:
-        PeerLostError: a peer is gone, and with it the blocks still to come.
+        PeerLostError: a peer was lost on the way, and with it the blocks still to come.
     """
-    hops = members[0].algorithm.agreement()
+    algorithm = members[0].algorithm
+    hops, absent = algorithm.agreement(), list[int]()
+    if may_lose and hops:
+        pairs = roll_call(round, members)
+        hops = algorithm.agreement(pairs)
+        if pairs is not None:
+            absent = algorithm.topology.cut_off_from(members[0].index, pairs)
     for block in members[0].algorithm.blocks:
         names = [name for name in members[0].algorithm.shared_names() if name in set(block.parameters)]
 
@@ -170,7 +177,7 @@ def agree(round: int, members: Sequence[Member], restores: bool = False) -> int:
             return {name: member.algorithm.shared(name) for name in names}
 
         # On the way up they hold partial sums.
-        before = [{name: member.algorithm.shared(name) for name in names} for member in members if restores]
+        before = [{name: member.algorithm.shared(name) for name in names} for member in members if may_lose]
         try:
             for hop in hops:
                 for member, inbox in _carry(round, hop, members, outgoing):
@@ -181,7 +188,32 @@ def agree(round: int, members: Sequence[Member], restores: bool = False) -> int:
                 for name, value in held.items():
                     member.algorithm.set_shared(name, value)
             raise
-    return len(hops)
+    return len(hops), absent
+
+
+def roll_call(round: int, members: Sequence[Member]) -> list[tuple[int, int]] | None:
+    """Who still hears whom, the same for all who do: everybody floods what he knows over the graph.
+
+    After N - 1 waves word has gone round any graph of N peers. An edge that is lost in the last of them may be known to
+    some only; their agreement then fails, and each keeps its own model.
+
+    Returns:
+        Pairs of peers (i, j), i < j, that still exchange messages; None: all do.
+    """
+    algorithm = members[0].algorithm
+    pairs = edges(algorithm)
+    own = {(peer, peer): 1.0 for peer in range(algorithm.topology.num_peers)}
+    wave = Hop(ROLL, own | {way: 1.0 for i, j in pairs for way in ((i, j), (j, i))})
+    lost = {member.index: torch.zeros(len(pairs)) for member in members}
+    for _ in range(algorithm.topology.num_peers - 1):
+        for member, inbox in _carry(round, wave, members, lambda member, hop: {"lost": lost[member.index].clone()}):
+            known = lost[member.index]
+            for payload in inbox.payloads.values():
+                torch.maximum(known, payload["lost"].to(known.device), out=known)
+            for other in member.exchange.left_out:
+                known[pairs.index((min(member.index, other), max(member.index, other)))] = 1.0
+    gone = lost[members[0].index]
+    return [pair for pair, is_lost in zip(pairs, gone.tolist(), strict=True) if not is_lost] if gone.any() else None
 
 
 def _carry(

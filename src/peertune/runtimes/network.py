@@ -20,7 +20,7 @@ from torch import Tensor
 from peertune.algorithms.base import Algorithm
 from peertune.charter import check_members
 from peertune.errors import PeerLostError
-from peertune.exchange import Hop, Inbox, Payload
+from peertune.exchange import ROLL, Hop, Inbox, Payload
 from peertune.link import Clock
 from peertune.runtimes import edges
 from peertune.runtimes.edge import STATE, Key
@@ -123,7 +123,7 @@ class NetworkExchange:
 
     def post(self, target: int, key: Key, payload: Payload, what: str) -> None:
         """Make a message ready for a neighbour, and write it down."""
-        neighbor, size = self._node.neighbors[target], self.sent.count([target], payload)
+        neighbor, size = self._node.neighbors[target], self.sent.count([target], payload, is_control=what == ROLL)
         self._node.soon(partial(neighbor.post, key, payload))
         self._node.log("sent", peer=neighbor.name, round=key[0], hop=what, tensors=len(payload), bytes=size)
 
