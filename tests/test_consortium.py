@@ -28,7 +28,8 @@ from peertune.algorithms.deca import Deca
 from peertune.charter import Charter, Member, parse_member, read_charter, write_charter
 from peertune.cli import main
 from peertune.config import from_dict
-from peertune.errors import CharterError, IdentityError
+from peertune.consortium import leave
+from peertune.errors import CharterError, CheckpointError, IdentityError
 from peertune.exchange import Hop
 from peertune.identity import Identity, load_identity, make_identity
 from peertune.run import run
@@ -54,7 +55,13 @@ class Consortium:
     """Four sites with keys, data and folders of their own, and a charter all have signed."""
 
     def __init__(
-        self, folder: Path, model: Path, algorithm: dict[str, Any], grace: float = 60.0, **sections: Any
+        self,
+        folder: Path,
+        model: Path,
+        algorithm: dict[str, Any],
+        grace: float = 60.0,
+        quorum: int = 1,
+        **sections: Any,
     ) -> None:
         self.folder, self.model = folder, model
         self.names = [*NAMES, "server"] if sections.get("topology", {}).get("kind") == "star" else NAMES
@@ -74,7 +81,7 @@ class Consortium:
             where = f"@127.0.0.1:{ports[name]}" if name in ports else ""
             members.append(f"--member={name}={id}{where}#{40 + 4 * i}")
         arguments = ["charter", "new", str(self.recipe), *members, "--expires", "2999-01-01", "--to", str(self.charter)]
-        assert main([*arguments, "--grace", str(grace)]) == 0
+        assert main([*arguments, "--grace", str(grace), "--quorum", str(quorum)]) == 0
         for name in self.names:
             assert main(["charter", "sign", str(self.charter), "--identity", str(folder / name / "key")]) == 0
 
@@ -219,6 +226,49 @@ def test_a_site_far_behind_takes_up_the_run_from_a_neighbor(
     assert rounds == [*range(joined["round"] - joined["missed"]), *range(joined["round"], 192)]
     (told,) = consortium.events("east", "join", "events.jsonl")
     assert (told["round"], told["missed"]) == (joined["round"], joined["missed"])
+    assert_agreed(consortium)
+
+
+def test_a_site_leaves_in_good_order_and_comes_back(tmp_path: Path, micro_model: Path) -> None:
+    """Nobody waits for it, though the grace is long; by the same command it goes on from where it left."""
+    section = {"num_peers": 4, "threads": 1, "checkpoint_every": 100}
+    consortium = Consortium(tmp_path, micro_model, {"inner_steps": 12, "outer_rounds": 4}, grace=600.0, run=section)
+    with pytest.raises(CheckpointError, match="holds no run of a consortium"):
+        leave(tmp_path / "east" / "run")
+    processes = {site: consortium.site(site) for site in NAMES}
+    wait_for(lambda: len(consortium.events("east", "round", "events.jsonl")) >= 5)
+    assert main(["leave", str(tmp_path / "east" / "run")]) == 0
+    processes["east"].join(60)
+    assert processes["east"].exitcode == 0
+    left = len(consortium.events("east", "round", "events.jsonl"))
+    assert f"left after round {left}" in " ".join((tmp_path / "east" / "log").read_text().split())
+    wait_for(lambda: bool(consortium.events("north", "left_out")))
+    processes["east"] = consortium.site("east")
+    consortium.ended(processes)
+    assert consortium.events("east", "resume", "events.jsonl")[0]["round"] == left
+    with pytest.raises(CheckpointError, match="this run is finished"):
+        leave(tmp_path / "east" / "run")
+    assert_agreed(consortium)
+
+
+def test_below_the_quorum_the_run_waits_until_enough_are_back(tmp_path: Path, micro_model: Path) -> None:
+    """Two of four are killed where three are needed: the others stand still beyond the grace, and say so."""
+    section = {"num_peers": 4, "threads": 1}
+    consortium = Consortium(tmp_path, micro_model, {"inner_steps": 16}, grace=1.0, quorum=3, run=section)
+    run(consortium.config)
+    processes = {site: consortium.site(site) for site in NAMES}
+    wait_for(lambda: len(consortium.events("east", "round", "events.jsonl")) >= 4)
+    for site in ("east", "west"):
+        os.kill(processes[site].pid, signal.SIGKILL)
+        processes[site].join()
+    wait_for(lambda: all(consortium.events(site, "paused") for site in ("north", "south")))
+    (paused, *_) = consortium.events("north", "paused")
+    assert paused["quorum"] == 3
+    for site in ("east", "west"):
+        processes[site] = consortium.site(site)
+    consortium.ended(processes)
+    for site in ("north", "south"):
+        assert len(consortium.events(site, "resumed")) == len(consortium.events(site, "paused"))
     assert_agreed(consortium)
 
 

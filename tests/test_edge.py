@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from peertune.exchange import Payload
 from peertune.runtimes import edge as module
 from peertune.runtimes.edge import Edge, Key, Kind, ProtocolError
+from peertune.runtimes.presence import Presence
 
 
 def make_payload(seed: int = 0, size: int = 5) -> dict[str, torch.Tensor]:
@@ -219,6 +220,29 @@ def test_a_state_nobody_asked_for_takes_no_memory() -> None:
     pair.post(0, (3, module.STATE), make_payload())
     pair.run()
     assert not pair.ends[1].inbox and not pair.ends[1].offers and not pair.ends[0].outbox
+
+
+def test_one_who_leaves_is_away_until_it_is_back() -> None:
+    pair = Pair()
+    pair.connect()
+    pair.say(1, pair.ends[1].leaving())
+    pair.run()
+    assert pair.ends[0].peer_has_left
+    pair.ends[1] = Edge()
+    pair.connect()
+    pair.run()
+    assert not pair.ends[0].peer_has_left
+
+
+def test_a_beat_carries_ages_and_wrong_ones_are_refused() -> None:
+    told: list[float] = []
+    sender, receiver = Edge(ages=lambda: (0.0, 2.5, -1.0)), Edge(told=told.extend)
+    assert receiver.receive(sender.beat()) == [] and told == [0.0, 2.5, -1.0]
+    with pytest.raises(ProtocolError, match="a beat that is none"):
+        receiver.receive(sender.beat() + b"x")
+    strict = Edge(told=lambda ages: Presence(2, 0, 1.0).told(ages, 0.0))
+    with pytest.raises(ProtocolError, match="got 3 ages, expected 2"):
+        strict.receive(sender.beat())
 
 
 def test_what_comes_too_late_is_dropped() -> None:

@@ -20,7 +20,7 @@ import tomli_w
 from pydantic import AfterValidator, Field, ValidationError
 
 import peertune
-from peertune.config import Methods, NonNegative, RunConfig, Section, from_dict
+from peertune.config import Methods, NonNegative, Positive, RunConfig, Section, from_dict
 from peertune.errors import CharterError
 from peertune.identity import Identity, certificate_id, is_signed, is_single
 
@@ -66,6 +66,8 @@ class Charter(Section):
     """Hash of the tokenizer and its chat template."""
     grace_s: Annotated[float, Field(gt=0)] = 600.0
     """Seconds that a round waits for a neighbour who is out of reach, before it goes on without him."""
+    quorum: Positive = 1
+    """Members that have to be there, or the run waits; a server counts."""
     stall_s: Annotated[float, Field(gt=0)] = 30.0
     """Seconds without a byte after which a connection is given up and dialled anew."""
     recipe: dict[str, Any]

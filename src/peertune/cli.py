@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.command(options, console)
     except PeertuneError as error:
         rank = f" rank {os.environ['RANK']}" if "RANK" in os.environ else ""  # under torchrun
-        console.print(f"peertune{rank}: error: {error}", markup=False, highlight=False, emoji=False, soft_wrap=True)
+        kind = "error: " if error.exit_code else ""
+        console.print(f"peertune{rank}: {kind}{error}", markup=False, highlight=False, emoji=False, soft_wrap=True)
         return error.exit_code
     except KeyboardInterrupt:
         ways = {_run: "; go on with --resume", _compare: "; the same command goes on"}

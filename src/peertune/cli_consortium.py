@@ -1,4 +1,4 @@
-"""The commands of a site in a consortium: keygen, charter, join (docs/consortium.md)."""
+"""The commands of a site in a consortium: keygen, charter, join, leave (docs/consortium.md)."""
 
 from __future__ import annotations
 
@@ -29,6 +29,12 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number of members, 1 or more")
+    return int(text)
+
+
 def add_consortium(commands: Any) -> None:
     """Add them to the parser."""
 
@@ -49,6 +55,7 @@ def add_consortium(commands: Any) -> None:
     new.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override a key")
     new.add_argument("--expires", type=_date, required=True, metavar="YYYY-MM-DD", help="last day it is valid")
     new.add_argument("--grace", type=_seconds, default=600.0, metavar="S", help="wait so long for a site out of reach")
+    new.add_argument("--quorum", type=_count, default=1, metavar="N", help="wait while fewer members are there")
     new.add_argument("--to", default="charter.toml", metavar="FILE")
     new.set_defaults(command=_charter_new)
     sign = actions.add_parser("sign", help="add this site's signature")
@@ -71,6 +78,10 @@ def add_consortium(commands: Any) -> None:
     own(join)
     join.set_defaults(command=_join)
 
+    leave = commands.add_parser("leave", help="have this site leave its run in good order; `join` brings it back")
+    leave.add_argument("run", metavar="DIR", help="folder of the run")
+    leave.set_defaults(command=_leave)
+
 
 def _keygen(options: argparse.Namespace, console: Console) -> None:
     from peertune.identity import default_folder, make_identity
@@ -84,7 +95,7 @@ def _charter_new(options: argparse.Namespace, console: Console) -> None:
 
     members = [parse_member(text) for text in options.member]
     to = Path(options.to)
-    new_charter(Path(options.recipe), options.set, members, options.expires, to, options.grace)
+    new_charter(Path(options.recipe), options.set, members, options.expires, to, options.grace, options.quorum)
     print(f"{to}: now let every member sign it: peertune charter sign {to}")
 
 
@@ -95,6 +106,13 @@ def _charter_sign(options: argparse.Namespace, console: Console) -> None:
     charter = sign_charter(Path(options.charter), Path(options.identity) if options.identity else default_folder())
     missing = [member.name for member in charter.members if member.name not in charter.signatures]
     print(f"{options.charter}: signed by {', '.join(charter.signatures)}; missing: {', '.join(missing) or 'nobody'}")
+
+
+def _leave(options: argparse.Namespace, console: Console) -> None:
+    from peertune.consortium import leave
+
+    leave(Path(options.run))
+    print(f"{options.run}: leaves at the end of its round; the same `peertune join` command comes back")
 
 
 def _join(options: argparse.Namespace, console: Console) -> None:

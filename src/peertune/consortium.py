@@ -27,7 +27,7 @@ from peertune.charter import (
     write_charter,
 )
 from peertune.config import RunConfig, apply_override, from_dict, load_recipe
-from peertune.errors import CharterError, ConfigError, StorageError
+from peertune.errors import CharterError, CheckpointError, ConfigError, Left, StorageError
 from peertune.identity import load_identity
 from peertune.model.language_model import LanguageModel
 from peertune.model.load import TINY, resolve_path
@@ -39,6 +39,7 @@ from peertune.runtimes import edges
 from peertune.runtimes.network import NetworkGroup
 from peertune.runtimes.node import Node
 
+AUDIT = "audit.jsonl"
 SITE_KEYS = (
     *("run.device", "run.threads", "run.log_every", "data.text_field", "data.text_b_field", "data.label_field"),
     *("data.instruction_field", "data.input_field", "data.output_field", "data.messages_field", "data.tools_field"),
@@ -47,7 +48,13 @@ SITE_KEYS = (
 
 
 def new_charter(
-    recipe: Path, overrides: Sequence[str], members: Sequence[Member], expires: date, to: Path, grace_s: float
+    recipe: Path,
+    overrides: Sequence[str],
+    members: Sequence[Member],
+    expires: date,
+    to: Path,
+    grace_s: float,
+    quorum: int = 1,
 ) -> Charter:
     """Write an unsigned charter for a recipe and its members.
 
@@ -73,12 +80,15 @@ def new_charter(
     peer = Peer(0, model, model_blocks(config, module, method.frozen), None, config.run.seed)
     neighbors = edges(method(peer, config.algorithm, topology))
     check_members(members, topology.num_peers + topology.has_hub, neighbors)
+    if quorum > len(members):
+        raise CharterError(f"--quorum: got {quorum}, expected at most the {len(members)} members there are")
     charter = Charter(
         version=peertune.__version__,
         expires=expires,
         base=base,
         tokenizer=tokenizer,
         grace_s=grace_s,
+        quorum=quorum,
         recipe=shared_recipe(config, with_path=_is_named(config.model.path, recipe.parent)),
         members=list(members),
     )
@@ -122,6 +132,7 @@ def join(
     Raises:
         InputError: the charter does not hold, or something given cannot be used.
         RunError: the run had to stop; the same command goes on.
+        Left: it was asked to leave (`leave`).
     """
     if listen and not is_address(listen):
         raise ConfigError(f"--listen: got {listen!r}, expected HOST:PORT, such as 0.0.0.0:7000")
@@ -135,7 +146,7 @@ def join(
         raise ConfigError(f"--data: got {train!r}, but {charter.members[index].name} is {role}")
     address = charter.members[index].address
     port = address.rpartition(":")[2]
-    audit = AuditLog(out / "audit.jsonl")
+    audit = AuditLog(out / AUDIT)
 
     def log(event: str, **fields: Any) -> None:
         try:
@@ -149,20 +160,39 @@ def join(
     resume = RunFolder(out).holds_run
     counts = [member.samples or 1 for member in charter.members[:num_peers]]
     site = Site(index, counts, partial(_check_base, charter, config.model.path))
-    done = False
+    request = _leave_request(out)
+    request.unlink(missing_ok=True)
+    done = left = False
     try:
         summary = run(
             config,
             base=path.parent,
             resume=resume,
             progress=progress,
-            connect=lambda num_members, link: NetworkGroup(node),
+            connect=lambda num_members, link: NetworkGroup(node, request),
             site=site,
         )
         done = True
         return summary
+    except Left:
+        left = True
+        raise
     finally:
-        node.stop(charter.grace_s if done else 0.0)
+        node.stop(charter.grace_s if done else 0.0, leaves=left)
+
+
+def leave(out: Path) -> None:
+    """Ask the site whose run is in a folder to leave it. Raises CheckpointError where there is none to leave."""
+    if not (out / AUDIT).exists():
+        raise CheckpointError(f"{out}: holds no run of a consortium; name the folder that `peertune join` was given")
+    if RunFolder(out).summary.exists():
+        raise CheckpointError(f"{out}: this run is finished; there is nothing to leave")
+    with storage_errors(out):
+        _leave_request(out).touch()
+
+
+def _leave_request(out: Path) -> Path:
+    return out / "leave"
 
 
 def site_config(charter: Charter, train: str, test: str, out: Path, model: str, overrides: Sequence[str]) -> RunConfig:

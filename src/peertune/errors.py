@@ -9,6 +9,7 @@
     │   ├── IdentityError         a site's key or certificate
     │   ├── CharterError          what the sites of a consortium agreed on
     │   └── CheckpointError       a run folder or a checkpoint in it
+    ├── Left                      exit code 0: a site left the run in good order, as it was asked to
     └── RunError                  exit code 1: a run stopped; what it had reached is on disk and `--resume` goes on
         ├── DivergedError         a loss or a weight became NaN or infinite
         ├── StorageError          the disk is full or refused a write
@@ -56,6 +57,12 @@ class CharterError(InputError):
 
 class CheckpointError(InputError):
     """A run folder is taken, damaged, or belongs to another recipe."""
+
+
+class Left(PeertuneError):
+    """A site has left its run, with a checkpoint, as it was asked to; the same command brings it back."""
+
+    exit_code = 0
 
 
 class RunError(PeertuneError):

@@ -22,7 +22,7 @@ from peertune.assemble import make_batches, make_pool, make_topology
 from peertune.average import Average
 from peertune.checkpoint import GENERATIONS, CheckpointStore, newest_common
 from peertune.config import LinkSection, RunConfig
-from peertune.errors import CheckpointError, DivergedError, ModelError, PeerLostError, StorageError
+from peertune.errors import CheckpointError, DivergedError, Left, ModelError, PeerLostError, StorageError
 from peertune.evaluation import Measured, measure
 from peertune.memory import reset_peak
 from peertune.model.adapters import core_of
@@ -198,6 +198,9 @@ class Run:
             self.progress.note(note)
         round = done
         while round < self.method.num_rounds:
+            if self.group.is_leaving:
+                self._checkpoint(round)
+                raise Left(f"{self.folder.path}: left after round {round} of {self.method.num_rounds}")
             then = self.group.catch_up(round, self.method)
             if then != round:
                 self.folder.event("join", round=then, missed=then - round)

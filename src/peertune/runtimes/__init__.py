@@ -42,6 +42,10 @@ class Group(Protocol):
     survives_loss: bool
     """Whether the run goes on, and ends, without a member that is gone."""
 
+    @property
+    def is_leaving(self) -> bool:
+        """Whether this process was asked to leave the run before its end."""
+
     def exchange(self, member: int) -> Exchange:
         """What carries a hosted member's payloads."""
 

@@ -90,7 +90,7 @@ class DistributedGroup:
         self.hosted: Sequence[int] = [self.rank]
         self.is_recorder = self.rank == 0
         self.clock: Clock | None = None
-        self.survives_loss = False
+        self.survives_loss = self.is_leaving = False
 
     def exchange(self, member: int) -> DistributedExchange:
         return DistributedExchange(member)

@@ -11,9 +11,10 @@ stream at any moment:
     GONE  key                           it was offered, but is kept no more
     SAVED round                         whoever says this has a checkpoint of that round: it will never again ask for a
                                         message of an earlier one
-    BEAT  round                         nothing else to say
+    BEAT  round, ages                   nothing else to say; and how long ago each member was heard of (see presence)
     ASK                                 this site is behind: it wants the state of one who is not
     DONE                                this site has finished the run
+    LEAVE                               this site goes, and need not be waited for until it is back
 
 A key is (round, number of the hop in it). Messages are kept until the neighbour has a checkpoint beyond them, so one
 who was killed and came back asks for them again and computes bitwise what he computed before. They are kept up to
@@ -25,7 +26,7 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import partial
@@ -50,7 +51,7 @@ MAX_OFFERS = 1 << 16
 
 
 class Kind(IntEnum):
-    HELLO, OFFER, WANT, CHUNK, GOT, GONE, SAVED, BEAT, ASK, DONE = range(1, 11)
+    HELLO, OFFER, WANT, CHUNK, GOT, GONE, SAVED, BEAT, ASK, DONE, LEAVE = range(1, 12)
 
 
 LAYOUT = {
@@ -64,6 +65,7 @@ LAYOUT = {
     Kind.BEAT: struct.Struct("<BI"),
     Kind.ASK: struct.Struct("<B"),
     Kind.DONE: struct.Struct("<B"),
+    Kind.LEAVE: struct.Struct("<B"),
 }
 MAX_FRAME = CHUNK_SIZE + LAYOUT[Kind.CHUNK].size
 
@@ -107,10 +109,17 @@ class Edge:
 
     Args:
         fetched: told the key and the bytes of a message when the neighbour begins to fetch it.
+        ages: gives the ages that go with a beat.
+        told: told those that came with one; raises ValueError where they cannot be.
     """
 
-    def __init__(self, fetched: Callable[[Key, int], None] = lambda key, size: None) -> None:
-        self._fetched = fetched
+    def __init__(
+        self,
+        fetched: Callable[[Key, int], None] = lambda key, size: None,
+        ages: Callable[[], Sequence[float]] = lambda: (),
+        told: Callable[[Sequence[float]], None] = lambda ages: None,
+    ) -> None:
+        self._fetched, self._ages, self._told = fetched, ages, told
         self.outbox: dict[Key, Outgoing] = {}
         self.inbox: dict[Key, Incoming] = {}
         self.offers: dict[Key, tuple[int, bytes]] = {}
@@ -124,6 +133,8 @@ class Edge:
         self.peer_round = 0
         self.peer_is_away = False
         """Whether the rounds go on without the neighbour, and what it has not fetched may be dropped."""
+        self.peer_has_left = False
+        """Whether it said that it goes, and is not back."""
         self.peer_asks = False
         """Whether the neighbour is behind, and wants the state."""
         self.delivered: set[Key] = set()
@@ -204,8 +215,18 @@ class Edge:
         self.is_finished = True
         return [_pack(Kind.DONE)]
 
+    @property
+    def has_undelivered(self) -> bool:
+        """Whether the neighbour has not had all that was made ready for it."""
+        return not self.outbox.keys() <= self.delivered
+
+    def leaving(self) -> Iterable[bytes]:
+        """This site goes before the run's end."""
+        return [_pack(Kind.LEAVE)]
+
     def beat(self) -> bytes:
-        return _pack(Kind.BEAT, self.round)
+        ages = self._ages()
+        return _pack(Kind.BEAT, self.round) + struct.pack(f"<{len(ages)}f", *ages)
 
     def receive(self, frame: bytes) -> Iterable[bytes]:
         """Take a frame in; returns what to answer.
@@ -227,7 +248,7 @@ class Edge:
                     incoming.offset = 0
                 self.peer_round, self.peer_is_finished = 0, False
                 self.no_state()
-            self.peer_boot = fields[0]
+            self.peer_boot, self.peer_has_left = fields[0], False
         elif kind is Kind.GOT:
             if (fields[0], fields[1]) in self.outbox:
                 self.delivered.add((fields[0], fields[1]))
@@ -239,9 +260,15 @@ class Edge:
             for key in [key for key in self.outbox if key[0] < fields[0]]:
                 self._drop(key)
         elif kind is Kind.BEAT:
+            try:
+                self._told(struct.unpack(f"<{len(rest) // 4}f", rest))
+            except (ValueError, struct.error) as error:
+                raise ProtocolError(f"sent a beat that is none: {error}") from None
             self.peer_round = max(self.peer_round, fields[0])
         elif kind is Kind.ASK:
             self.peer_asks = True
+        elif kind is Kind.LEAVE:
+            self.peer_has_left = True
         else:
             self.peer_is_finished = True
             self.no_state()
@@ -379,6 +406,6 @@ def _unpack(frame: bytes) -> tuple[Kind, tuple[Any, ...], memoryview]:
     except (IndexError, ValueError, struct.error):
         raise ProtocolError("sent bytes that are no frame") from None
     rest = memoryview(frame)[layout.size :]
-    if rest and kind is not Kind.CHUNK:
+    if rest and kind not in (Kind.CHUNK, Kind.BEAT):
         raise ProtocolError(f"sent a frame {kind.name} that is too long")
     return kind, fields[1:], rest

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from peertune.algorithms.base import Algorithm
 from peertune.charter import check_members
-from peertune.errors import PeerLostError
+from peertune.errors import Left, PeerLostError
 from peertune.exchange import ROLL, Hop, Inbox, Payload
 from peertune.link import Clock
 from peertune.runtimes import edges
@@ -37,17 +38,25 @@ WAITING_S = 5.0
 class NetworkGroup:
     """Implements `peertune.runtimes.Group` for one site: what others measured stays with them."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, leave: Path) -> None:
         self.node = node
         self.hosted: Sequence[int] = [node.index]
         self.is_recorder = self.survives_loss = True
         self.clock: Clock | None = None
-        self._exchange = NetworkExchange(node)
+        self._exchange = NetworkExchange(node, leave)
         self._asked: Neighbor | None = None
         self._states: SimpleQueue[tuple[int, Payload | None]] = SimpleQueue()
 
+    @property
+    def is_leaving(self) -> bool:
+        return self._exchange.is_leaving
+
     def catch_up(self, round: int, algorithm: Algorithm) -> int:
-        """Give neighbours who are behind the state, where the method lets them join; take it where this site is."""
+        """Give neighbours who are behind the state, where the method lets them join; take it where this site is.
+
+        Waits while fewer than the quorum are there.
+        """
+        self._await_quorum(round)
         state: Payload | None = None
         for index, neighbor in self.node.neighbors.items():
             if neighbor.edge.peer_asks and algorithm.can_join(round):
@@ -77,6 +86,17 @@ class NetworkGroup:
         self.node.log("joined", round=then, missed=then - round)
         return then
 
+    def _await_quorum(self, round: int) -> None:
+        paused = False
+        while not self.node.has_quorum and not self.is_leaving:
+            if not paused:
+                present, quorum = ", ".join(self.node.present), self.node.charter.quorum
+                self.node.log("paused", round=round, present=present, quorum=quorum)
+            paused = True
+            time.sleep(POLL_S)
+        if paused:
+            self.node.log("resumed", round=round, present=", ".join(self.node.present))
+
     def _arrived(self, round: int, state: Payload | None) -> None:
         self._states.put((round, state))
 
@@ -98,10 +118,15 @@ class NetworkGroup:
 
 
 class NetworkExchange:
-    """Implements `peertune.exchange.Exchange` for one site."""
+    """Implements `peertune.exchange.Exchange` for one site.
 
-    def __init__(self, node: Node) -> None:
-        self._node, self._peer = node, node.index
+    Args:
+        node: the site's connections.
+        leave: a file; once it is there, the site is to leave.
+    """
+
+    def __init__(self, node: Node, leave: Path = Path("leave")) -> None:
+        self._node, self._peer, self._leave = node, node.index, leave
         self._key: Key = (-1, 0)
         self._out: Payload | None = None
         self.sent = Traffic()
@@ -159,6 +184,10 @@ class NetworkExchange:
         self._node.soon(partial(self._node.neighbors[source].expect, self._key, like, arrival.set_result))
         return arrival
 
+    @property
+    def is_leaving(self) -> bool:
+        return self._leave.exists()
+
     def _wait(self, source: int, arrival: Future[Payload | None]) -> Payload | None:
         """The payload; None where the neighbour has been out of reach for the grace."""
         neighbor, began, told = self._node.neighbors[source], time.monotonic(), False
@@ -166,10 +195,16 @@ class NetworkExchange:
             if not told and not neighbor.is_connected and time.monotonic() - began > WAITING_S:
                 told = True
                 self._node.log("waiting", peer=neighbor.name, round=self._key[0])
-            if not arrival.done() and not self._begins(neighbor) and neighbor.is_gone(self._key[0]):
+            if self._may_go_on(neighbor) and not arrival.done() and neighbor.is_gone(self._key[0]):
                 self._node.soon(partial(neighbor.edge.give_up, self._key))
+            if self.is_leaving and not neighbor.is_connected:
+                raise Left(f"left while waiting for {neighbor.name} in round {self._key[0]}")
             with suppress(TimeoutError):
                 return arrival.result(timeout=POLL_S)
+
+    def _may_go_on(self, neighbor: Neighbor) -> bool:
+        """Whether a neighbour may be left out: the run has begun, and enough members are there."""
+        return not self._begins(neighbor) and self._node.has_quorum
 
     def _begins(self, neighbor: Neighbor) -> bool:
         """Whether the run has not begun, for all this site knows, and waits until everyone is there."""

@@ -22,6 +22,7 @@ from peertune.errors import CharterError, IdentityError
 from peertune.exchange import Payload
 from peertune.identity import Identity, certificate_id
 from peertune.runtimes.edge import MAX_FRAME, MAX_OFFERS, STATE, Edge, Key, ProtocolError
+from peertune.runtimes.presence import Presence
 
 T = TypeVar("T")
 METHOD = "/peertune.Peer/Link"
@@ -36,8 +37,12 @@ REDIAL_S = (0.2, 10.0)
 class Neighbor:
     """One edge's connection: streams come and go, `edge` stays."""
 
-    def __init__(self, name: str, charter: Charter, log: Callable[..., None]) -> None:
-        self.edge, self.name, self.charter, self.log = Edge(self._fetched), name, charter, log
+    def __init__(self, index: int, charter: Charter, presence: Presence, log: Callable[..., None]) -> None:
+        self.index, self.name, self.charter, self.presence = index, charter.members[index].name, charter, presence
+        self.edge = Edge(
+            self._fetched, lambda: presence.ages(time.monotonic()), lambda ages: presence.told(ages, time.monotonic())
+        )
+        self.log = log
         self.last_heard = self.last_heard_on_stream = time.monotonic()
         self.is_connected = self.was_seen = False
         self._queue: asyncio.Queue[Iterable[bytes]] = asyncio.Queue()
@@ -67,9 +72,9 @@ class Neighbor:
 
     @property
     def is_out_of_reach(self) -> bool:
-        """For the grace, or since it was left out for that."""
+        """For the grace, or since it was left out for that, or since it left."""
         late = time.monotonic() - self.last_heard > self.charter.grace_s
-        return not self.is_connected and (late or self.edge.peer_is_away)
+        return not self.is_connected and (late or self.edge.peer_is_away or self.edge.peer_has_left)
 
     def is_gone(self, round: int) -> bool:
         """Whether to go on with a round without it: out of reach for the grace, or still behind after that."""
@@ -112,7 +117,10 @@ class Neighbor:
                 if not self.is_connected:  # only now: a refused stream opens too
                     self.is_connected = self.was_seen = True
                     self.log("connected", peer=self.name)
+                self.presence.heard(self.index, self.last_heard)
                 self.say(self.edge.receive(frame))
+                if self.edge.peer_is_finished:
+                    self.presence.finished(self.index)
                 if self._queue.qsize() > MAX_OFFERS:
                     raise ProtocolError("asks for more than it reads")
         except asyncio.CancelledError:
@@ -174,6 +182,7 @@ class Node:
     ) -> None:
         self.charter, self.identity, self.listen, self.log = charter, identity, listen, log
         self.index = charter.index_of(identity.id)
+        self.presence = Presence(len(charter.members), self.index, charter.grace_s)
         self.neighbors: dict[int, Neighbor] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="network", daemon=True)
@@ -187,19 +196,29 @@ class Node:
             edges: pairs of members that exchange messages.
         """
         others = sorted({i + j - self.index for i, j in edges if self.index in (i, j)})
-        self.neighbors = {i: Neighbor(self.charter.members[i].name, self.charter, self.log) for i in others}
+        self.neighbors = {i: Neighbor(i, self.charter, self.presence, self.log) for i in others}
         self._thread.start()
         self.call(self._start())
 
-    def stop(self, linger_s: float) -> None:
+    @property
+    def present(self) -> list[str]:
+        """Names of the members who are there, or have done their part."""
+        return [self.charter.members[index].name for index in self.presence.present(time.monotonic())]
+
+    @property
+    def has_quorum(self) -> bool:
+        return len(self.presence.present(time.monotonic())) >= self.charter.quorum
+
+    def stop(self, linger_s: float = 0.0, *, leaves: bool = False) -> None:
         """Close, after at most `linger_s` seconds in which neighbours may still fetch what they need.
 
         Args:
             linger_s: 0: the run did not end, and this site will be back.
+            leaves: tell the neighbours not to wait until then.
         """
         if not self._thread.is_alive():
             return
-        self.call(self._stop(linger_s))
+        self.call(self._leave() if leaves else self._stop(linger_s))
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
 
@@ -228,8 +247,20 @@ class Node:
             raise IdentityError(f"--listen: {self.listen} cannot be opened: {error}; name another port") from error
         await self._server.start()
 
+    async def _leave(self) -> None:
+        """Stop, after the neighbours have what was made ready for them."""
+        end = time.monotonic() + self.charter.stall_s
+        while time.monotonic() < end and any(
+            n.is_connected and n.edge.has_undelivered for n in self.neighbors.values()
+        ):
+            await asyncio.sleep(0.05)
+        for neighbor in self.neighbors.values():
+            neighbor.say(neighbor.edge.leaving())
+        await self._stop(0.0)
+
     async def _stop(self, linger_s: float) -> None:
         if linger_s:
+            self.presence.finished(self.index)
             for neighbor in self.neighbors.values():
                 neighbor.say(neighbor.edge.finished())
         end = time.monotonic() + linger_s

@@ -25,7 +25,7 @@ class SimulatedGroup:
     """
 
     is_recorder = True
-    survives_loss = False
+    survives_loss = is_leaving = False
 
     def __init__(self, num_members: int, link: LinkSection) -> None:
         self.hosted: Sequence[int] = range(num_members)

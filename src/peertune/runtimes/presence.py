@@ -1,0 +1,58 @@
+"""Who is there, as far as one site can tell: ages that neighbours pass on. A pure function of what is told and when.
+
+With every beat a site tells its neighbours how long ago anybody heard of each member. The youngest age that comes
+around counts, so a site knows of members it has no connection to, and no two clocks need to agree. As in a gossip
+failure detector (van Renesse, Minsky, Hayden 1998), a member of whom nothing new is told grows old and is absent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+FINISHED = -1.0
+"""The age of a member who has finished the run: it is missed no more."""
+
+
+class Presence:
+    """What one site knows of all members.
+
+    Args:
+        num_members: N.
+        own: this site's place among them.
+        grace_s: seconds after which a member of whom nothing is heard is absent.
+    """
+
+    def __init__(self, num_members: int, own: int, grace_s: float) -> None:
+        self.own, self.grace_s = own, grace_s
+        self._seen = [-math.inf] * num_members
+        """When each member was last known to be there; infinity: it has finished."""
+
+    def heard(self, member: int, now: float) -> None:
+        """A member said something just now."""
+        self._seen[member] = max(self._seen[member], now)
+
+    def finished(self, member: int) -> None:
+        """A member has finished the run."""
+        self._seen[member] = math.inf
+
+    def told(self, ages: Sequence[float], now: float) -> None:
+        """A neighbour's ages came in.
+
+        Raises:
+            ValueError: they are not one for each member, or no ages.
+        """
+        if len(ages) != len(self._seen) or not all(age >= 0 or age == FINISHED for age in ages):
+            raise ValueError(f"got {len(ages)} ages, expected {len(self._seen)} of 0 or more, or {FINISHED}")
+        for member, age in enumerate(ages):
+            if member != self.own:
+                self._seen[member] = max(self._seen[member], math.inf if age == FINISHED else now - age)
+
+    def ages(self, now: float) -> list[float]:
+        """Seconds since each member was last known to be there, in the members' order."""
+        self.heard(self.own, now)
+        return [FINISHED if seen == math.inf else now - seen for seen in self._seen]
+
+    def present(self, now: float) -> list[int]:
+        """Members who are there, or have done their part; this site included."""
+        return [member for member, age in enumerate(self.ages(now)) if age <= self.grace_s]
