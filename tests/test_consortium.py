@@ -1,5 +1,6 @@
 """Sites as processes of their own on loopback: bitwise the simulation's weights, also over a kill -9."""
 
+import asyncio
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -542,3 +544,53 @@ def test_local_consortium_runs_and_goes_on(tmp_path: Path) -> None:
         ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert ran.returncode == 0, ran.stderr
         assert said in ran.stdout and ran.stdout.count("held-out loss") == 5
+
+
+class ConnectProxy:
+    """An HTTP proxy that knows CONNECT, in a thread of its own; `asked` are the addresses it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        server = asyncio.run_coroutine_threadsafe(asyncio.start_server(self._serve, "127.0.0.1", 0), self._loop)
+        self.address = f"127.0.0.1:{server.result(30).sockets[0].getsockname()[1]}"
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        request = (await reader.readuntil(b"\r\n\r\n")).decode().split()
+        assert request[0] == "CONNECT"
+        self.asked.append(request[1])
+        host, _, port = request[1].rpartition(":")
+        far = await asyncio.open_connection(host, int(port))
+        writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        await asyncio.gather(self._carry(reader, far[1]), self._carry(far[0], writer))
+
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+                await writer.drain()
+        except OSError:
+            pass
+        finally:
+            writer.close()
+
+
+def test_a_site_that_must_goes_out_through_an_http_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection is encrypted from end to end, so the proxy sees addresses and no more."""
+    port = free_ports(1)[0]
+    charter = make_charter(tmp_path, ["a", "b"])
+    members = [charter.members[0].model_copy(update={"address": f"127.0.0.1:{port}"}), charter.members[1]]
+    a, b = (load_identity(tmp_path / name) for name in "ab")
+    charter = charter.model_copy(update={"members": members}).signed(a).signed(b)
+    for name in ("no_proxy", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    proxy, fork = ConnectProxy(), multiprocessing.get_context("fork")
+    heard = [fork.Queue() for _ in range(2)]
+    server = fork.Process(target=play_node, args=(charter, a, f"127.0.0.1:{port}", 60.0, heard[0]), daemon=True)
+    server.start()
+    wait_for(lambda: is_open(port))
+    monkeypatch.setenv("grpc_proxy", f"http://{proxy.address}")
+    fork.Process(target=play_node, args=(charter, b, "", 60.0, heard[1]), daemon=True).start()
+    assert heard[1].get(timeout=60) == heard[0].get(timeout=60) == ["connected"]
+    assert proxy.asked and set(proxy.asked) == {f"127.0.0.1:{port}"}
