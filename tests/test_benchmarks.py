@@ -252,3 +252,13 @@ def test_an_exchange_is_measured_at_toy_size(tmp_path: Path, monkeypatch: pytest
     figures = json.loads((tmp_path / "exchange.json").read_text())["figures"]
     assert figures["bytes"] == 2_000_000 and figures["mb_per_s"].keys() == {"raw", "peertune"}
     assert figures["peertune_over_raw"] > 0 and figures["training"]["steps_per_s_alone"] > 0
+
+
+def test_robust_means_are_measured_at_toy_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    robust = script("robust")
+    monkeypatch.setattr(sys, "argv", ["robust.py", "--megabytes", "1", "--repeats", "1", "--results", str(tmp_path)])
+    robust.main()
+    figures = json.loads((tmp_path / "robust.json").read_text())["figures"]
+    for who in ("peer", "server"):
+        assert figures[who].keys() == {"plain", "clip", "trimmed_mean"}
+        assert figures[who]["plain"]["cpu_over_plain"] == 1 and figures[who]["clip"]["peak_over_block"] < 2.5

@@ -14,6 +14,7 @@ LAYERS = [
     "topology",
     "wire",
     "exchange",
+    "robust",
     "link",
     "data",
     "model",

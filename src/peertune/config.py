@@ -192,6 +192,18 @@ class EvalSection(Section):
     """Chat rows with calls for which each function offered is scored by its likelihood; 0: none."""
 
 
+class ExchangeSection(Section):
+    """What a receiver makes of the messages of a round."""
+
+    robust: Literal["none", "clip", "trimmed_mean"] = "none"
+    """Their weighted mean, or one that members who send garbage cannot ruin: "clip" bounds how far each message moves
+    it, "trimmed_mean" leaves out the extremes of each weight. Without a server, peers then do not agree in the end."""
+    clip_factor: Annotated[float, Field(gt=0)] = 1.0
+    """What clips, as a multiple of the median distance of a peer's neighbours to itself (clip)."""
+    trim: Positive = 1
+    """b: neighbours of each peer, or clients of the server, that may send garbage (trimmed_mean)."""
+
+
 class LinkSection(Section):
     """The links that the simulated time supposes. No weight depends on them."""
 
@@ -208,6 +220,7 @@ class RunConfig(Section):
     topology: TopologySection = TopologySection()
     algorithm: SerializeAsAny[AlgorithmConfig] = AlgorithmConfig()
     eval: EvalSection = EvalSection()
+    exchange: ExchangeSection = ExchangeSection()
     link: LinkSection = LinkSection()
 
     def to_dict(self) -> dict[str, Any]:

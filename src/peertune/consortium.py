@@ -33,6 +33,7 @@ from peertune.model.language_model import LanguageModel
 from peertune.model.load import TINY, resolve_path
 from peertune.peer import Peer
 from peertune.prepare import base_print, model_blocks, prepare_model, prepare_tokenizer
+from peertune.robust import check_rule
 from peertune.run import Progress, Site, run
 from peertune.run_folder import RunFolder, storage_errors
 from peertune.runtimes import edges
@@ -78,7 +79,9 @@ def new_charter(
     base, tokenizer = fingerprints(module, prepare_tokenizer(config, recipe.parent))
     model = LanguageModel(module, config.model)
     peer = Peer(0, model, model_blocks(config, module, method.frozen), None, config.run.seed)
-    neighbors = edges(method(peer, config.algorithm, topology))
+    algorithm = method(peer, config.algorithm, topology)
+    check_rule(config.exchange, config.algorithm.name, method.averages, algorithm.hops(0))
+    neighbors = edges(algorithm)
     check_members(members, topology.num_peers + topology.has_hub, neighbors)
     if quorum > len(members):
         raise CharterError(f"--quorum: got {quorum}, expected at most the {len(members)} members there are")

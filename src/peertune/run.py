@@ -43,6 +43,7 @@ from peertune.prepare import (
 )
 from peertune.records import peer_fields, round_event, start_event, summary_of, totals, versions
 from peertune.report import write_report
+from peertune.robust import check_rule, ends_in_agreement
 from peertune.run_folder import RunFolder, save_trained
 from peertune.runtimes import Group, Member, agree, play_round
 from peertune.runtimes.simulation import SimulatedGroup
@@ -177,11 +178,18 @@ class Run:
             model = LanguageModel(clone_model(module, own), config.model, has_plain_head=plain)
             plain = model.has_plain_head
             peer = Peer(index, model, self.blocks, batches.get(index), config.run.seed)  # a hub has none
-            self.members.append(Member(method(peer, config.algorithm, topology), self.group.exchange(index)))
+            algorithm = method(peer, config.algorithm, topology)
+            self.members.append(Member(algorithm, self.group.exchange(index), config.exchange))
         # Only now: an instance whose layers were taken over cannot be cloned.
         self.average = Average(LanguageModel(module, config.model, has_plain_head=plain), self.members, self.group)
         self.peers = [member for member in self.members if not member.is_hub]
         self.method = self.members[0].algorithm
+        check_rule(config.exchange, config.algorithm.name, method.averages, self.method.hops(0))
+        self.agrees = self.method.agrees and ends_in_agreement(config.exchange.robust, topology.has_hub)
+        if self.agrees != self.method.agrees:
+            notes.append(
+                f"exchange.robust = {config.exchange.robust!r}: the peers do not agree on one model in the end"
+            )
         self.group.open(self.method)
         self.store = CheckpointStore(folder.checkpoints, self.num_members)
         self.pool = make_pool(config, module, self.device)
@@ -266,9 +274,10 @@ class Run:
     def _finish(self) -> dict[str, Any]:
         rounds = self.method.num_rounds
         own = self._gathered([self._evaluate(m.algorithm.peer.model, by_client=True) for m in self.peers])
-        hops, absent, agrees = 0, list[int](), self.method.agrees
+        hops, absent, agrees = 0, list[int](), self.agrees
         try:
-            hops, absent = agree(rounds, self.members, may_lose=self.group.survives_loss)
+            if agrees:
+                hops, absent = agree(rounds, self.members, may_lose=self.group.survives_loss)
         except PeerLostError as error:
             if not self.group.survives_loss:
                 raise

@@ -41,6 +41,8 @@ class Algorithm(ABC):
     """True for a bound that is allowed to see all data: one model, whose batch is the union of the peers' batches."""
     agrees: ClassVar[bool] = True
     """Whether all peers hold one model in the end."""
+    averages: ClassVar[bool] = True
+    """Whether it takes nothing but means from its inboxes, which a recipe's exchange.robust can then replace."""
     frozen: ClassVar[tuple[str, ...]] = ()
     """Parameters of an adapter whose name holds one of these texts are not trained."""
 

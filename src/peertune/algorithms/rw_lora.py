@@ -16,6 +16,8 @@ from peertune.seeds import numpy_rng
 
 
 class RwLora(DecLora):
+    averages = False
+
     @cached_property
     def walk(self) -> list[int]:
         """The adapter's holder in each round, and after the last."""

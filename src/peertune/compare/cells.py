@@ -14,6 +14,7 @@ from peertune.compare.budget import bytes_a_peer
 from peertune.report.events import Run, read_run
 from peertune.report.results import METRICS, Metric
 from peertune.report.series import mean
+from peertune.robust import ends_in_agreement
 
 Summary = Mapping[str, Any]
 
@@ -89,10 +90,18 @@ def shown(metric: str) -> Metric:
 def quality(summary: Summary, metric: str) -> float:
     """The metric of what a peer ends with: the agreed model; without agreement, its own, mean over peers."""
     metrics = summary["metrics"]
-    if ALGORITHMS[summary["algorithm"]].agrees:
+    if _agrees(summary):
         return float(metrics["average_model"][metric])
     own = [peer[metric] for peer in metrics["peers"]]
     return float(sum(own) / len(own))
+
+
+def _agrees(summary: Summary) -> bool:
+    """Whether all peers held one model in the end."""
+    rule = summary["config"].get("exchange", {}).get("robust", "none")
+    return ALGORITHMS[summary["algorithm"]].agrees and ends_in_agreement(
+        rule, summary.get("bytes_sent_by_hub") is not None
+    )
 
 
 def read_cell(contestant: str, seed: int, folder: Path, summary: Summary) -> Cell:
@@ -125,7 +134,7 @@ def _points(run: Run, summary: Summary, metric: str) -> list[Point]:
     for evaluation in run.evaluations:
         ends = evaluation.round >= last
         # On the way only the average model is measured, and where peers never agree nobody holds that.
-        alone = run.num_models > 1 and not ALGORITHMS[summary["algorithm"]].agrees
+        alone = run.num_models > 1 and not _agrees(summary)
         if metric not in evaluation.average_model or (alone and evaluation.round > 0 and not ends):
             continue
         points.append(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from peertune.algorithms.base import Algorithm, LocalReport
+from peertune.config import ExchangeSection
 from peertune.errors import PeerLostError
 from peertune.exchange import ROLL, Exchange, Hop, Inbox, Payload
 from peertune.link import Clock
+from peertune.robust import robust
 from peertune.wire import Traffic
 
 __all__ = ["Group", "Lockstep", "Member", "agree", "edges", "play_round", "roll_call", "thread_pool", "weighted_mean"]
@@ -114,6 +116,8 @@ class Member:
 
     algorithm: Algorithm
     exchange: Exchange
+    rule: ExchangeSection = field(default_factory=ExchangeSection)
+    """What it makes of a round's messages."""
 
     @property
     def index(self) -> int:
@@ -141,7 +145,7 @@ def play_round(round: int, members: Sequence[Member], pool: Executor | None = No
         reports = list(pool.map(lambda member: _timed_local(round, member, time.thread_time), peers))
     for hop in members[0].algorithm.hops(round):
         for member, inbox in _carry(round, hop, members, lambda member, hop: member.algorithm.outgoing(hop)):
-            member.algorithm.mix(hop, inbox)
+            member.algorithm.mix(hop, robust(member.rule, member.index, inbox))
     return reports
 
 

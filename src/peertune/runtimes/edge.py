@@ -255,7 +255,8 @@ class Edge:
                 if fields[1] == STATE:
                     self._drop((fields[0], fields[1]))
         elif kind is Kind.GONE:
-            self.give_up((fields[0], fields[1]))
+            if (fields[0], fields[1]) in self.inbox:  # else it would close rounds that nobody has asked for yet
+                self.give_up((fields[0], fields[1]))
         elif kind is Kind.SAVED:
             for key in [key for key in self.outbox if key[0] < fields[0]]:
                 self._drop(key)

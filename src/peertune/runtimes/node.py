@@ -28,6 +28,8 @@ T = TypeVar("T")
 METHOD = "/peertune.Peer/Link"
 CHARTER_KEY = "peertune-charter"
 OPTIONS = [("grpc.max_receive_message_length", MAX_FRAME), ("grpc.max_send_message_length", MAX_FRAME)]
+HANDSHAKE_S = 10.0
+"""Seconds after which one who dialled and has not shown a member's key is let go of; gRPC's own choice is 120."""
 BEAT_S = 1.0
 """Seconds after which a silent connection says that it is alive."""
 REDIAL_S = (0.2, 10.0)
@@ -239,7 +241,8 @@ class Node:
         roots = b"".join(self.charter.certificate(index) for index in range(len(self.charter.members)))
         pair = [(self.identity.key_pem, self.identity.certificate_pem)]
         credentials = grpc.ssl_server_credentials(pair, roots, require_client_auth=True)
-        self._server = grpc.aio.server(options=[*OPTIONS, ("grpc.so_reuseport", 0)])
+        patience = ("grpc.server_handshake_timeout_ms", int(1000 * HANDSHAKE_S))
+        self._server = grpc.aio.server(options=[*OPTIONS, ("grpc.so_reuseport", 0), patience])
         self._server.add_generic_rpc_handlers([_Handler(self._serve)])
         try:
             self._server.add_secure_port(self.listen, credentials)
