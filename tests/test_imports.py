@@ -9,6 +9,7 @@ LAYERS = [
     "config",
     "seeds",
     "memory",
+    "lock",
     "identity",
     "charter",
     "topology",
@@ -26,6 +27,7 @@ LAYERS = [
     "evaluate",
     "evaluation",
     "report",
+    "watch",
     "prepare",
     "assemble",
     "average",
@@ -38,6 +40,7 @@ LAYERS = [
     "compare",
     "cli_output",
     "cli_consortium",
+    "cli_watch",
     "cli",
     "__main__",
 ]

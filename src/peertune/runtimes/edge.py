@@ -107,10 +107,17 @@ class Edge:
 
     Args:
         fetched: told the key and the bytes of a message when the neighbour begins to fetch it.
+        asked: told the key and the bytes that are still to come when this site begins to fetch a message.
+        arrived: told the key when all of it is there.
     """
 
-    def __init__(self, fetched: Callable[[Key, int], None] = lambda key, size: None) -> None:
-        self._fetched = fetched
+    def __init__(
+        self,
+        fetched: Callable[[Key, int], None] = lambda key, size: None,
+        asked: Callable[[Key, int], None] = lambda key, size: None,
+        arrived: Callable[[Key], None] = lambda key: None,
+    ) -> None:
+        self._fetched, self._asked, self._has_arrived = fetched, asked, arrived
         self.outbox: dict[Key, Outgoing] = {}
         self.inbox: dict[Key, Incoming] = {}
         self.offers: dict[Key, tuple[int, bytes]] = {}
@@ -275,6 +282,7 @@ class Edge:
                 f"announced a message of {offered[0]} bytes for round {key[0]}, expected {incoming.size}, and"
                 " the same names and shapes as here"
             )
+        self._asked(key, incoming.size - incoming.offset)
         if not incoming.offset:
             incoming.make_room()
             if not incoming.size:
@@ -316,6 +324,7 @@ class Edge:
 
     def _complete(self, key: Key, incoming: Incoming) -> Iterable[bytes]:
         del self.inbox[key]
+        self._has_arrived(key)
         if key[1] == STATE:
             del self.offers[key]
         else:

@@ -37,15 +37,27 @@ class Neighbor:
     """One edge's connection: streams come and go, `edge` stays."""
 
     def __init__(self, name: str, charter: Charter, log: Callable[..., None]) -> None:
-        self.edge, self.name, self.charter, self.log = Edge(self._fetched), name, charter, log
+        self.edge = Edge(self._fetched, self._asked, self._arrived)
+        self.name, self.charter, self.log = name, charter, log
         self.last_heard = self.last_heard_on_stream = time.monotonic()
         self.is_connected = self.was_seen = False
         self._queue: asyncio.Queue[Iterable[bytes]] = asyncio.Queue()
         self._talk: asyncio.Task[Any] | None = None
         self._ended: asyncio.Task[Any] | None = None
+        self._coming: dict[Key, tuple[int, float]] = {}
+        """Bytes of each message that is being fetched, and since when."""
 
     def _fetched(self, key: Key, size: int) -> None:
         self.log("fetched", peer=self.name, round=key[0], hop="state" if key[1] == STATE else key[1], bytes=size)
+
+    def _asked(self, key: Key, size: int) -> None:
+        self._coming[key] = (size, time.monotonic())
+
+    def _arrived(self, key: Key) -> None:
+        size, began = self._coming.pop(key)
+        self._coming = {other: begun for other, begun in self._coming.items() if other > key}
+        what, seconds = "state" if key[1] == STATE else key[1], round(time.monotonic() - began, 4)
+        self.log("arrived", peer=self.name, round=key[0], hop=what, bytes=size, seconds=seconds)
 
     def say(self, frames: Iterable[bytes]) -> None:
         if self._talk is not None:
