@@ -83,7 +83,7 @@ class RunWatch:
             Tail(path / "events.jsonl", self._new_rounds, lambda line: self._rounds.add(line)),
             Tail(path / "audit.jsonl", self._new_links, lambda line: self._links.add(line)),
         )
-        self._alive: bool | None = None
+        self._alive: bool | None = False
         self._finished = False
 
     def _new_rounds(self) -> None:

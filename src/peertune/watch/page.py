@@ -80,14 +80,14 @@ def _boxes(state: Snapshot) -> str:
     share = "" if not state.rounds_planned else percent(state.rounds_done / state.rounds_planned)
     missing = "nobody" if not state.missing else esc(", ".join(state.missing), 60)
     saved = NONE if state.checkpoint_round is None else f"round {count(state.checkpoint_round)}"
-    elapsed = duration(state.elapsed_s)
+    elapsed, left = duration(state.elapsed_s), NONE if state.left_s is None else duration(float(round(state.left_s)))
     if state.state == "running" and state.elapsed_s is not None:
         elapsed = _age(state.now - state.elapsed_s, "")
     boxes = [
         ("rounds done", f"{count(state.rounds_done)} <em>of {planned}</em>", share),
         ("training loss", number(state.loss), esc(state.method)),
         ("time elapsed", elapsed, "breaks left out"),
-        ("time left", duration(state.left_s), "at the pace of the last rounds"),
+        ("time left", left, "at the pace of the last rounds"),
         ("checkpoint", saved, _age(state.checkpoint_time)),
         ("bytes sent", traffic(state.bytes_sent), "to neighbours" if state.is_site else "by all peers"),
     ]

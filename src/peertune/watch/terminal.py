@@ -19,7 +19,7 @@ def status_lines(state: Snapshot) -> list[str]:
         first.append(f"Consensus distance {number(state.consensus_distance)}.")
     times = [f"{duration(state.elapsed_s)} elapsed"] if state.elapsed_s is not None else []
     if state.left_s is not None:
-        times.append(f"about {duration(state.left_s)} left")
+        times.append(f"about {duration(float(round(state.left_s)))} left")
     if state.checkpoint_round is not None:
         times.append(f"checkpoint of round {count(state.checkpoint_round)}{_ago(state.checkpoint_time, state.now)}")
     if state.state == "stopped" and state.last_line is not None:
