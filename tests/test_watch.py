@@ -36,6 +36,7 @@ from peertune.watch.page import fragments
 from peertune.watch.server import WatchServer, is_loopback
 from peertune.watch.state import Links, Rounds, Snapshot, snapshot
 from tests.recipes import recipe
+from tests.test_consortium import NAMES, Consortium
 from tests.test_report import chromium
 
 T0 = 1_760_000_000.0
@@ -334,6 +335,33 @@ def test_status_of_a_whole_run(tmp_path: Path, micro_model: Path) -> None:
     state = read_state(tmp_path / "out")
     assert (state.state, state.rounds_done, state.method) == ("finished", summary["rounds"], "deca")
     assert len(state.peers) == 4 and state.consensus_distance is not None and state.elapsed_s == summary["wall_s"]
+
+
+def test_a_sites_own_logs_and_a_second_join_in_its_folder(tmp_path: Path, micro_model: Path) -> None:
+    """Frozen in mid-run it is at work still: a second join is refused, changes nothing, and the run ends well."""
+    consortium = Consortium(tmp_path, micro_model, {})
+    processes = {site: consortium.site(site) for site in NAMES}
+    folder = tmp_path / "east" / "run"
+    wait_for(lambda: len(consortium.events("east", "round", "events.jsonl")) >= 2)
+    os.kill(processes["east"].pid, signal.SIGSTOP)
+    try:
+        second = consortium.site("east")
+        second.join(60)
+        state = read_state(folder)
+    finally:
+        os.kill(processes["east"].pid, signal.SIGCONT)
+    assert second.exitcode == 2
+    assert f"process {processes['east'].pid} on " in (tmp_path / "east" / "log").read_text()
+    assert (state.state, state.site, state.missing) == ("running", "east", ())
+    assert [(peer.name, peer.status) for peer in state.peers] == [("north", "connected"), ("south", "connected")]
+    consortium.ended(processes)
+    assert (read_state(folder).state, len(consortium.events("east", "started"))) == ("finished", 1)
+    for peer in read_state(folder).peers:
+        arrived = [event for event in consortium.events("east", "arrived") if event["peer"] == peer.name]
+        rounds = [event["round"] for event in arrived if event["round"] < 16]
+        assert rounds == list(range(16)) and all(event["seconds"] >= 0 for event in arrived)
+        fetched = [e for e in consortium.events(peer.name, "fetched") if e["peer"] == "east"]
+        assert peer.bytes_received == sum(event["bytes"] for event in fetched)
 
 
 @contextmanager

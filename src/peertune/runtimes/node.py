@@ -55,7 +55,7 @@ class Neighbor:
 
     def _arrived(self, key: Key) -> None:
         size, began = self._coming.pop(key)
-        self._coming = {other: begun for other, begun in self._coming.items() if other > key}
+        self._coming = {other: begun for other, begun in self._coming.items() if other in self.edge.inbox}
         what, seconds = "state" if key[1] == STATE else key[1], round(time.monotonic() - began, 4)
         self.log("arrived", peer=self.name, round=key[0], hop=what, bytes=size, seconds=seconds)
 

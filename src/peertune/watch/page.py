@@ -109,7 +109,8 @@ def _graph(state: Snapshot) -> str:
         return graph_svg(len(state.peers), state.edges, ())
     places = []
     for i, peer in enumerate(state.peers):
-        angle = -math.pi / 2 + 2 * math.pi * i / len(state.peers)
+        # Two stand side by side, so that this site's name is on no edge.
+        angle = (math.pi if len(state.peers) == 2 else -math.pi / 2) + 2 * math.pi * i / len(state.peers)
         places.append((peer, CENTER + AROUND * math.cos(angle), CENTER + AROUND * math.sin(angle)))
     labelled = len(places) <= LABELS_MAX
     size = max(5.0, min(17.0, 300 / len(places)))
