@@ -42,7 +42,7 @@ def main() -> None:
         sites = Sites(Path(folder) / "run", names, recipe, grace_s=60.0, stall_s=30.0)
         try:
             found = watch(sites, options)
-            codes = [sites.wait(name, 120.0) for name in names]
+            codes = [sites.wait(name, 600.0) for name in names]
         finally:
             sites.end()
     first, last = options.rounds * 2 // 5, max(found)

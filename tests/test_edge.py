@@ -2,7 +2,7 @@
 
 import struct
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from peertune.exchange import Payload
 from peertune.runtimes import edge as module
-from peertune.runtimes.edge import Edge, Key, Kind, ProtocolError
+from peertune.runtimes.edge import Edge, Key, Kind, Listener, ProtocolError
 from peertune.runtimes.presence import Presence
 
 
@@ -235,14 +235,25 @@ def test_one_who_leaves_is_away_until_it_is_back() -> None:
 
 
 def test_a_beat_carries_ages_and_wrong_ones_are_refused() -> None:
-    told: list[float] = []
-    sender, receiver = Edge(ages=lambda: (0.0, 2.5, -1.0)), Edge(told=told.extend)
-    assert receiver.receive(sender.beat()) == [] and told == [0.0, 2.5, -1.0]
+    class Told(Listener):
+        def __init__(self, count: int) -> None:
+            self.presence = Presence(count, 0, 1.0)
+            self.heard: list[float] = []
+
+        def ages(self) -> Sequence[float]:
+            return (0.0, 2.5, -1.0)
+
+        def told(self, ages: Sequence[float]) -> None:
+            self.presence.told(ages, 0.0)
+            self.heard.extend(ages)
+
+    listener = Told(3)
+    sender, receiver = Edge(listener), Edge(listener)
+    assert receiver.receive(sender.beat()) == [] and listener.heard == [0.0, 2.5, -1.0]
     with pytest.raises(ProtocolError, match="a beat that is none"):
         receiver.receive(sender.beat() + b"x")
-    strict = Edge(told=lambda ages: Presence(2, 0, 1.0).told(ages, 0.0))
     with pytest.raises(ProtocolError, match="got 3 ages, expected 2"):
-        strict.receive(sender.beat())
+        Edge(Told(2)).receive(sender.beat())
 
 
 def test_what_comes_too_late_is_dropped() -> None:
@@ -317,7 +328,12 @@ def test_a_helper_that_restarts_is_asked_no_more() -> None:
 def test_what_is_fetched_is_told() -> None:
     pair = Pair()
     told: list[tuple[Key, int]] = []
-    pair.ends[0] = Edge(lambda key, size: told.append((key, size)))
+
+    class Told(Listener):
+        def fetched(self, key: Key, size: int) -> None:
+            told.append((key, size))
+
+    pair.ends[0] = Edge(Told())
     pair.connect()
     pair.post(0, (0, 0), make_payload())
     pair.run()

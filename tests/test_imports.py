@@ -9,6 +9,7 @@ LAYERS = [
     "config",
     "seeds",
     "memory",
+    "lock",
     "identity",
     "charter",
     "topology",
@@ -27,6 +28,7 @@ LAYERS = [
     "evaluate",
     "evaluation",
     "report",
+    "watch",
     "prepare",
     "assemble",
     "average",
@@ -39,6 +41,7 @@ LAYERS = [
     "compare",
     "cli_output",
     "cli_consortium",
+    "cli_watch",
     "cli",
     "__main__",
 ]

@@ -1,6 +1,7 @@
 """The `peertune` command: reads arguments, calls the library, prints what it says. No logic of its own.
 
-Exit codes: 0 done; 1 a run stopped, resumable; 2 something given cannot be used; 130 interrupted.
+Exit codes: 0 done; 1 a run stopped, resumable (`status`: nobody is at work on it); 2 something given cannot be used;
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from rich.console import Console
 import peertune
 from peertune.cli_consortium import add_consortium
 from peertune.cli_output import Bars, GridBars, loading, print_paths, summary_table
+from peertune.cli_watch import add_watch
 from peertune.errors import PeertuneError
 
 EPILOG = """\
@@ -36,8 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(stderr=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        _quiet_libraries()
-        options.command(options, console)
+        if not getattr(options, "is_light", False):
+            _quiet_libraries()
+        return int(options.command(options, console) or 0)
     except PeertuneError as error:
         rank = f" rank {os.environ['RANK']}" if "RANK" in os.environ else ""  # under torchrun
         kind = "error: " if error.exit_code else ""
@@ -48,7 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         resumable = ways.get(options.command, "")
         console.print(f"peertune: interrupted{resumable}", markup=False)
         return 130
-    return 0
 
 
 def _run(options: argparse.Namespace, console: Console) -> None:
@@ -258,6 +260,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.set_defaults(command=_compare)
 
     add_consortium(commands)
+    add_watch(commands)
 
     report = commands.add_parser("report", help="write a run's HTML page anew, also while the run goes on")
     report.add_argument("folder", metavar="DIR")

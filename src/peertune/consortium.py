@@ -156,7 +156,7 @@ def join(
             audit(event, **fields)
         except StorageError as error:
             progress.note(f"the audit log has a gap: {error}")
-        if event not in ("sent", "fetched"):
+        if event not in ("started", "sent", "fetched", "arrived"):
             progress.note(" ".join([event.replace("_", " "), *(f"{key} {value}" for key, value in fields.items())]))
 
     node = Node(charter, own, listen or (f"[::]:{port}" if port else ""), log)
@@ -236,7 +236,7 @@ def _check_base(charter: Charter, path: str, module: Any, tokenizer: Any) -> Non
 
 
 class AuditLog:
-    """DIR/audit.jsonl: what was made ready for whom, when it was fetched, and who was missing.
+    """DIR/audit.jsonl: what was made ready for whom, when it was fetched, what came, and who was missing.
 
     Raises:
         StorageError: when called: the disk refused a line.

@@ -129,7 +129,10 @@ def run(
         site.check(module, data.tokenizer)
     counts = [len(rendered.samples) for rendered in data.train.values()] if site is None else site.counts
     notes = [*notes, *data.notes]
-    return Run(config, folder, data, module, counts, progress, notes, base or Path(), connect).carry_out(resume)
+    try:
+        return Run(config, folder, data, module, counts, progress, notes, base or Path(), connect).carry_out(resume)
+    finally:
+        folder.lock.release()
 
 
 class Run:
@@ -168,6 +171,8 @@ class Run:
         self.group = connect(self.num_members, config.link)
         if self.group.survives_loss:
             folder.refused = lambda error: progress.note(f"warning: {error}; until then the run goes on without a log")
+        if self.group.is_recorder:
+            folder.lock.acquire()  # before anything connects or is written
         batches = make_batches(config, data, method.pools_data)
         held = {0: list(data.train.values())} if method.pools_data else {i: [r] for i, r in data.train.items()}
         self.data_prints = {i: data_print(held.get(i, [])) for i in self.group.hosted}

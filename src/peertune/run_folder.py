@@ -2,6 +2,7 @@
 
 DIR/recipe.json      the resolved recipe, versions
 DIR/events.jsonl     one line an event, readable while the run goes on
+DIR/lock             while a process works on it; see lock.py
 DIR/checkpoints/     see checkpoint.py
 DIR/summary.json     written last
 DIR/model/           the exported model, an adapter merged into it
@@ -22,6 +23,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from peertune.errors import CheckpointError, StorageError
+from peertune.lock import FolderLock
 from peertune.model.adapters import bottleneck_code, core_of, merge_adapter
 
 FREE_KEYS = {
@@ -38,6 +40,7 @@ class RunFolder:
         self.path = path
         self.recipe, self.events, self.summary = path / "recipe.json", path / "events.jsonl", path / "summary.json"
         self.checkpoints, self.model, self.adapter = path / "checkpoints", path / "model", path / "adapter"
+        self.lock = FolderLock(path)
         self.refused: Callable[[StorageError], None] | None = None
         """Told when the disk refuses an event, once for several in a row; None: that ends the run."""
         self._refuses = False

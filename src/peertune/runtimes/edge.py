@@ -101,6 +101,26 @@ class Incoming:
         self.view = _view(self.buffer)
 
 
+class Listener:
+    """Whom an edge tells what happens on it; by itself it does nothing."""
+
+    def fetched(self, key: Key, size: int) -> None:
+        """The neighbour begins to fetch a message, of which so many bytes are still to go."""
+
+    def asked(self, key: Key, size: int) -> None:
+        """This site begins to fetch one, of which so many bytes are still to come."""
+
+    def arrived(self, key: Key) -> None:
+        """All of it is there."""
+
+    def ages(self) -> Sequence[float]:
+        """What goes with a beat (see presence)."""
+        return ()
+
+    def told(self, ages: Sequence[float]) -> None:
+        """What came with one. Raises ValueError where it cannot be."""
+
+
 class Edge:
     """What is on its way between this site and one neighbour.
 
@@ -108,18 +128,11 @@ class Edge:
     are iterated over, so a large message is not copied whole.
 
     Args:
-        fetched: told the key and the bytes of a message when the neighbour begins to fetch it.
-        ages: gives the ages that go with a beat.
-        told: told those that came with one; raises ValueError where they cannot be.
+        listener: told what happens on the edge.
     """
 
-    def __init__(
-        self,
-        fetched: Callable[[Key, int], None] = lambda key, size: None,
-        ages: Callable[[], Sequence[float]] = lambda: (),
-        told: Callable[[Sequence[float]], None] = lambda ages: None,
-    ) -> None:
-        self._fetched, self._ages, self._told = fetched, ages, told
+    def __init__(self, listener: Listener | None = None) -> None:
+        self._listener = listener or Listener()
         self.outbox: dict[Key, Outgoing] = {}
         self.inbox: dict[Key, Incoming] = {}
         self.offers: dict[Key, tuple[int, bytes]] = {}
@@ -225,7 +238,7 @@ class Edge:
         return [_pack(Kind.LEAVE)]
 
     def beat(self) -> bytes:
-        ages = self._ages()
+        ages = self._listener.ages()
         return _pack(Kind.BEAT, self.round) + struct.pack(f"<{len(ages)}f", *ages)
 
     def receive(self, frame: bytes) -> Iterable[bytes]:
@@ -262,7 +275,7 @@ class Edge:
                 self._drop(key)
         elif kind is Kind.BEAT:
             try:
-                self._told(struct.unpack(f"<{len(rest) // 4}f", rest))
+                self._listener.told(struct.unpack(f"<{len(rest) // 4}f", rest))
             except (ValueError, struct.error) as error:
                 raise ProtocolError(f"sent a beat that is none: {error}") from None
             self.peer_round = max(self.peer_round, fields[0])
@@ -303,6 +316,7 @@ class Edge:
                 f"announced a message of {offered[0]} bytes for round {key[0]}, expected {incoming.size}, and"
                 " the same names and shapes as here"
             )
+        self._listener.asked(key, incoming.size - incoming.offset)
         if not incoming.offset:
             incoming.make_room()
             if not incoming.size:
@@ -315,7 +329,7 @@ class Edge:
             return [_pack(Kind.GONE, *key)]
         if offset > message.size or offset % CHUNK_SIZE:
             raise ProtocolError(f"asked for byte {offset} of a message of {message.size}")
-        self._fetched(key, message.size - offset)
+        self._listener.fetched(key, message.size - offset)
         return _chunks(key, message, offset)
 
     def _arrived(self, key: Key, offset: int, hash: bytes, data: memoryview) -> Iterable[bytes]:
@@ -344,6 +358,7 @@ class Edge:
 
     def _complete(self, key: Key, incoming: Incoming) -> Iterable[bytes]:
         del self.inbox[key]
+        self._listener.arrived(key)
         if key[1] == STATE:
             del self.offers[key]
         else:

@@ -107,6 +107,12 @@ class NetworkGroup:
         pairs, topology = edges(algorithm), algorithm.topology
         check_members(self.node.charter.members, topology.num_peers + topology.has_hub, pairs)
         self.node.start(pairs)
+        self.node.soon(self._log_start)  # in the thread that logs connections: they stand before it or after it
+
+    def _log_start(self) -> None:
+        members, neighbors = [member.name for member in self.node.charter.members], self.node.neighbors
+        connected = [index for index, neighbor in neighbors.items() if neighbor.is_connected]
+        self.node.log("started", site=self.node.index, members=members, neighbors=list(neighbors), connected=connected)
 
     def gather(self, values: Sequence[T]) -> list[T | None]:
         told: list[T | None] = [None] * len(self.node.charter.members)

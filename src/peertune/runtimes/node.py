@@ -21,7 +21,7 @@ from peertune.charter import Charter, difference
 from peertune.errors import CharterError, IdentityError
 from peertune.exchange import Payload
 from peertune.identity import Identity, certificate_id
-from peertune.runtimes.edge import MAX_FRAME, MAX_OFFERS, STATE, Edge, Key, ProtocolError
+from peertune.runtimes.edge import MAX_FRAME, MAX_OFFERS, STATE, Edge, Key, Listener, ProtocolError
 from peertune.runtimes.presence import Presence
 
 T = TypeVar("T")
@@ -36,23 +36,37 @@ REDIAL_S = (0.2, 10.0)
 """Seconds between attempts to reach a neighbour: first, and at most; doubled in between."""
 
 
-class Neighbor:
+class Neighbor(Listener):
     """One edge's connection: streams come and go, `edge` stays."""
 
     def __init__(self, index: int, charter: Charter, presence: Presence, log: Callable[..., None]) -> None:
         self.index, self.name, self.charter, self.presence = index, charter.members[index].name, charter, presence
-        self.edge = Edge(
-            self._fetched, lambda: presence.ages(time.monotonic()), lambda ages: presence.told(ages, time.monotonic())
-        )
-        self.log = log
+        self.edge, self.log = Edge(self), log
         self.last_heard = self.last_heard_on_stream = time.monotonic()
         self.is_connected = self.was_seen = False
         self._queue: asyncio.Queue[Iterable[bytes]] = asyncio.Queue()
         self._talk: asyncio.Task[Any] | None = None
         self._ended: asyncio.Task[Any] | None = None
+        self._coming: dict[Key, tuple[int, float]] = {}
+        """Bytes of each message that is being fetched, and since when."""
 
-    def _fetched(self, key: Key, size: int) -> None:
+    def fetched(self, key: Key, size: int) -> None:
         self.log("fetched", peer=self.name, round=key[0], hop="state" if key[1] == STATE else key[1], bytes=size)
+
+    def asked(self, key: Key, size: int) -> None:
+        self._coming[key] = (size, time.monotonic())
+
+    def arrived(self, key: Key) -> None:
+        size, began = self._coming.pop(key)
+        self._coming = {other: begun for other, begun in self._coming.items() if other in self.edge.inbox}
+        what, seconds = "state" if key[1] == STATE else key[1], round(time.monotonic() - began, 4)
+        self.log("arrived", peer=self.name, round=key[0], hop=what, bytes=size, seconds=seconds)
+
+    def ages(self) -> Sequence[float]:
+        return self.presence.ages(time.monotonic())
+
+    def told(self, ages: Sequence[float]) -> None:
+        self.presence.told(ages, time.monotonic())
 
     def say(self, frames: Iterable[bytes]) -> None:
         if self._talk is not None:

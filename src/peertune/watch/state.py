@@ -1,0 +1,425 @@
+"""What the lines of a run's events.jsonl and audit.jsonl add up to. Pure: no file, no clock, no network.
+
+`Rounds` folds the one, `Links` the other, `snapshot` puts them together. Lines are taken as they come: what cannot be
+read, or has another type than expected, is left out and counted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from peertune.report.series import bin_size, downsample, mean
+
+MAX_POINTS = 300
+"""Points of a curve at most; more rounds are averaged over bins."""
+MAX_MEMBERS = 4096
+RECENT_ROUNDS = 32
+"""Rounds from which the time of the next ones is foretold."""
+RECENT_ARRIVALS = 8
+"""Messages over which a neighbour's throughput is averaged."""
+SILENT_S = 60.0
+"""Without a lock to look at, a run that has written nothing for so long, and for five rounds, is taken for dead."""
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerState:
+    """One neighbour of this site; one peer of a simulation. None: not known."""
+
+    index: int | None
+    name: str
+    status: str
+    """Of a neighbour "connected", "missing", or "offline": this site's own process has ended; of a peer "here"."""
+    since: float | None = None
+    """Unix seconds since which it is connected or missing."""
+    heard: float | None = None
+    """Unix seconds of the last message from it, or fetched by it."""
+    round: int | None = None
+    """The newest round it has sent or fetched a message of."""
+    behind: int | None = None
+    """Rounds by which that is behind this site."""
+    bytes_per_s: float | None = None
+    """At which its last messages came, from the moment they were asked for."""
+    bytes_sent: int | None = None
+    """Made ready for it; of a simulated peer what it sent to all."""
+    bytes_received: int | None = None
+    rounds_without: int = 0
+    loss: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A run at one moment. Times are Unix seconds; None: not known."""
+
+    now: float
+    state: str
+    """"empty", "starting", "running", "stopped" (unfinished, and no process is at work on it) or "finished"."""
+    site: str
+    """This site's name; empty for a simulation."""
+    is_site: bool
+    method: str
+    rounds_done: int
+    rounds_planned: int | None
+    loss: float | None
+    """Mean training loss of the last round over the peers known here."""
+    consensus_distance: float | None
+    bytes_sent: int | None
+    elapsed_s: float | None
+    left_s: float | None
+    """Foretold from the last rounds."""
+    checkpoint_round: int | None
+    checkpoint_time: float | None
+    last_line: float | None
+    """When anything was written last."""
+    waiting_for: tuple[str, ...]
+    missing: tuple[str, ...]
+    peers: tuple[PeerState, ...]
+    edges: tuple[tuple[int, int], ...]
+    """Of the whole graph, by member."""
+    hub: int | None
+    curve_rounds: tuple[int, ...]
+    curve_loss: tuple[float | None, ...]
+    curve_consensus: tuple[float | None, ...]
+    recent: tuple[tuple[float, str], ...]
+    """What happened last beside the rounds: (when, sentence)."""
+    unreadable: int
+    """Lines left out."""
+
+
+@dataclass
+class _Round:
+    loss: tuple[float | None, ...]
+    consensus_distance: float | None
+    bytes_sent: tuple[float | None, ...]
+    wall_s: float | None
+    time: float | None
+
+
+class Rounds:
+    """What events.jsonl tells. After a `resume` a run writes the file anew: fold it anew too."""
+
+    def __init__(self) -> None:
+        self.start: Mapping[str, Any] | None = None
+        self.rounds: dict[int, _Round] = {}
+        self.reached = 0
+        """Rounds that are over by what other events say."""
+        self.checkpoint: tuple[int, float | None] | None = None
+        self.end_wall_s: float | None = None
+        self.last_line: float | None = None
+        self.unreadable = 0
+
+    def add(self, line: bytes) -> None:
+        """Take one line in."""
+        event = _parse(line)
+        if event is None:
+            self.unreadable += 1
+            return
+        kind, round, time = event.get("event"), _whole(event.get("round")), _number(event.get("time"))
+        self.last_line = time or self.last_line
+        if kind == "start":
+            self.start = event
+        elif kind == "round" and round is not None:
+            losses, sent = (tuple(map(_number, _list(event.get(key)))) for key in ("loss", "bytes_sent"))
+            wall_s = _number(event.get("wall_s"))
+            self.rounds[round] = _Round(losses, _number(event.get("consensus_distance")), sent, wall_s, time)
+        elif kind in ("checkpoint", "resume", "join") and round is not None:
+            self.reached = max(self.reached, round)
+            if kind == "checkpoint":
+                self.checkpoint = (round, time)
+            if kind == "resume":
+                self.rounds = {r: then for r, then in self.rounds.items() if r < round}
+                self.reached = round
+        elif kind == "end":
+            self.end_wall_s = _number(event.get("wall_s"))
+
+    @property
+    def done(self) -> int:
+        return max(self.reached, max(self.rounds, default=-1) + 1)
+
+    def seconds_a_round(self) -> float | None:
+        """Mean over the last rounds."""
+        timed = [(r, seen.wall_s) for r, seen in sorted(self.rounds.items()) if seen.wall_s is not None]
+        recent = [(-1, 0.0), *timed][-RECENT_ROUNDS - 1 :]
+        (first, began), (last, ended) = recent[0], recent[-1]
+        return (ended - began) / (last - first) if last > first and ended >= began else None
+
+
+@dataclass
+class _Link:
+    connected: bool = False
+    since: float | None = None
+    heard: float | None = None
+    round: int | None = None
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    arrivals: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=RECENT_ARRIVALS))
+    without: set[int] = field(default_factory=set)
+
+
+class Links:
+    """What audit.jsonl, which is only ever added to, tells of a site and its neighbours."""
+
+    def __init__(self) -> None:
+        self.members: list[str] = []
+        self.site: int | None = None
+        self.links: dict[str, _Link] = {}
+        """By a neighbour's name."""
+        self.round: int | None = None
+        """Newest round of which this site made a message ready since it was started."""
+        self.waiting: dict[str, int] = {}
+        self.recent: deque[tuple[float, str]] = deque(maxlen=12)
+        self.started: float | None = None
+        self.last_line: float | None = None
+        self.unreadable = 0
+
+    def add(self, line: bytes) -> None:
+        """Take one line in."""
+        event = _parse(line)
+        if event is None:
+            self.unreadable += 1
+            return
+        kind, name = _text(event.get("event")), _text(event.get("peer"))
+        time, round = _number(event.get("time")) or 0.0, _whole(event.get("round"))
+        self.last_line = time or self.last_line
+        if kind == "started":
+            self._started(event, time)
+        elif kind in ("connected", "disconnected") and name:
+            link = self._link(name)
+            link.connected, link.since = kind == "connected", time
+            if link.connected:
+                link.heard = time
+                self.waiting.pop(name, None)
+        elif kind == "sent" and name:
+            self._link(name).bytes_sent += _whole(event.get("bytes")) or 0
+            if round is not None and event.get("hop") != "state":
+                self.round = max(round, self.round or 0)
+                self.waiting = {other: then for other, then in self.waiting.items() if then >= round}
+        elif kind in ("fetched", "arrived") and name:
+            self._moved(self._link(name), kind, event, time, round)
+            self.waiting.pop(name, None)
+        elif kind == "left_out":
+            for other in filter(None, _text(event.get("peers")).split(", ")):
+                self._link(other).without.add(-1 if round is None else round)
+                self.waiting.pop(other, None)
+        elif kind == "waiting" and name:
+            self._link(name)
+            self.waiting[name] = round or 0
+        if kind not in ("sent", "fetched", "arrived", "left_out"):
+            self.recent.append((time, _sentence(kind, event)))
+
+    def _started(self, event: Mapping[str, Any], time: float) -> None:
+        self.members = [_text(name) for name in _list(event.get("members"))[:MAX_MEMBERS]]
+        self.site = _whole(event.get("site"))
+        self.started, self.round = time, None
+        self.waiting.clear()
+        connected = {self._name(_whole(index)) for index in _list(event.get("connected"))}
+        for name in filter(None, (self._name(_whole(index)) for index in _list(event.get("neighbors")))):
+            self._link(name)
+        for name, link in self.links.items():
+            if name not in connected:  # the process before had connections of its own
+                link.connected, link.since = False, time
+
+    def _moved(self, link: _Link, kind: str, event: Mapping[str, Any], time: float, round: int | None) -> None:
+        link.heard = time
+        if event.get("hop") == "state":
+            round = None
+        if round is not None:
+            link.round = max(round, link.round or 0)
+        size, seconds = _whole(event.get("bytes")), _number(event.get("seconds"))
+        if kind == "arrived" and size is not None:
+            link.bytes_received += size
+            if seconds is not None:
+                link.arrivals.append((size, seconds))
+
+    def _link(self, name: str) -> _Link:
+        if name not in self.links and len(self.links) >= MAX_MEMBERS:
+            return _Link()
+        return self.links.setdefault(name, _Link())
+
+    def _name(self, index: int | None) -> str:
+        return self.members[index] if index is not None and index < len(self.members) else ""
+
+
+def snapshot(rounds: Rounds, links: Links, now: float, alive: bool | None, finished: bool) -> Snapshot:
+    """The run at this moment.
+
+    Args:
+        now: Unix seconds.
+        alive: whether a process works on it; None: cannot be told.
+        finished: whether its summary is written.
+    """
+    start, last = rounds.start or {}, rounds.rounds.get(max(rounds.rounds, default=-1))
+    planned = _whole(start.get("rounds"))
+    done = max(rounds.done, links.round or 0)
+    done = done if planned is None else min(done, planned)
+    last_line = max((t for t in (rounds.last_line, links.last_line) if t is not None), default=None)
+    pace = rounds.seconds_a_round()
+    is_site = links.started is not None or bool(links.links)
+    if finished:
+        state = "finished"
+    elif last_line is None and not alive:
+        state = "empty"
+    elif alive is False or (alive is None and now - (last_line or now) > max(SILENT_S, 5 * (pace or 0.0))):
+        state = "stopped"
+    else:
+        state = "running" if rounds.start is not None else "starting"
+    peers = _neighbors(links, done, state) if is_site else _simulated(start, last)
+    config = _mapping(start.get("config"))
+    curves = _curves(rounds)
+    edges = tuple((a, b) for a, b in (_pair(edge) for edge in _list(start.get("edges"))) if 0 <= a < b < MAX_MEMBERS)
+    sent = [peer.bytes_sent for peer in peers if peer.bytes_sent is not None]
+    return Snapshot(
+        now=now,
+        state=state,
+        site=links._name(links.site),
+        is_site=is_site,
+        method=_text(_mapping(config.get("algorithm")).get("name")),
+        rounds_done=planned if finished and planned is not None else done,
+        rounds_planned=planned,
+        loss=None if last is None else mean(last.loss),
+        consensus_distance=None if last is None else last.consensus_distance,
+        bytes_sent=sum(sent) if sent else None,
+        elapsed_s=_elapsed(rounds, last, now, state),
+        left_s=pace * (planned - done) if pace is not None and planned is not None and state == "running" else None,
+        checkpoint_round=rounds.checkpoint[0] if rounds.checkpoint else None,
+        checkpoint_time=rounds.checkpoint[1] if rounds.checkpoint else None,
+        last_line=last_line,
+        waiting_for=tuple(links.waiting) if state == "running" else (),
+        missing=tuple(peer.name for peer in peers if peer.status == "missing"),
+        peers=peers,
+        edges=edges,
+        hub=_whole(start.get("hub")),
+        curve_rounds=curves[0],
+        curve_loss=curves[1],
+        curve_consensus=curves[2],
+        recent=tuple(links.recent),
+        unreadable=rounds.unreadable + links.unreadable,
+    )
+
+
+def _neighbors(links: Links, done: int, state: str) -> tuple[PeerState, ...]:
+    found = []
+    for name, link in links.links.items():
+        status = "connected" if link.connected else "missing"
+        moved, seconds = sum(size for size, _ in link.arrivals), sum(seconds for _, seconds in link.arrivals)
+        found.append(
+            PeerState(
+                index=links.members.index(name) if name in links.members else None,
+                name=name,
+                status=status if state in ("starting", "running") else "offline",
+                since=link.since,
+                heard=link.heard,
+                round=link.round,
+                behind=None if link.round is None else max(0, done - 1 - link.round),
+                bytes_per_s=moved / seconds if seconds > 0 else None,
+                bytes_sent=link.bytes_sent,
+                bytes_received=link.bytes_received,
+                rounds_without=len(link.without),
+            )
+        )
+    return tuple(sorted(found, key=lambda peer: (peer.index is None, peer.index or 0, peer.name)))
+
+
+def _simulated(start: Mapping[str, Any], last: _Round | None) -> tuple[PeerState, ...]:
+    planned = _whole(_mapping(_mapping(start.get("config")).get("run")).get("num_peers")) or 0
+    losses, sent = ((), ()) if last is None else (last.loss, last.bytes_sent)
+    count = min(max(len(losses), len(sent), planned), MAX_MEMBERS) if start else 0
+
+    def whole(value: float | None) -> int | None:
+        return None if value is None else int(value)
+
+    return tuple(
+        PeerState(
+            index=i,
+            name=f"peer {i}",
+            status="here",
+            loss=losses[i] if i < len(losses) else None,
+            bytes_sent=whole(sent[i]) if i < len(sent) else None,
+        )
+        for i in range(count)
+    )
+
+
+def _elapsed(rounds: Rounds, last: _Round | None, now: float, state: str) -> float | None:
+    """Seconds the run's processes have worked, breaks between them left out."""
+    if rounds.end_wall_s is not None:
+        return rounds.end_wall_s
+    began = _number((rounds.start or {}).get("time"))
+    known, since = (0.0, began) if last is None or last.wall_s is None else (last.wall_s, last.time)
+    if since is None:
+        return None
+    return known + (max(0.0, now - since) if state == "running" else 0.0)
+
+
+def _curves(rounds: Rounds) -> tuple[tuple[int, ...], tuple[float | None, ...], tuple[float | None, ...]]:
+    logged = sorted(rounds.rounds.items())
+    size = bin_size(len(logged), MAX_POINTS)
+    if not logged:
+        return (), (), ()
+
+    def curve(pick: Callable[[_Round], float | None]) -> tuple[float | None, ...]:
+        return tuple(downsample([pick(seen) for _, seen in logged], size))
+
+    return (
+        tuple(logged[i][0] for i in range(0, len(logged), size)),
+        curve(lambda seen: mean(seen.loss)),
+        curve(lambda seen: seen.consensus_distance),
+    )
+
+
+def _sentence(kind: str, event: Mapping[str, Any]) -> str:
+    """An event as one line of text; its lists, and what is said elsewhere, left out."""
+    told = {key: value for key, value in event.items() if isinstance(value, str | int | float)}
+    words = [f"{key} {_text(value, 200)}" for key, value in told.items() if key not in ("event", "time", "site")]
+    return ", ".join([kind.replace("_", " "), *words])
+
+
+def _parse(line: bytes) -> Mapping[str, Any] | None:
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return event if isinstance(event, dict) else None
+
+
+def _text(value: object, limit: int = 80) -> str:
+    """A string as it may be shown in a terminal: cut, and without control characters."""
+    text = _UNPRINTABLE.sub("\ufffd", str(value)) if isinstance(value, str | int | float) else ""
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _number(value: object) -> float | None:
+    """A finite number, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def _whole(value: object) -> int | None:
+    """A number from 0 on, without its fraction, or None."""
+    number = _number(value)
+    return int(number) if number is not None and number >= 0 else None
+
+
+def _pair(value: object) -> tuple[int, int]:
+    ends = [_whole(end) for end in _list(value)]
+    if len(ends) != 2 or ends[0] is None or ends[1] is None:
+        return -1, -1
+    return min(ends[0], ends[1]), max(ends[0], ends[1])
+
+
+def _list(value: object) -> Sequence[Any]:
+    return value if isinstance(value, list) else ()
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
