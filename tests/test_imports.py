@@ -33,6 +33,8 @@ LAYERS = [
     "run",
     "launch",
     "consortium",
+    "workload",
+    "doctor",
     "export",
     "demo",
     "compare",

@@ -123,8 +123,7 @@ def join(
         InputError: the charter does not hold, or something given cannot be used.
         RunError: the run had to stop; the same command goes on.
     """
-    if listen and not is_address(listen):
-        raise ConfigError(f"--listen: got {listen!r}, expected HOST:PORT, such as 0.0.0.0:7000")
+    check_listen(listen)
     charter, own = read_charter(path), load_identity(identity)
     charter.check()
     index = charter.index_of(own.id)
@@ -133,8 +132,6 @@ def join(
     if bool(train) != (index < num_peers):
         role = "a peer, which trains" if index < num_peers else "the server, which has no data"
         raise ConfigError(f"--data: got {train!r}, but {charter.members[index].name} is {role}")
-    address = charter.members[index].address
-    port = address.rpartition(":")[2]
     audit = AuditLog(out / "audit.jsonl")
 
     def log(event: str, **fields: Any) -> None:
@@ -145,10 +142,10 @@ def join(
         if event not in ("sent", "fetched"):
             progress.note(" ".join([event.replace("_", " "), *(f"{key} {value}" for key, value in fields.items())]))
 
-    node = Node(charter, own, listen or (f"[::]:{port}" if port else ""), log)
+    node = Node(charter, own, listen or own_port(charter, index), log)
     resume = RunFolder(out).holds_run
     counts = [member.samples or 1 for member in charter.members[:num_peers]]
-    site = Site(index, counts, partial(_check_base, charter, config.model.path))
+    site = Site(index, counts, partial(check_base, charter, config.model.path))
     done = False
     try:
         summary = run(
@@ -163,6 +160,18 @@ def join(
         return summary
     finally:
         node.stop(charter.grace_s if done else 0.0)
+
+
+def check_listen(listen: str) -> None:
+    """Raises ConfigError."""
+    if listen and not is_address(listen):
+        raise ConfigError(f"--listen: got {listen!r}, expected HOST:PORT, such as 0.0.0.0:7000")
+
+
+def own_port(charter: Charter, index: int) -> str:
+    """The port of a site's address in the charter, on all interfaces; empty without an address."""
+    port = charter.members[index].address.rpartition(":")[2]
+    return f"[::]:{port}" if port else ""
 
 
 def site_config(charter: Charter, train: str, test: str, out: Path, model: str, overrides: Sequence[str]) -> RunConfig:
@@ -192,7 +201,8 @@ def fingerprints(module: Any, tokenizer: Any) -> tuple[str, str]:
     return base_print(module, set()), hashlib.sha256(text.encode()).hexdigest()
 
 
-def _check_base(charter: Charter, path: str, module: Any, tokenizer: Any) -> None:
+def check_base(charter: Charter, path: str, module: Any, tokenizer: Any) -> None:
+    """Refuse another base or tokenizer than the charter's. Raises CharterError."""
     found, agreed = fingerprints(module, tokenizer), (charter.base, charter.tokenizer)
     for what, mine, theirs in zip(("weights", "tokenizer"), found, agreed, strict=True):
         if mine != theirs:
