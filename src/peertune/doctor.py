@@ -425,4 +425,5 @@ def _size(count: float) -> str:
 
 
 def _rate(speed: float) -> str:
-    return f"{8 * speed / 1e6:.3g} Mbit/s"
+    mbit = 8 * speed / 1e6
+    return f"{mbit:,.0f} Mbit/s" if mbit >= 100 else f"{mbit:.3g} Mbit/s"
