@@ -36,6 +36,8 @@ LAYERS = [
     "run",
     "launch",
     "consortium",
+    "workload",
+    "doctor",
     "export",
     "demo",
     "compare",

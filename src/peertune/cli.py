@@ -1,7 +1,7 @@
 """The `peertune` command: reads arguments, calls the library, prints what it says. No logic of its own.
 
-Exit codes: 0 done; 1 a run stopped, resumable (`status`: nobody is at work on it); 2 something given cannot be used;
-130 interrupted.
+Exit codes: 0 done; 1 a run stopped, resumable, or `doctor` found a problem, or `status` nobody at work; 2 something
+given cannot be used; 130 interrupted.
 """
 
 from __future__ import annotations

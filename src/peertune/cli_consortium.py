@@ -1,8 +1,10 @@
-"""The commands of a site in a consortium: keygen, charter, join, leave (docs/consortium.md)."""
+"""The commands of a site in a consortium: keygen, charter, doctor, join, leave (docs/consortium.md)."""
 
 from __future__ import annotations
 
 import argparse
+import json
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -35,11 +37,29 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _wait(text: str) -> float:
+    return 0.0 if text == "0" else _seconds(text)
+
+
 def add_consortium(commands: Any) -> None:
     """Add them to the parser."""
 
     def own(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--identity", metavar="DIR", help="folder of this site's key; default: ~/.peertune")
+
+    def site(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("charter", metavar="CHARTER.toml")
+        parser.add_argument("--data", metavar="FILE", help="this site's training data; a server has none")
+        parser.add_argument("--test", metavar="FILE", help="its held-out data")
+        parser.add_argument("--out", default="runs/consortium", metavar="DIR", help="folder of the run")
+        parser.add_argument(
+            "--listen", metavar="HOST:PORT", help="default: the port of this site's address in the charter"
+        )
+        parser.add_argument("--model", metavar="PATH", help="where the base lies here")
+        parser.add_argument(
+            "--set", action="append", default=[], metavar="section.key=value", help="a key of this site's own"
+        )
+        own(parser)
 
     keygen = commands.add_parser("keygen", help="make this site's key and print its id, for a charter")
     own(keygen)
@@ -63,19 +83,18 @@ def add_consortium(commands: Any) -> None:
     own(sign)
     sign.set_defaults(command=_charter_sign)
 
+    doctor = commands.add_parser("doctor", help="what stands between this site and a join", allow_abbrev=False)
+    site(doctor)
+    doctor.add_argument(
+        "--wait", type=_wait, default=60.0, metavar="S", help="so long for neighbours; 0: not at all; default: 60"
+    )
+    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
+    doctor.set_defaults(command=_doctor)
+
     join = commands.add_parser(
         "join", help="take part in a charter's run; the same command goes on", allow_abbrev=False
     )
-    join.add_argument("charter", metavar="CHARTER.toml")
-    join.add_argument("--data", metavar="FILE", help="this site's training data; a server has none")
-    join.add_argument("--test", metavar="FILE", help="its held-out data")
-    join.add_argument("--out", default="runs/consortium", metavar="DIR", help="folder of the run")
-    join.add_argument("--listen", metavar="HOST:PORT", help="default: the port of this site's address in the charter")
-    join.add_argument("--model", metavar="PATH", help="where the base lies here")
-    join.add_argument(
-        "--set", action="append", default=[], metavar="section.key=value", help="a key of this site's own"
-    )
-    own(join)
+    site(join)
     join.set_defaults(command=_join)
 
     leave = commands.add_parser("leave", help="have this site leave its run in good order; `join` brings it back")
@@ -115,21 +134,41 @@ def _leave(options: argparse.Namespace, console: Console) -> None:
     print(f"{options.run}: leaves at the end of its round; the same `peertune join` command comes back")
 
 
-def _join(options: argparse.Namespace, console: Console) -> None:
-    from peertune.consortium import join
+def _site(options: argparse.Namespace) -> dict[str, Any]:
+    """What `join` and `doctor` are told alike."""
     from peertune.identity import default_folder
 
+    return {
+        "identity": Path(options.identity) if options.identity else default_folder(),
+        "train": options.data or "",
+        "test": options.test or "",
+        "out": Path(options.out),
+        "listen": options.listen or "",
+        "model": options.model or "",
+        "overrides": options.set,
+    }
+
+
+def _doctor(options: argparse.Namespace, console: Console) -> None:
+    from peertune.doctor import Finding, examine
+    from peertune.errors import PeertuneError
+
+    def tell(finding: Finding) -> None:
+        if not options.json:
+            print(finding, flush=True)
+
+    findings = examine(Path(options.charter), **_site(options), wait_s=options.wait, tell=tell)
+    if options.json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=1))
+    problems = [finding.check for finding in findings if finding.mark == "problem"]
+    if problems:
+        raise PeertuneError(f"doctor: {len(problems)} of {len(findings)} checks found a problem: {', '.join(problems)}")
+
+
+def _join(options: argparse.Namespace, console: Console) -> None:
+    from peertune.consortium import join
+
     with Bars(console) as bars:
-        summary = join(
-            Path(options.charter),
-            identity=Path(options.identity) if options.identity else default_folder(),
-            train=options.data or "",
-            test=options.test or "",
-            out=Path(options.out),
-            listen=options.listen or "",
-            model=options.model or "",
-            overrides=options.set,
-            progress=bars,
-        )
+        summary = join(Path(options.charter), **_site(options), progress=bars)
     Console().print(summary_table(summary))
     print_paths(Path(options.out))

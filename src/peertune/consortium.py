@@ -137,8 +137,7 @@ def join(
         RunError: the run had to stop; the same command goes on.
         Left: it was asked to leave (`leave`).
     """
-    if listen and not is_address(listen):
-        raise ConfigError(f"--listen: got {listen!r}, expected HOST:PORT, such as 0.0.0.0:7000")
+    check_listen(listen)
     charter, own = read_charter(path), load_identity(identity)
     charter.check()
     index = charter.index_of(own.id)
@@ -147,8 +146,6 @@ def join(
     if bool(train) != (index < num_peers):
         role = "a peer, which trains" if index < num_peers else "the server, which has no data"
         raise ConfigError(f"--data: got {train!r}, but {charter.members[index].name} is {role}")
-    address = charter.members[index].address
-    port = address.rpartition(":")[2]
     audit = AuditLog(out / AUDIT)
 
     def log(event: str, **fields: Any) -> None:
@@ -159,10 +156,10 @@ def join(
         if event not in ("started", "sent", "fetched", "arrived"):
             progress.note(" ".join([event.replace("_", " "), *(f"{key} {value}" for key, value in fields.items())]))
 
-    node = Node(charter, own, listen or (f"[::]:{port}" if port else ""), log)
+    node = Node(charter, own, listen or own_port(charter, index), log)
     resume = RunFolder(out).holds_run
     counts = [member.samples or 1 for member in charter.members[:num_peers]]
-    site = Site(index, counts, partial(_check_base, charter, config.model.path))
+    site = Site(index, counts, partial(check_base, charter, config.model.path))
     request = _leave_request(out)
     request.unlink(missing_ok=True)
     done = left = False
@@ -198,6 +195,18 @@ def _leave_request(out: Path) -> Path:
     return out / "leave"
 
 
+def check_listen(listen: str) -> None:
+    """Raises ConfigError."""
+    if listen and not is_address(listen):
+        raise ConfigError(f"--listen: got {listen!r}, expected HOST:PORT, such as 0.0.0.0:7000")
+
+
+def own_port(charter: Charter, index: int) -> str:
+    """The port of a site's address in the charter, on all interfaces; empty without an address."""
+    port = charter.members[index].address.rpartition(":")[2]
+    return f"[::]:{port}" if port else ""
+
+
 def site_config(charter: Charter, train: str, test: str, out: Path, model: str, overrides: Sequence[str]) -> RunConfig:
     """The charter's recipe with this site's own keys. Raises ConfigError."""
     for text in overrides:
@@ -225,7 +234,8 @@ def fingerprints(module: Any, tokenizer: Any) -> tuple[str, str]:
     return base_print(module, set()), hashlib.sha256(text.encode()).hexdigest()
 
 
-def _check_base(charter: Charter, path: str, module: Any, tokenizer: Any) -> None:
+def check_base(charter: Charter, path: str, module: Any, tokenizer: Any) -> None:
+    """Refuse another base or tokenizer than the charter's. Raises CharterError."""
     found, agreed = fingerprints(module, tokenizer), (charter.base, charter.tokenizer)
     for what, mine, theirs in zip(("weights", "tokenizer"), found, agreed, strict=True):
         if mine != theirs:

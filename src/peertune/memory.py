@@ -1,4 +1,4 @@
-"""Peak memory of this process: resident on the host, allocated on a GPU."""
+"""Memory: this process's peak, resident on the host or allocated on a GPU; and what the host has to give."""
 
 import contextlib
 import ctypes
@@ -40,3 +40,15 @@ def peak_bytes(device: torch.device) -> int:
         pass
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def available_bytes() -> int | None:
+    """Host memory to be had without swapping, within a container's limit; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+    with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no limit
+        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return free

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
-from peertune.algorithms import ALGORITHMS
+from peertune.algorithms import ALGORITHMS, Algorithm
 from peertune.assemble import make_batches, make_pool, make_topology
 from peertune.average import Average
 from peertune.checkpoint import GENERATIONS, CheckpointStore, newest_common
@@ -173,6 +173,9 @@ class Run:
             folder.refused = lambda error: progress.note(f"warning: {error}; until then the run goes on without a log")
         if self.group.is_recorder:
             folder.lock.acquire()  # before anything connects or is written
+        told = self.group.gather([True] * len(self.group.hosted))
+        self.num_stored = len(told) - told.count(None)
+        """Members whose checkpoints lie in this run's folder: at a site of a consortium, its own only."""
         batches = make_batches(config, data, method.pools_data)
         held = {0: list(data.train.values())} if method.pools_data else {i: [r] for i, r in data.train.items()}
         self.data_prints = {i: data_print(held.get(i, [])) for i in self.group.hosted}
@@ -223,7 +226,7 @@ class Run:
 
     def _open(self, done: int) -> None:
         """Make the run's folder ready for the rounds to come."""
-        self.folder.require_space(self._foreseen_bytes())
+        self.folder.require_space(foreseen_bytes(self.method, self.num_stored))
         self.progress.note("blocks:\n" + block_table(self.average.model.module, self.method.blocks))
         if done == 0:
             base = str(self.base.absolute())
@@ -434,12 +437,17 @@ class Run:
     def _simulated_s(self) -> float | None:
         return None if self.group.clock is None else self.group.clock.simulated_s
 
-    def _foreseen_bytes(self) -> int:
-        """Disk the checkpoints and the exported model will need: generations kept, one being written, the model."""
-        sizes: dict[str, int] = {name: num_weights(p) for name, p in self.average.model.module.named_parameters()}
-        trained = sum(sizes[n] for block in self.blocks for n in block.parameters)
-        largest = max(sum(sizes[n] for n in block.parameters) for block in self.method.blocks)
-        return (GENERATIONS + 1) * self.num_members * (4 * trained + 8 * largest) + 4 * sum(sizes.values())
+
+def foreseen_bytes(method: Algorithm, num_members: int) -> int:
+    """Disk the checkpoints and the exported model will need: generations kept, one being written, the model.
+
+    Args:
+        num_members: whose checkpoints lie in one folder.
+    """
+    sizes: dict[str, int] = {name: num_weights(p) for name, p in method.peer.model.module.named_parameters()}
+    trained = sum(sizes[n] for block in method.peer.blocks for n in block.parameters)
+    largest = max(sum(sizes[n] for n in block.parameters) for block in method.blocks)
+    return (GENERATIONS + 1) * num_members * (4 * trained + 8 * largest) + 4 * sum(sizes.values())
 
 
 def _require_finite(what: str, value: float) -> None:

@@ -11,7 +11,7 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from peertune.exchange import Payload
 from peertune.identity import Identity, certificate_id
 from peertune.runtimes.edge import MAX_FRAME, MAX_OFFERS, STATE, Edge, Key, Listener, ProtocolError
 from peertune.runtimes.presence import Presence
+from peertune.runtimes.probe import PROBE, Probe
 
 T = TypeVar("T")
 METHOD = "/peertune.Peer/Link"
@@ -187,6 +188,7 @@ class Node:
         identity: this site's; a member's.
         listen: HOST:PORT to open; empty: none.
         log: told what happens, for the audit log.
+        doing: what this site runs, for those who probe it: one of `probe.DOINGS`.
     """
 
     def __init__(
@@ -195,8 +197,10 @@ class Node:
         identity: Identity,
         listen: str,
         log: Callable[..., None],
+        doing: str = "join",
     ) -> None:
         self.charter, self.identity, self.listen, self.log = charter, identity, listen, log
+        self.probe = Probe(charter, doing)
         self.index = charter.index_of(identity.id)
         self.presence = Presence(len(charter.members), self.index, charter.grace_s)
         self.neighbors: dict[int, Neighbor] = {}
@@ -204,6 +208,8 @@ class Node:
         self._thread = threading.Thread(target=self._loop.run_forever, name="network", daemon=True)
         self._tasks: list[asyncio.Task[None]] = []
         self._server: Any = None
+        self.is_open = False
+        """Whether its port is open."""
 
     def start(self, edges: Sequence[tuple[int, int]]) -> None:
         """Open the port and dial. Raises IdentityError where the port cannot be opened.
@@ -237,6 +243,7 @@ class Node:
         self.call(self._leave() if leaves else self._stop(linger_s))
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+        self._loop.close()
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
         """Do something in the network's thread and wait for it."""
@@ -248,7 +255,7 @@ class Node:
 
     async def _start(self) -> None:
         for index in self.neighbors:
-            if self._dials(index):
+            if self.dials(index):
                 self._tasks.append(asyncio.create_task(self._dial(index)))
         if not self.listen:
             return
@@ -257,12 +264,13 @@ class Node:
         credentials = grpc.ssl_server_credentials(pair, roots, require_client_auth=True)
         patience = ("grpc.server_handshake_timeout_ms", int(1000 * HANDSHAKE_S))
         self._server = grpc.aio.server(options=[*OPTIONS, ("grpc.so_reuseport", 0), patience])
-        self._server.add_generic_rpc_handlers([_Handler(self._serve)])
+        self._server.add_generic_rpc_handlers([_Handler({METHOD: self._serve, PROBE: self._probed})])
         try:
             self._server.add_secure_port(self.listen, credentials)
         except RuntimeError as error:
             raise IdentityError(f"--listen: {self.listen} cannot be opened: {error}; name another port") from error
         await self._server.start()
+        self.is_open = True
 
     async def _leave(self) -> None:
         """Stop, after the neighbours have what was made ready for them."""
@@ -292,21 +300,27 @@ class Node:
         if self._server is not None:
             await self._server.stop(0.5)
 
-    def _dials(self, index: int) -> bool:
+    def dials(self, index: int) -> bool:
         """Whether this end dials: the one that has to, else the lower index."""
         mine, theirs = (bool(self.charter.members[i].address) for i in (self.index, index))
         return theirs and (not mine or self.index < index)
 
-    async def _dial(self, index: int) -> None:
-        member, neighbor = self.charter.members[index], self.neighbors[index]
+    def channel(self, index: int) -> Any:
+        """A channel to a member's address, that nobody else can answer."""
+        member = self.charter.members[index]
         credentials = grpc.ssl_channel_credentials(
             self.charter.certificate(index), self.identity.key_pem, self.identity.certificate_pem
         )
         options = [*OPTIONS, ("grpc.ssl_target_name_override", member.id), ("grpc.enable_retries", 0)]
+        options.append(("grpc.max_reconnect_backoff_ms", 2000))
+        return grpc.aio.secure_channel(member.address, credentials, options=options)
+
+    async def _dial(self, index: int) -> None:
+        member, neighbor = self.charter.members[index], self.neighbors[index]
         metadata = ((CHARTER_KEY, json.dumps(self.charter.parts())),)
         wait = REDIAL_S[0]
         while True:
-            async with grpc.aio.secure_channel(member.address, credentials, options=options) as channel:
+            async with self.channel(index) as channel:
                 try:
                     await asyncio.wait_for(channel.channel_ready(), self.charter.stall_s)
                     call = channel.stream_stream(METHOD)(metadata=metadata)
@@ -323,18 +337,25 @@ class Node:
             await asyncio.sleep(wait)
             wait = min(2 * wait, REDIAL_S[1])
 
-    async def _serve(self, _: Any, context: Any) -> None:
-        """Take a stream that was dialled from outside."""
+    async def _member(self, context: Any) -> int:
+        """The member at the other end of a stream that was dialled from outside; a stranger's is ended."""
         (certificate,) = context.auth_context()["x509_pem_cert"]
         try:
-            index = self.charter.index_of(certificate_id(certificate))
+            return self.charter.index_of(certificate_id(certificate))
         except (CharterError, IdentityError):
             self.log("stranger", peer=context.peer())
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "no member")
-        neighbor = self.neighbors.get(index)
-        if neighbor is None:
-            await context.abort(grpc.StatusCode.PERMISSION_DENIED, "no neighbour")
-            return
+            raise
+
+    async def _probed(self, _: Any, context: Any) -> None:
+        """Let a member measure the line."""
+        index = await self._member(context)
+        received, sent = await self.probe.answer(index, context)
+        self.log("probed", peer=self.charter.members[index].name, received=received, bytes=sent)
+
+    async def _serve(self, _: Any, context: Any) -> None:
+        """Take a stream that was dialled from outside."""
+        index = await self._member(context)
         told = dict(context.invocation_metadata()).get(CHARTER_KEY, "{}")
         try:
             differs = difference(self.charter, json.loads(told))
@@ -344,12 +365,17 @@ class Node:
             reason = f"another charter than {self.charter.members[self.index].name}'s: {differs} differ"
             self.log("refused", peer=self.charter.members[index].name, reason=reason)
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, reason)
+        neighbor = self.neighbors.get(index)
+        if neighbor is None:
+            self.log("turned_away", peer=self.charter.members[index].name)
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, "no neighbour")
+            return
         await neighbor.talk(context.read, context.write)
 
 
 class _Handler(grpc.GenericRpcHandler):  # type: ignore[misc]
-    def __init__(self, serve: Callable[[Any, Any], Awaitable[None]]) -> None:
-        self._serve = serve
+    def __init__(self, methods: Mapping[str, Callable[[Any, Any], Awaitable[None]]]) -> None:
+        self._handlers = {name: grpc.stream_stream_rpc_method_handler(serve) for name, serve in methods.items()}
 
     def service(self, details: Any) -> Any:
-        return grpc.stream_stream_rpc_method_handler(self._serve) if details.method == METHOD else None
+        return self._handlers.get(details.method)

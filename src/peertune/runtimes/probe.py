@@ -1,0 +1,282 @@
+"""How good the line between two sites is: one asks for and sends some bytes, the other answers; members only.
+
+Both begin with HELLO (the parts of the charter, and what each is doing). Then the one who dialled leads:
+
+    PING                    answered by PONG time, the clock of the one who answers
+    CHUNK bytes             counted and dropped
+    COUNT 0                 answered by COUNT bytes, so many have come
+    FETCH bytes             answered by CHUNKs
+    REPORT rtt, up, down    what was found, in the words of the one who leads, for a site that cannot dial itself
+
+Nothing is kept of what is sent, so a running site answers beside its work. A site takes part in one probe at a time,
+its own included: two at once would measure each other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import ssl
+import struct
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import grpc
+
+from peertune.charter import Charter, difference
+from peertune.errors import IdentityError
+from peertune.identity import certificate_id
+from peertune.runtimes.edge import CHUNK_SIZE, ProtocolError
+
+PROBE = "/peertune.Peer/Probe"
+LIMIT = 8 << 20
+"""Bytes each way in a probe at most."""
+SMALLEST = 64 << 10
+"""Bytes of the first trial; each has twice as many as the one before, so that a fast line has time to get going."""
+ENOUGH_S = 1.0
+"""Seconds of a trial after which there is no other."""
+DEADLINE_S = 60.0
+"""Seconds of a whole probe at most."""
+CONNECT_S = 5.0
+"""Seconds a neighbour has to take a connection."""
+NUM_PINGS = 5
+MAX_FRAMES = 1024
+MAX_HELLO = 64 << 10
+BUSY = grpc.StatusCode.RESOURCE_EXHAUSTED
+DOINGS = ("join", "doctor")
+
+
+class Kind(IntEnum):
+    HELLO, PING, PONG, CHUNK, COUNT, FETCH, REPORT = range(1, 8)
+
+
+LAYOUT = {
+    Kind.HELLO: struct.Struct("<B"),
+    Kind.PING: struct.Struct("<B"),
+    Kind.PONG: struct.Struct("<Bd"),
+    Kind.CHUNK: struct.Struct("<B"),
+    Kind.COUNT: struct.Struct("<BQ"),
+    Kind.FETCH: struct.Struct("<BQ"),
+    Kind.REPORT: struct.Struct("<Bdddd"),
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a probe found, as seen from this site."""
+
+    rtt_s: float
+    up: float
+    """Bytes a second to the neighbour."""
+    down: float
+    """Bytes a second from it."""
+    clock_s: float
+    """Its clock minus this site's, seconds."""
+    doing: str
+    """What the neighbour runs, of `DOINGS`."""
+    differs: str
+    """Parts in which its charter is another; empty: none."""
+
+
+class Probe:
+    """One site's part in probes: it answers those of members, and makes its own.
+
+    Args:
+        doing: what this site runs, of `DOINGS`.
+    """
+
+    def __init__(self, charter: Charter, doing: str) -> None:
+        self.charter, self.doing = charter, doing
+        self.slot = asyncio.Lock()
+        self.visits: dict[int, Measured] = {}
+        """Member -> what it reported when it last probed this site."""
+
+    async def answer(self, index: int, context: Any) -> tuple[int, int]:
+        """Answer a member's probe. Returns the bytes it sent, and those it was given."""
+        if self.slot.locked():
+            await context.abort(BUSY, "one probe at a time")
+        async with self.slot:
+            try:
+                async with asyncio.timeout(DEADLINE_S):
+                    return await self._answer(index, context)
+            except TimeoutError:
+                await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"a probe has {DEADLINE_S:g} s")
+            except ProtocolError as error:
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        raise AssertionError("abort raises")
+
+    async def _answer(self, index: int, context: Any) -> tuple[int, int]:
+        await context.write(self._hello())
+        doing, differs = self._met(await context.read())
+        taken = given = 0
+        for _ in range(MAX_FRAMES):
+            frame = await context.read()
+            if frame is grpc.aio.EOF:
+                return taken, given
+            kind, fields, size = _unpack(frame)
+            if kind is Kind.PING:
+                await context.write(_pack(Kind.PONG, time.time()))
+            elif kind is Kind.CHUNK:
+                taken += size
+            elif kind is Kind.COUNT:
+                await context.write(_pack(Kind.COUNT, taken))
+            elif kind is Kind.FETCH:
+                given += fields[0]
+                if given <= LIMIT:
+                    for chunk in _chunks(fields[0]):
+                        await context.write(chunk)
+            elif kind is Kind.REPORT:
+                rtt_s, up, down, clock_s = fields
+                if not all(map(math.isfinite, fields)) or min(rtt_s, up, down) <= 0:
+                    raise ProtocolError("reported what cannot be")
+                self.visits[index] = Measured(rtt_s, down, up, -clock_s, doing, differs)
+            if max(taken, given) > LIMIT:
+                raise ProtocolError(f"a probe has {LIMIT} bytes each way")
+        raise ProtocolError(f"a probe has {MAX_FRAMES} frames")
+
+    async def measure(self, channel: Any) -> Measured:
+        """Probe whoever is at the other end of a channel.
+
+        Raises:
+            ProtocolError: it sent what no peertune sends.
+            grpc.RpcError: it is busy, refuses, or is gone.
+        """
+        async with self.slot:
+            call = channel.stream_stream(PROBE)(timeout=DEADLINE_S)
+            try:
+                return await self._measure(call)
+            except asyncio.InvalidStateError:  # a write after the other end closed the stream; its code says why
+                await _next(call)
+                raise ProtocolError("closed the stream") from None
+            finally:
+                call.cancel()
+
+    async def _measure(self, call: Any) -> Measured:
+        doing, differs = self._met(await _next(call))
+        await call.write(self._hello())
+        trips = []
+        for _ in range(NUM_PINGS):
+            began, asked = time.perf_counter(), time.time()
+            await call.write(_pack(Kind.PING))
+            (told,) = await _expect(call, Kind.PONG)
+            trips.append((time.perf_counter() - began, told - (asked + time.time()) / 2))
+        rtt_s, clock_s = min(trips)
+        up = down = 0.0
+        sent, size, took = 0, SMALLEST, 0.0
+        while sent + size <= LIMIT and took < ENOUGH_S:
+            began = time.perf_counter()
+            for chunk in _chunks(size):
+                await call.write(chunk)
+            await call.write(_pack(Kind.COUNT, 0))
+            sent += size
+            if await _expect(call, Kind.COUNT) != (sent,):
+                raise ProtocolError("miscounted what it was sent")
+            took = time.perf_counter() - began
+            up, size = size / max(took - rtt_s, took / 2), 2 * size
+        fetched, size, took = 0, SMALLEST, 0.0
+        while fetched + size <= LIMIT and took < ENOUGH_S:
+            began, got = time.perf_counter(), 0
+            await call.write(_pack(Kind.FETCH, size))
+            while got < size:
+                kind, _, more = _unpack(await _next(call))
+                got += more
+                if kind is not Kind.CHUNK or not more or got > size:
+                    raise ProtocolError("sent something else than it was asked for")
+            fetched += size
+            took = time.perf_counter() - began
+            down, size = size / max(took - rtt_s, took / 2), 2 * size
+        await call.write(_pack(Kind.REPORT, rtt_s, up, down, clock_s))
+        await call.done_writing()
+        if await call.read() is not grpc.aio.EOF:
+            raise ProtocolError("sent more than it was asked for")
+        return Measured(rtt_s, up, down, clock_s, doing, differs)
+
+    def _hello(self) -> bytes:
+        return _pack(Kind.HELLO) + json.dumps({"doing": self.doing, "charter": self.charter.parts()}).encode()
+
+    def _met(self, frame: Any) -> tuple[str, str]:
+        """What another's HELLO says: what it is doing, and in what its charter differs. Raises ProtocolError."""
+        if frame is grpc.aio.EOF or len(frame) > MAX_HELLO or _unpack(frame)[0] is not Kind.HELLO:
+            raise ProtocolError("did not begin with HELLO")
+        try:
+            told = json.loads(frame[1:])
+            doing, parts = told["doing"], told["charter"]
+            if doing not in DOINGS or not isinstance(parts, dict):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise ProtocolError("said a HELLO that cannot be read") from None
+        known = self.charter.parts()  # a new part comes with another version
+        return doing, difference(self.charter, {key: parts[key] for key in known if key in parts})
+
+
+async def diagnose(charter: Charter, index: int) -> str:
+    """Why a member could not be talked to, as far as an attempt without any trust shows."""
+    address, member = charter.members[index].address, charter.members[index]
+    host, _, port = address.rpartition(":")
+    anyone = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    anyone.check_hostname, anyone.verify_mode = False, ssl.CERT_NONE
+    anyone.set_alpn_protocols(["h2"])
+    try:
+        opened = asyncio.open_connection(host.strip("[]"), int(port), ssl=anyone, server_hostname=member.id)
+        _, writer = await asyncio.wait_for(opened, CONNECT_S)
+    except TimeoutError:
+        return f"no answer within {CONNECT_S:g} s; a firewall may drop what is sent there"
+    except (ssl.SSLError, ConnectionResetError):
+        return "something answers there that is no peertune"
+    except ConnectionRefusedError:
+        return "nothing listens there"
+    except OSError as error:
+        return f"{error.strerror or error}"
+    try:
+        id = certificate_id(ssl.DER_cert_to_PEM_cert(writer.get_extra_info("ssl_object").getpeercert(True)).encode())
+    except IdentityError:
+        return "a key of another kind answers there"
+    finally:
+        writer.transport.abort()
+    if id == member.id:
+        return "it answers with its own key, but not to this site: it may have another charter, or another version"
+    names = [other.name for other in charter.members if other.id == id]
+    return f"the key of {names[0]} answers there" if names else "a key answers there that is no member's"
+
+
+async def _next(call: Any) -> bytes:
+    frame = await call.read()
+    if frame is grpc.aio.EOF:
+        raise ProtocolError("ended the probe")
+    return bytes(frame)
+
+
+async def _expect(call: Any, kind: Kind) -> tuple[Any, ...]:
+    found, fields, _ = _unpack(await _next(call))
+    if found is not kind:
+        raise ProtocolError(f"sent {found.name}, expected {kind.name}")
+    return fields
+
+
+def _chunks(size: int) -> Iterator[bytes]:
+    """Frames of `size` random bytes together, which no line on the way can make smaller."""
+    noise = _pack(Kind.CHUNK) + os.urandom(min(size, CHUNK_SIZE))
+    for start in range(0, size, CHUNK_SIZE):
+        yield noise[: 1 + min(CHUNK_SIZE, size - start)]
+
+
+def _pack(kind: Kind, *fields: Any) -> bytes:
+    return LAYOUT[kind].pack(kind, *fields)
+
+
+def _unpack(frame: bytes) -> tuple[Kind, tuple[Any, ...], int]:
+    """A frame's kind, its fields, and the number of bytes behind them. Raises ProtocolError."""
+    try:
+        kind = Kind(frame[0])
+        fields = LAYOUT[kind].unpack_from(frame)
+    except (IndexError, ValueError, struct.error):
+        raise ProtocolError("sent bytes that are no frame") from None
+    rest = len(frame) - LAYOUT[kind].size
+    if rest and kind not in (Kind.CHUNK, Kind.HELLO):
+        raise ProtocolError(f"sent a frame {kind.name} that is too long")
+    return kind, fields[1:], rest
