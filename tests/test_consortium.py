@@ -31,6 +31,7 @@ from peertune.charter import Charter, Member, parse_member, read_charter, write_
 from peertune.cli import main
 from peertune.config import from_dict
 from peertune.consortium import leave
+from peertune.ejection import ejected, ejection_path, sign_ejection
 from peertune.errors import CharterError, CheckpointError, IdentityError
 from peertune.exchange import Hop
 from peertune.identity import Identity, load_identity, make_identity
@@ -272,6 +273,53 @@ def test_below_the_quorum_the_run_waits_until_enough_are_back(tmp_path: Path, mi
     for site in ("north", "south"):
         assert len(consortium.events(site, "resumed")) == len(consortium.events(site, "paused"))
     assert_agreed(consortium)
+
+
+def test_a_member_who_gets_nowhere_is_ejected_by_most_of_the_others(
+    tmp_path: Path, micro_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It answers and never finishes its round, so all wait, until three of four have signed."""
+    consortium = Consortium(tmp_path, micro_model, {"inner_steps": 8}, run={"num_peers": 4, "threads": 1})
+    processes = {site: consortium.site(site, delay=1000.0 * (site == "east")) for site in NAMES}
+    wait_for(lambda: all(consortium.events(site, "connected") for site in NAMES))
+
+    def sign(site: str, member: str = "east") -> int:
+        return main(["eject", str(consortium.charter), member, "--identity", str(tmp_path / site / "key")])
+
+    assert sign("east") == 2 and "cannot eject itself" in capsys.readouterr().err
+    assert sign("north", "nobody") == 2 and "expected a member's name or id" in capsys.readouterr().err
+    assert sign("north") == 0 and "signed by north; 2 more must sign" in capsys.readouterr().out
+    assert sign("south", read_charter(consortium.charter).members[1].id) == 0
+    assert not consortium.events("north", "ejected")
+    assert sign("west") == 0 and "signed by north, south, west; that is enough" in capsys.readouterr().out
+    east = processes.pop("east")
+    consortium.ended(processes)
+    east.kill()
+    for site in processes:
+        (ejected,) = consortium.events(site, "ejected")
+        assert (ejected["peer"], ejected["signed_by"]) == ("east", "north, south, west")
+    rounds = len(consortium.events("north", "round", "events.jsonl"))
+    assert [e["round"] for e in consortium.events("north", "left_out") if e["hop"] == "gossip"] == list(range(rounds))
+    assert_agreed(consortium, list(processes))
+
+
+def test_an_ejection_holds_with_whole_signatures_of_this_charter_only(tmp_path: Path) -> None:
+    charter = make_charter(tmp_path, ["a", "b", "c"])
+    for name in "abc":
+        charter = charter.signed(load_identity(tmp_path / name))
+    path = tmp_path / "charter.toml"
+    sign_ejection(path, charter, "c", load_identity(tmp_path / "a"))
+    assert ejected(path, charter) == {}, "one of three is too few"
+    with pytest.raises(CharterError, match="no member has the id"):
+        sign_ejection(path, charter, "c", make_identity(tmp_path / "stranger"))
+    whole = sign_ejection(path, charter, "c", load_identity(tmp_path / "b"))
+    assert ejected(path, charter) == {2: ["a", "b"]}
+    other = charter.model_copy(update={"grace_s": 1.0})
+    assert whole.signers(other) == []
+    assert ejected(path, charter.model_copy(update={"quorum": 3})) == {}
+    assert whole.model_copy(update={"member": "b"}).signers(charter) == []
+    ejection_path(path, "c").write_text("member = ")
+    assert ejected(path, charter) == {}
 
 
 def lose_east(tmp_path: Path, micro_model: Path) -> tuple[Consortium, dict[str, Any]]:

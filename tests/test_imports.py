@@ -12,6 +12,7 @@ LAYERS = [
     "lock",
     "identity",
     "charter",
+    "ejection",
     "topology",
     "wire",
     "exchange",

@@ -1,4 +1,4 @@
-"""The commands of a site in a consortium: keygen, charter, doctor, join, leave (docs/consortium.md)."""
+"""The commands of a site in a consortium: keygen, charter, doctor, join, leave, eject (docs/consortium.md)."""
 
 from __future__ import annotations
 
@@ -97,6 +97,14 @@ def add_consortium(commands: Any) -> None:
     site(join)
     join.set_defaults(command=_join)
 
+    eject = commands.add_parser(
+        "eject", help="sign that a member is put out of the run; it needs more than half of all"
+    )
+    eject.add_argument("charter", metavar="CHARTER.toml")
+    eject.add_argument("member", metavar="MEMBER", help="name or id")
+    own(eject)
+    eject.set_defaults(command=_eject)
+
     leave = commands.add_parser("leave", help="have this site leave its run in good order; `join` brings it back")
     leave.add_argument("run", metavar="DIR", help="folder of the run")
     leave.set_defaults(command=_leave)
@@ -125,6 +133,13 @@ def _charter_sign(options: argparse.Namespace, console: Console) -> None:
     charter = sign_charter(Path(options.charter), Path(options.identity) if options.identity else default_folder())
     missing = [member.name for member in charter.members if member.name not in charter.signatures]
     print(f"{options.charter}: signed by {', '.join(charter.signatures)}; missing: {', '.join(missing) or 'nobody'}")
+
+
+def _eject(options: argparse.Namespace, console: Console) -> None:
+    from peertune.consortium import eject
+    from peertune.identity import default_folder
+
+    print(eject(Path(options.charter), options.member, Path(options.identity or default_folder())))
 
 
 def _leave(options: argparse.Namespace, console: Console) -> None:

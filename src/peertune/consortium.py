@@ -27,6 +27,7 @@ from peertune.charter import (
     write_charter,
 )
 from peertune.config import RunConfig, apply_override, from_dict, load_recipe
+from peertune.ejection import ejection_path, needed, sign_ejection
 from peertune.errors import CharterError, CheckpointError, ConfigError, Left, StorageError
 from peertune.identity import load_identity
 from peertune.model.language_model import LanguageModel
@@ -39,6 +40,7 @@ from peertune.run_folder import RunFolder, storage_errors
 from peertune.runtimes import edges
 from peertune.runtimes.network import NetworkGroup
 from peertune.runtimes.node import Node
+from peertune.runtimes.requests import Requests
 
 AUDIT = "audit.jsonl"
 SITE_KEYS = (
@@ -160,8 +162,8 @@ def join(
     resume = RunFolder(out).holds_run
     counts = [member.samples or 1 for member in charter.members[:num_peers]]
     site = Site(index, counts, partial(check_base, charter, config.model.path))
-    request = _leave_request(out)
-    request.unlink(missing_ok=True)
+    requests = Requests(charter, path, _leave_request(out))
+    requests.leave.unlink(missing_ok=True)
     done = left = False
     try:
         summary = run(
@@ -169,7 +171,7 @@ def join(
             base=path.parent,
             resume=resume,
             progress=progress,
-            connect=lambda num_members, link: NetworkGroup(node, request),
+            connect=lambda num_members, link: NetworkGroup(node, requests),
             site=site,
         )
         done = True
@@ -189,6 +191,24 @@ def leave(out: Path) -> None:
         raise CheckpointError(f"{out}: this run is finished; there is nothing to leave")
     with storage_errors(out):
         _leave_request(out).touch()
+
+
+def eject(path: Path, member: str, identity: Path) -> str:
+    """Sign that a member is to be put out (see ejection). Returns what is to be done next.
+
+    Raises:
+        CharterError, IdentityError: the charter does not hold, there is no such member, or this site's key is none of
+            its members'.
+    """
+    charter = read_charter(path)
+    charter.check()
+    ejection = sign_ejection(path, charter, member, load_identity(identity))
+    own, signers = ejection_path(path, ejection.member), ejection.signers(charter)
+    missing = needed(charter) - len(signers)
+    told = f"{own}: signed by {', '.join(signers)}; "
+    if missing > 0:
+        return told + f"{missing} more must sign: put it beside their charter, there the same command"
+    return told + "that is enough: put it beside the charter at every site; those that run take notice within a second"
 
 
 def _leave_request(out: Path) -> Path:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -26,6 +25,7 @@ from peertune.link import Clock
 from peertune.runtimes import edges
 from peertune.runtimes.edge import STATE, Key
 from peertune.runtimes.node import Neighbor, Node
+from peertune.runtimes.requests import Requests
 from peertune.wire import Traffic
 
 T = TypeVar("T")
@@ -38,12 +38,12 @@ WAITING_S = 5.0
 class NetworkGroup:
     """Implements `peertune.runtimes.Group` for one site: what others measured stays with them."""
 
-    def __init__(self, node: Node, leave: Path) -> None:
+    def __init__(self, node: Node, requests: Requests) -> None:
         self.node = node
         self.hosted: Sequence[int] = [node.index]
         self.is_recorder = self.survives_loss = True
         self.clock: Clock | None = None
-        self._exchange = NetworkExchange(node, leave)
+        self._exchange = NetworkExchange(node, requests)
         self._asked: Neighbor | None = None
         self._states: SimpleQueue[tuple[int, Payload | None]] = SimpleQueue()
 
@@ -56,6 +56,7 @@ class NetworkGroup:
 
         Waits while fewer than the quorum are there.
         """
+        self._exchange.attend()
         self._await_quorum(round)
         state: Payload | None = None
         for index, neighbor in self.node.neighbors.items():
@@ -94,6 +95,7 @@ class NetworkGroup:
                 self.node.log("paused", round=round, present=present, quorum=quorum)
             paused = True
             time.sleep(POLL_S)
+            self._exchange.attend()
         if paused:
             self.node.log("resumed", round=round, present=", ".join(self.node.present))
 
@@ -128,11 +130,11 @@ class NetworkExchange:
 
     Args:
         node: the site's connections.
-        leave: a file; once it is there, the site is to leave.
+        requests: what people ask of the site meanwhile; None: nobody does.
     """
 
-    def __init__(self, node: Node, leave: Path = Path("leave")) -> None:
-        self._node, self._peer, self._leave = node, node.index, leave
+    def __init__(self, node: Node, requests: Requests | None = None) -> None:
+        self._node, self._peer, self._requests = node, node.index, requests
         self._key: Key = (-1, 0)
         self._out: Payload | None = None
         self.sent = Traffic()
@@ -154,6 +156,8 @@ class NetworkExchange:
 
     def post(self, target: int, key: Key, payload: Payload, what: str) -> None:
         """Make a message ready for a neighbour, and write it down."""
+        if self._node.neighbors[target].is_ejected:
+            return
         neighbor, size = self._node.neighbors[target], self.sent.count([target], payload, is_control=what == ROLL)
         self._node.soon(partial(neighbor.post, key, payload))
         self._node.log("sent", peer=neighbor.name, round=key[0], hop=what, tensors=len(payload), bytes=size)
@@ -192,12 +196,20 @@ class NetworkExchange:
 
     @property
     def is_leaving(self) -> bool:
-        return self._leave.exists()
+        return self._requests is not None and self._requests.is_leaving
+
+    def attend(self) -> None:
+        """Do what was asked: eject members."""
+        for index, signers in ({} if self._requests is None else self._requests.ejections()).items():
+            self._node.soon(partial(self._node.eject, index))
+            name = self._node.charter.members[index].name
+            self._node.log("ejected", peer=name, signed_by=", ".join(signers))
 
     def _wait(self, source: int, arrival: Future[Payload | None]) -> Payload | None:
         """The payload; None where the neighbour has been out of reach for the grace."""
         neighbor, began, told = self._node.neighbors[source], time.monotonic(), False
         while True:
+            self.attend()
             if not told and not neighbor.is_connected and time.monotonic() - began > WAITING_S:
                 told = True
                 self._node.log("waiting", peer=neighbor.name, round=self._key[0])

@@ -44,7 +44,7 @@ class Neighbor(Listener):
         self.index, self.name, self.charter, self.presence = index, charter.members[index].name, charter, presence
         self.edge, self.log = Edge(self), log
         self.last_heard = self.last_heard_on_stream = time.monotonic()
-        self.is_connected = self.was_seen = False
+        self.is_connected = self.was_seen = self.is_ejected = False
         self._queue: asyncio.Queue[Iterable[bytes]] = asyncio.Queue()
         self._talk: asyncio.Task[Any] | None = None
         self._ended: asyncio.Task[Any] | None = None
@@ -89,7 +89,9 @@ class Neighbor(Listener):
 
     @property
     def is_out_of_reach(self) -> bool:
-        """For the grace, or since it was left out for that, or since it left."""
+        """For the grace, or since it was left out for that, or since it left; or for good."""
+        if self.is_ejected:
+            return True
         late = time.monotonic() - self.last_heard > self.charter.grace_s
         return not self.is_connected and (late or self.edge.peer_is_away or self.edge.peer_has_left)
 
@@ -222,6 +224,13 @@ class Node:
         self._thread.start()
         self.call(self._start())
 
+    def eject(self, index: int) -> None:
+        """Have nothing more to do with a member. In the network's thread."""
+        self.presence.ejected.add(index)
+        if neighbor := self.neighbors.get(index):
+            neighbor.is_ejected = neighbor.was_seen = True
+            neighbor.end()
+
     @property
     def present(self) -> list[str]:
         """Names of the members who are there, or have done their part."""
@@ -319,7 +328,7 @@ class Node:
         member, neighbor = self.charter.members[index], self.neighbors[index]
         metadata = ((CHARTER_KEY, json.dumps(self.charter.parts())),)
         wait = REDIAL_S[0]
-        while True:
+        while not neighbor.is_ejected:
             async with self.channel(index) as channel:
                 try:
                     await asyncio.wait_for(channel.channel_ready(), self.charter.stall_s)
@@ -366,7 +375,7 @@ class Node:
             self.log("refused", peer=self.charter.members[index].name, reason=reason)
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, reason)
         neighbor = self.neighbors.get(index)
-        if neighbor is None:
+        if neighbor is None or neighbor.is_ejected:
             self.log("turned_away", peer=self.charter.members[index].name)
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "no neighbour")
             return

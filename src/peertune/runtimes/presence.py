@@ -27,6 +27,8 @@ class Presence:
         self.own, self.grace_s = own, grace_s
         self._seen = [-math.inf] * num_members
         """When each member was last known to be there; infinity: it has finished."""
+        self.ejected: set[int] = set()
+        """Members who count no more, whoever hears of them."""
 
     def heard(self, member: int, now: float) -> None:
         """A member said something just now."""
@@ -55,4 +57,6 @@ class Presence:
 
     def present(self, now: float) -> list[int]:
         """Members who are there, or have done their part; this site included."""
-        return [member for member, age in enumerate(self.ages(now)) if age <= self.grace_s]
+        return [
+            member for member, age in enumerate(self.ages(now)) if age <= self.grace_s and member not in self.ejected
+        ]

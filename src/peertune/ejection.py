@@ -1,0 +1,109 @@
+"""Putting a member out of a running consortium: a small TOML file that enough of the others sign.
+
+It lies beside the charter, as CHARTER.eject-NAME.toml, and goes from site to site like the charter. A site that finds
+one with enough signatures has nothing more to do with that member; the signatures are by the charter's keys, over the
+charter's digest and the member's id, so a file of another run says nothing here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tomllib
+from pathlib import Path
+
+import tomli_w
+from pydantic import Field, ValidationError
+
+from peertune.charter import Charter
+from peertune.config import Section
+from peertune.errors import CharterError
+from peertune.identity import Identity, is_signed
+
+
+class Ejection(Section):
+    member: str
+    """Name of the one who is to go."""
+    signatures: dict[str, str] = Field(default_factory=dict)
+    """Name of a member -> its signature."""
+
+    def signed(self, charter: Charter, identity: Identity) -> Ejection:
+        """With one more signature. Raises CharterError where the identity is no member's, or its own."""
+        name = charter.members[charter.index_of(identity.id)].name
+        if name == self.member:
+            raise CharterError(f"eject: {name} cannot eject itself; `peertune leave` is the way out")
+        return self.model_copy(update={"signatures": {**self.signatures, name: identity.sign(_digest(charter, self))}})
+
+    def signers(self, charter: Charter) -> list[str]:
+        """Members, in the charter's order and the ejected one left out, whose signatures hold."""
+        digest = _digest(charter, self)
+        return [
+            member.name
+            for index, member in enumerate(charter.members)
+            if member.name != self.member
+            and member.name in self.signatures
+            and is_signed(charter.certificate(index), self.signatures[member.name], digest)
+        ]
+
+
+def needed(charter: Charter) -> int:
+    """How many have to sign: the quorum, and never fewer than half of the members and one."""
+    return max(charter.quorum, len(charter.members) // 2 + 1)
+
+
+def ejection_path(charter: Path, member: str) -> Path:
+    return charter.with_name(f"{charter.stem}.eject-{member}.toml")
+
+
+def sign_ejection(path: Path, charter: Charter, member: str, identity: Identity) -> Ejection:
+    """Write one with this site's signature, or add it to the one that is there.
+
+    Args:
+        path: of the charter's file.
+        member: a member's name or id.
+    Raises:
+        CharterError: there is no such member, it is this site's own, or the file cannot be read or written.
+    """
+    named = next((each.name for each in charter.members if member in (each.name, each.id)), None)
+    if named is None:
+        names = ", ".join(each.name for each in charter.members)
+        raise CharterError(f"eject: got {member!r}, expected a member's name or id; the members are {names}")
+    own = ejection_path(path, named)
+    ejection = (read_ejection(own) if own.exists() else Ejection(member=named)).signed(charter, identity)
+    aside = own.with_name(own.name + ".partial")
+    try:
+        aside.write_text(tomli_w.dumps(ejection.model_dump()), encoding="utf-8")
+        os.replace(aside, own)
+    except OSError as error:
+        raise CharterError(f"{own}: cannot be written: {error.strerror}") from error
+    return ejection
+
+
+def read_ejection(path: Path) -> Ejection:
+    """Raises CharterError where it is none."""
+    try:
+        return Ejection.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, ValidationError) as error:
+        raise CharterError(f"{path}: is no ejection: {' '.join(str(error).split())[:200]}; get it anew") from None
+
+
+def ejected(path: Path, charter: Charter) -> dict[int, list[str]]:
+    """Members who are ejected by the files beside a charter, by place, and who signed. Other files are passed over."""
+    found = {}
+    for index, member in enumerate(charter.members):
+        own = ejection_path(path, member.name)
+        if not own.exists():
+            continue
+        try:
+            ejection = read_ejection(own)
+        except CharterError:
+            continue  # half of it is copied
+        signers = ejection.signers(charter)
+        if ejection.member == member.name and len(signers) >= needed(charter):
+            found[index] = signers
+    return found
+
+
+def _digest(charter: Charter, ejection: Ejection) -> bytes:
+    id = next((member.id for member in charter.members if member.name == ejection.member), "")
+    return hashlib.sha256(b"eject\n" + charter.digest() + id.encode()).digest()
