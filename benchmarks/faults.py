@@ -102,7 +102,7 @@ def cut_for(seconds: float) -> Callable[[Sites], None]:
     def act(sites: Sites) -> None:
         assert sites.proxy is not None
         sites.proxy.cut(True)
-        time.sleep(seconds)
+        until(lambda: not any(process.is_alive() for process in sites.processes.values()), seconds)
         sites.proxy.cut(False)
 
     return act
