@@ -19,6 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from ctypes.util import find_library
 from pathlib import Path
 from typing import Any
 
@@ -137,9 +138,31 @@ def full_disk(sites: Sites) -> list[str]:
     return []
 
 
+def wrong_clock(library: str) -> Scenario:
+    """One site's clock is a day ahead (libfaketime); its time that only runs forward is left alone."""
+
+    def play(sites: Sites) -> list[str]:
+        fake = {"LD_PRELOAD": library, "FAKETIME": "+1d", "FAKETIME_DONT_FAKE_MONOTONIC": "1", "OMP_NUM_THREADS": "1"}
+        sites.start_under("east", fake)
+        for name in sites.names:
+            if name != "east":
+                sites.start(name)
+        ahead = until(lambda: any(e["time"] > time.time() + 80_000 for e in sites.events("east", "connected")), LIMIT_S)
+        if not ahead:
+            raise RuntimeError("east's clock is not a day ahead")
+        return []
+
+    return play
+
+
 def scenarios(options: argparse.Namespace) -> dict[str, Scenario]:
     found: dict[str, Scenario] = {f"undisturbed {i}": undisturbed for i in range(options.undisturbed)}
     found |= {f"kill {name} in {phase}": killed([name], phase) for name in NAMES for phase in PHASES}
+    library = find_library("faketime") or next(map(str, Path("/usr/lib").glob("*/faketime/libfaketime.so.1")), "")
+    if library:
+        found["clock a day ahead"] = wrong_clock(library)
+    else:
+        say("clock a day ahead: not played, there is no libfaketime")
     return found | {
         "two sites killed at once": killed(["east", "west"], "training"),
         "back on an empty disk": killed(["east"], "training", empty=True),

@@ -453,6 +453,36 @@ def test_a_stranger_gets_no_answer_and_a_member_still_does(tmp_path: Path) -> No
     assert heard[2].get(timeout=60) == heard[0].get(timeout=60) == ["connected"]
 
 
+def test_a_site_whose_connection_was_given_up_still_stops(tmp_path: Path) -> None:
+    """The task that dials has then been ended once, and goes on until it is ended for good."""
+    port = free_ports(1)[0]
+    charter = make_charter(tmp_path, ["a", "b"])
+    members = [charter.members[0].model_copy(update={"address": f"127.0.0.1:{port}"}), charter.members[1]]
+    identities = [load_identity(tmp_path / name) for name in "ab"]
+    charter = charter.model_copy(update={"members": members}).signed(identities[0]).signed(identities[1])
+    fork = multiprocessing.get_context("fork")
+    heard = fork.Queue()
+
+    def play(index: int) -> None:
+        events: list[str] = []
+        listen = f"127.0.0.1:{port}" if index == 0 else ""
+        node = Node(charter, identities[index], listen, lambda event, **_: events.append(event))
+        node.start([(0, 1)])
+        wait_for(lambda: "connected" in events)
+        if index == 1:  # the one that dials
+            node.soon(node.neighbors[0].end)
+        wait_for(lambda: events.count("connected") >= 2)
+        node.stop()
+        heard.put(index)
+        heard.close()
+        heard.join_thread()
+        os._exit(0)
+
+    for index in range(2):
+        fork.Process(target=play, args=(index,), daemon=True).start()
+    assert sorted(heard.get(timeout=60) for _ in range(2)) == [0, 1]
+
+
 def is_open(port: int) -> bool:
     try:
         socket.create_connection(("127.0.0.1", port)).close()

@@ -145,6 +145,7 @@ class Neighbor(Listener):
         except asyncio.CancelledError:
             if self._ended is not this:
                 raise
+            self._ended = None  # whoever dials is this task again, and may be cancelled for good next time
         except ProtocolError as error:
             self.log("refused", peer=self.name, reason=str(error))
         except grpc.RpcError:
@@ -210,6 +211,7 @@ class Node:
         self._thread = threading.Thread(target=self._loop.run_forever, name="network", daemon=True)
         self._tasks: list[asyncio.Task[None]] = []
         self._server: Any = None
+        self._is_stopping = False
         self.is_open = False
         """Whether its port is open."""
 
@@ -303,6 +305,7 @@ class Node:
         ):
             await asyncio.sleep(0.05)
         await asyncio.sleep(0.05)  # so that the last frames are out
+        self._is_stopping = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -328,7 +331,7 @@ class Node:
         member, neighbor = self.charter.members[index], self.neighbors[index]
         metadata = ((CHARTER_KEY, json.dumps(self.charter.parts())),)
         wait = REDIAL_S[0]
-        while not neighbor.is_ejected:
+        while not (neighbor.is_ejected or self._is_stopping):
             async with self.channel(index) as channel:
                 try:
                     await asyncio.wait_for(channel.channel_ready(), self.charter.stall_s)
