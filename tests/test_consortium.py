@@ -343,11 +343,7 @@ def assert_agreed(consortium: Consortium, names: Sequence[str] = NAMES) -> None:
 
 def test_a_refused_message_ends_the_stream_and_the_edge_is_dialled_anew(tmp_path: Path) -> None:
     """On both ends of the edge: after the refusal they are connected again, and what is right arrives."""
-    port = free_ports(1)[0]
-    charter = make_charter(tmp_path, ["a", "b"])
-    members = [charter.members[0].model_copy(update={"address": f"127.0.0.1:{port}"}), charter.members[1]]
-    identities = [load_identity(tmp_path / name) for name in "ab"]
-    charter = charter.model_copy(update={"members": members}).signed(identities[0]).signed(identities[1])
+    charter, identities, port = two_sites(tmp_path)
     fork = multiprocessing.get_context("fork")
     heard = fork.Queue()
 
@@ -455,11 +451,7 @@ def test_a_stranger_gets_no_answer_and_a_member_still_does(tmp_path: Path) -> No
 
 def test_a_site_whose_connection_was_given_up_still_stops(tmp_path: Path) -> None:
     """The task that dials has then been ended once, and goes on until it is ended for good."""
-    port = free_ports(1)[0]
-    charter = make_charter(tmp_path, ["a", "b"])
-    members = [charter.members[0].model_copy(update={"address": f"127.0.0.1:{port}"}), charter.members[1]]
-    identities = [load_identity(tmp_path / name) for name in "ab"]
-    charter = charter.model_copy(update={"members": members}).signed(identities[0]).signed(identities[1])
+    charter, identities, port = two_sites(tmp_path)
     fork = multiprocessing.get_context("fork")
     heard = fork.Queue()
 
@@ -489,6 +481,16 @@ def is_open(port: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def two_sites(tmp_path: Path) -> tuple[Charter, list[Identity], int]:
+    """A signed charter of two, their keys, and the port where the first can be reached."""
+    port = free_ports(1)[0]
+    charter = make_charter(tmp_path, ["a", "b"])
+    members = [charter.members[0].model_copy(update={"address": f"127.0.0.1:{port}"}), charter.members[1]]
+    identities = [load_identity(tmp_path / name) for name in "ab"]
+    charter = charter.model_copy(update={"members": members}).signed(identities[0]).signed(identities[1])
+    return charter, identities, port
 
 
 def make_charter(tmp_path: Path, names: list[str]) -> Charter:
@@ -662,11 +664,7 @@ class ConnectProxy:
 
 def test_a_site_that_must_goes_out_through_an_http_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The connection is encrypted from end to end, so the proxy sees addresses and no more."""
-    port = free_ports(1)[0]
-    charter = make_charter(tmp_path, ["a", "b"])
-    members = [charter.members[0].model_copy(update={"address": f"127.0.0.1:{port}"}), charter.members[1]]
-    a, b = (load_identity(tmp_path / name) for name in "ab")
-    charter = charter.model_copy(update={"members": members}).signed(a).signed(b)
+    charter, (a, b), port = two_sites(tmp_path)
     for name in ("no_proxy", "no_grpc_proxy"):
         monkeypatch.delenv(name, raising=False)
     proxy, fork = ConnectProxy(), multiprocessing.get_context("fork")

@@ -133,6 +133,10 @@ def test_a_sites_logs_tell_its_neighbors_and_who_is_missing() -> None:
     assert state.left_s == pytest.approx(2.0 * 17) and state.elapsed_s == pytest.approx(6.0 + 5)
     waiting = folded([START, round_event(0)], AUDIT + LOST[:2])
     assert waiting.waiting_for == ("south",)
+    paused = {"event": "paused", "time": T0 + 7, "round": 1, "present": "north", "quorum": 2}
+    assert folded([START, round_event(0)], [*AUDIT, paused]).waiting_for == ("the quorum",)
+    resumed = {**paused, "event": "resumed", "time": T0 + 8}
+    assert folded([START, round_event(0)], [*AUDIT, paused, resumed]).waiting_for == ()
     back = folded([START], [*AUDIT, *LOST, {"event": "connected", "time": T0 + 9, "peer": "south"}])
     assert back.missing == () and back.peers[1].since == T0 + 9 and back.peers[1].rounds_without == 2
 

@@ -19,6 +19,8 @@ from peertune.report.series import bin_size, downsample, mean
 MAX_POINTS = 300
 """Points of a curve at most; more rounds are averaged over bins."""
 MAX_MEMBERS = 4096
+QUORUM = "the quorum"
+"""What a paused run waits for."""
 RECENT_ROUNDS = 32
 """Rounds from which the time of the next ones is foretold."""
 RECENT_ARRIVALS = 8
@@ -207,6 +209,10 @@ class Links:
             for other in filter(None, _text(event.get("peers")).split(", ")):
                 self._link(other).without.add(-1 if round is None else round)
                 self.waiting.pop(other, None)
+        elif kind == "paused":
+            self.waiting[QUORUM] = round or 0
+        elif kind == "resumed":
+            self.waiting.pop(QUORUM, None)
         elif kind == "waiting" and name:
             self._link(name)
             self.waiting[name] = round or 0
