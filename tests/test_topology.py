@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from peertune.config import TopologySection
 from peertune.errors import TopologyError
+from peertune.exchange import agreement
 from peertune.topology import GRAPHS, Topology, build_topology
 
 UNDIRECTED = [kind for kind in GRAPHS if kind != "edges"]
@@ -389,3 +390,27 @@ def test_torus_exists_for_every_composite_number(num_peers: int) -> None:
     else:
         with pytest.raises(TopologyError, match="ring"):
             build("torus", num_peers)
+
+
+def test_a_graph_that_falls_apart_has_a_tree_for_each_part() -> None:
+    ring = build_topology(TopologySection(kind="ring"), 6, 0)
+    assert ring.tree([(0, 1), (1, 2), (4, 5)]) == [(1, 0), (1, 2), (4, 5)]
+    assert ring.cut_off_from(0, [(0, 1), (1, 2), (4, 5)]) == [3, 4, 5]
+    assert ring.tree([]) == [] and ring.cut_off_from(2, []) == [0, 1, 3, 4, 5]
+
+
+@pytest.mark.parametrize("shares", [[0.1, 0.2, 0.3, 0.1, 0.1, 0.2], [0.0, 0.0, 0.0, 1.0, 0.0, 0.0]])
+def test_each_part_of_a_broken_graph_agrees_on_its_own_average(shares: list[float]) -> None:
+    """Played out by hand; where a part has no share at all, its peers count alike."""
+    ring, held = build_topology(TopologySection(kind="ring"), 6, 0), np.arange(6.0) ** 2
+    for hop in agreement(ring, shares, [(0, 1), (1, 2), (4, 5)]):
+        before = held.copy()
+        for peer in range(6):
+            if sources := hop.sources(peer):
+                held[peer] = sum(weight * before[source] for source, weight in sources.items())
+
+    def average(peers: list[int]) -> float:
+        weights = np.array([shares[p] for p in peers])
+        return float(np.average(np.array(peers) ** 2, weights=weights if weights.sum() else None))
+
+    assert held == pytest.approx([average([0, 1, 2])] * 3 + [9.0] + [average([4, 5])] * 2)

@@ -30,6 +30,7 @@ from peertune.config import RunConfig, apply_override, from_dict, load_recipe
 from peertune.ejection import ejection_path, needed, sign_ejection
 from peertune.errors import CharterError, CheckpointError, ConfigError, Left, StorageError
 from peertune.identity import load_identity
+from peertune.lock import is_held
 from peertune.model.language_model import LanguageModel
 from peertune.model.load import TINY, resolve_path
 from peertune.peer import Peer
@@ -163,7 +164,8 @@ def join(
     counts = [member.samples or 1 for member in charter.members[:num_peers]]
     site = Site(index, counts, partial(check_base, charter, config.model.path))
     requests = Requests(charter, path, _leave_request(out))
-    requests.leave.unlink(missing_ok=True)
+    if not is_held(out):
+        requests.leave.unlink(missing_ok=True)
     done = left = False
     try:
         summary = run(
@@ -189,6 +191,8 @@ def leave(out: Path) -> None:
         raise CheckpointError(f"{out}: holds no run of a consortium; name the folder that `peertune join` was given")
     if RunFolder(out).summary.exists():
         raise CheckpointError(f"{out}: this run is finished; there is nothing to leave")
+    if is_held(out) is False:
+        raise CheckpointError(f"{out}: no process is at work on this run; there is nothing to leave")
     with storage_errors(out):
         _leave_request(out).touch()
 

@@ -47,8 +47,8 @@ class Ejection(Section):
 
 
 def needed(charter: Charter) -> int:
-    """How many have to sign: the quorum, and never fewer than half of the members and one."""
-    return max(charter.quorum, len(charter.members) // 2 + 1)
+    """How many have to sign: the quorum, and never fewer than more than half; or else all others."""
+    return min(max(charter.quorum, len(charter.members) // 2 + 1), len(charter.members) - 1)
 
 
 def ejection_path(charter: Path, member: str) -> Path:
@@ -69,7 +69,10 @@ def sign_ejection(path: Path, charter: Charter, member: str, identity: Identity)
         names = ", ".join(each.name for each in charter.members)
         raise CharterError(f"eject: got {member!r}, expected a member's name or id; the members are {names}")
     own = ejection_path(path, named)
-    ejection = (read_ejection(own) if own.exists() else Ejection(member=named)).signed(charter, identity)
+    found = read_ejection(own) if own.exists() else Ejection(member=named)
+    if found.member != named:
+        raise CharterError(f"{own}: is about {found.member}, expected {named}; it was tampered with: delete it")
+    ejection = found.signed(charter, identity)
     aside = own.with_name(own.name + ".partial")
     try:
         aside.write_text(tomli_w.dumps(ejection.model_dump()), encoding="utf-8")
@@ -88,19 +91,17 @@ def read_ejection(path: Path) -> Ejection:
 
 
 def ejected(path: Path, charter: Charter) -> dict[int, list[str]]:
-    """Members who are ejected by the files beside a charter, by place, and who signed. Other files are passed over."""
+    """Members who are ejected by the files beside a charter, whatever it is called here; by place, and who signed."""
     found = {}
-    for index, member in enumerate(charter.members):
-        own = ejection_path(path, member.name)
-        if not own.exists():
-            continue
+    places = {member.name: index for index, member in enumerate(charter.members)}
+    for file in sorted(path.parent.glob("*.eject-*.toml")):
         try:
-            ejection = read_ejection(own)
+            ejection = read_ejection(file)
         except CharterError:
             continue  # half of it is copied
         signers = ejection.signers(charter)
-        if ejection.member == member.name and len(signers) >= needed(charter):
-            found[index] = signers
+        if ejection.member in places and len(signers) >= needed(charter):
+            found[places[ejection.member]] = signers
     return found
 
 

@@ -131,10 +131,11 @@ def agreement(
         depth[child] = depth.setdefault(parent, 0) + 1
         root[child] = root.setdefault(parent, parent)
     if pairs is not None:
-        pi = [
-            share / sum(pi[q] for q in root if root[q] == root.get(p)) if p in root else 1.0
-            for p, share in enumerate(pi)
-        ]
+        totals = {r: sum(pi[p] for p in root if root[p] == r) for r in set(root.values())}
+        # A part without any share, as one that a lone adapter's holder is not in, averages its peers alike.
+        alike = {r: 1.0 / sum(other == r for other in root.values()) for r in totals}
+        shares = {p: pi[p] / totals[r] if totals[r] else alike[r] for p, r in root.items()}
+        pi = [shares.get(p, 1.0) for p in range(len(pi))]
 
     def level(d: int) -> list[int]:
         return [p for p in depth if depth[p] == d and p in children]

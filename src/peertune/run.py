@@ -48,6 +48,8 @@ from peertune.run_folder import RunFolder, save_trained
 from peertune.runtimes import Group, Member, agree, play_round
 from peertune.runtimes.simulation import SimulatedGroup
 
+RETRY_S = 5.0
+"""Seconds between attempts to write what came out of a run."""
 Connect = Callable[[int, LinkSection], Group]
 """Makes the group of a run, given the number of members and the links to assume where they are simulated."""
 
@@ -293,7 +295,8 @@ class Run:
             self.progress.note(f"{error}; the model is this site's own")
         if absent:
             names = ", ".join(map(str, absent))
-            self.progress.note(f"in the final agreement nothing was heard of peers {names}: the model is the others'")
+            whose = "the others'" if len(absent) < self.num_peers - 1 else "this site's own"
+            self.progress.note(f"in the final agreement nothing was heard of peers {names}: the model is {whose}")
         told = self.group.gather([totals(member, self.cpu_s[member.index], self.device) for member in self.members])
         if not self.average.load(rounds, agrees):
             self.average.load(rounds, agreed=True)  # nothing but its own is to be had here
@@ -304,25 +307,44 @@ class Run:
 
         def conclude() -> None:
             sent = [None if t is None else t["bytes_sent"] for t in told[: self.num_peers]]
-            if hops:
+            if hops or absent:
                 self.folder.event("agreement", hops=hops, bytes_sent=sent, absent=absent)
             metrics = self._metrics(own, personal)
             self.folder.event("eval", round=rounds, average_model=metrics["average_model"], peers=metrics["peers"])
             wall_s = self._wall_s()
-            save_trained(
-                self.folder.model,
-                self.average.model.module,
-                self.data.tokenizer,
-                lambda: load_full_model(self.config.model, torch.device("cpu"), self.base),
-                self.folder.adapter,
-            )
-            summary.update(summary_of(self.config, self.method, metrics, told, self._simulated_s(), wall_s))
-            self.folder.event("end", metrics=metrics, wall_s=wall_s, peak_memory_bytes=summary["peak_memory_bytes"])
-            write_report(self.folder.path)
-            self.folder.write_summary(summary)
+            found = summary_of(self.config, self.method, metrics, told, self._simulated_s(), wall_s)
+            self.folder.event("end", metrics=metrics, wall_s=wall_s, peak_memory_bytes=found["peak_memory_bytes"])
+
+            def keep() -> None:
+                save_trained(
+                    self.folder.model,
+                    self.average.model.module,
+                    self.data.tokenizer,
+                    lambda: load_full_model(self.config.model, torch.device("cpu"), self.base),
+                    self.folder.adapter,
+                )
+                write_report(self.folder.path)
+                self.folder.write_summary(found)
+
+            self._insist(keep)
+            summary.update(found)
 
         self._record(conclude)
         return summary or self.folder.read_summary()
+
+    def _insist(self, write: Callable[[], None]) -> None:
+        """Write what the run was for; where the others will not be there a second time, wait for space."""
+        told = False
+        while True:
+            try:
+                return write()
+            except StorageError as error:
+                if not self.group.survives_loss or self.group.is_leaving:
+                    raise
+                if not told:
+                    self.progress.note(f"warning: {error}; this is tried again until there is space")
+                told = True
+                time.sleep(RETRY_S)
 
     def _metrics(self, own: Sequence[Measured | None], personal: Sequence[Measured | None]) -> dict[str, Any]:
         """What the summary says of quality, the average model's measured here."""

@@ -27,6 +27,8 @@ from peertune.wire import Traffic
 __all__ = ["Group", "Lockstep", "Member", "agree", "edges", "play_round", "roll_call", "thread_pool", "weighted_mean"]
 
 T = TypeVar("T")
+PLAN = "without"
+"""Name of the tensor that says, in the messages of an agreement without some, without which edges it is."""
 
 
 class Group(Protocol):
@@ -172,23 +174,30 @@ def agree(round: int, members: Sequence[Member], may_lose: bool = False) -> tupl
         PeerLostError: a peer was lost on the way, and with it the blocks still to come.
     """
     algorithm = members[0].algorithm
-    hops, absent = algorithm.agreement(), list[int]()
+    hops, absent, plan = algorithm.agreement(), list[int](), dict[str, torch.Tensor]()
     if may_lose and hops:
-        pairs = roll_call(round, members)
-        hops = algorithm.agreement(pairs)
-        if pairs is not None:
+        lost = roll_call(round, members)
+        pairs = [pair for pair, is_lost in zip(edges(algorithm), lost.tolist(), strict=True) if not is_lost]
+        if lost.any():
+            hops, plan = algorithm.agreement(pairs), {PLAN: lost}
             absent = algorithm.topology.cut_off_from(members[0].index, pairs)
     for block in members[0].algorithm.blocks:
         names = [name for name in members[0].algorithm.shared_names() if name in set(block.parameters)]
 
         def outgoing(member: Member, hop: Hop, names: list[str] = names) -> Payload:
-            return {name: member.algorithm.shared(name) for name in names}
+            return {name: member.algorithm.shared(name) for name in names} | plan
 
         # On the way up they hold partial sums.
         before = [{name: member.algorithm.shared(name) for name in names} for member in members if may_lose]
         try:
             for hop in hops:
                 for member, inbox in _carry(round, hop, members, outgoing):
+                    if not all(
+                        torch.equal(payload[name], plan[name]) for payload in inbox.payloads.values() for name in plan
+                    ):
+                        raise PeerLostError(
+                            "a neighbour agrees with others than this site does, so there is no agreement"
+                        )
                     for name in names:
                         member.algorithm.set_shared(name, inbox.mean(name))
         except PeerLostError:
@@ -199,29 +208,29 @@ def agree(round: int, members: Sequence[Member], may_lose: bool = False) -> tupl
     return len(hops), absent
 
 
-def roll_call(round: int, members: Sequence[Member]) -> list[tuple[int, int]] | None:
+def roll_call(round: int, members: Sequence[Member]) -> Tensor:
     """Who still hears whom, the same for all who do: everybody floods what he knows over the graph.
 
-    After N - 1 waves word has gone round any graph of N peers. An edge that is lost in the last of them may be known to
-    some only; their agreement then fails, and each keeps its own model.
+    Word goes round any graph of N peers in N - 1 waves, so what is lost in the first half of these 2 (N - 1) is known
+    to all in the end. What is lost later may be known to some only; their messages then say that they agree on another
+    plan, and each keeps its own model.
 
     Returns:
-        Pairs of peers (i, j), i < j, that still exchange messages; None: all do.
+        By pair of `edges`, 1 where no message comes any more; float32.
     """
     algorithm = members[0].algorithm
     pairs = edges(algorithm)
     own = {(peer, peer): 1.0 for peer in range(algorithm.topology.num_peers)}
     wave = Hop(ROLL, own | {way: 1.0 for i, j in pairs for way in ((i, j), (j, i))})
     lost = {member.index: torch.zeros(len(pairs)) for member in members}
-    for _ in range(algorithm.topology.num_peers - 1):
+    for _ in range(2 * (algorithm.topology.num_peers - 1)):
         for member, inbox in _carry(round, wave, members, lambda member, hop: {"lost": lost[member.index].clone()}):
             known = lost[member.index]
             for payload in inbox.payloads.values():
                 torch.maximum(known, payload["lost"].to(known.device), out=known)
             for other in member.exchange.left_out:
                 known[pairs.index((min(member.index, other), max(member.index, other)))] = 1.0
-    gone = lost[members[0].index]
-    return [pair for pair, is_lost in zip(pairs, gone.tolist(), strict=True) if not is_lost] if gone.any() else None
+    return lost[members[0].index]
 
 
 def _carry(

@@ -6,6 +6,7 @@ message, until he has caught up. One who is far behind takes the state from a ne
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -65,7 +66,8 @@ class NetworkGroup:
                 neighbor.edge.peer_asks, neighbor.edge.peer_round, neighbor.edge.peer_is_away = False, round, False
                 state = state or _state(algorithm)
                 self._exchange.post(index, (round, STATE), state, "state")
-        ahead = max(self.node.neighbors.values(), key=lambda n: n.edge.peer_round, default=None)
+        within_reach = [n for n in self.node.neighbors.values() if not n.is_out_of_reach]
+        ahead = max(within_reach, key=lambda n: n.edge.peer_round, default=None)
         if self._asked is not None and self._asked.is_out_of_reach:
             self.node.soon(self._asked.edge.no_state)
         missed = bool(self._exchange.left_out)
@@ -90,14 +92,11 @@ class NetworkGroup:
     def _await_quorum(self, round: int) -> None:
         paused = False
         while not self.node.has_quorum and not self.is_leaving:
-            if not paused:
-                present, quorum = ", ".join(self.node.present), self.node.charter.quorum
-                self.node.log("paused", round=round, present=present, quorum=quorum)
-            paused = True
+            paused = paused or self._exchange.log_pause(round)
             time.sleep(POLL_S)
             self._exchange.attend()
-        if paused:
-            self.node.log("resumed", round=round, present=", ".join(self.node.present))
+        if paused and self.node.has_quorum:
+            self._exchange.log_resumption(round)
 
     def _arrived(self, round: int, state: Payload | None) -> None:
         self._states.put((round, state))
@@ -172,8 +171,11 @@ class NetworkExchange:
         arrivals = {source: self._expect(source, shapes) for source in remote}
         payloads: dict[int, Payload] = {} if self._peer not in weights else {self._peer: shapes}
         missing = []
+        # Two who do not know of the same losses may each wait for the other: not for ever.
+        charter = self._node.charter
+        patience = charter.grace_s * len(charter.members) if hop.name == "agree" else math.inf
         for source, arrival in arrivals.items():
-            payload = self._wait(source, arrival)
+            payload = self._wait(source, arrival, patience)
             if payload is None:
                 missing.append(source)
             else:
@@ -205,9 +207,9 @@ class NetworkExchange:
             name = self._node.charter.members[index].name
             self._node.log("ejected", peer=name, signed_by=", ".join(signers))
 
-    def _wait(self, source: int, arrival: Future[Payload | None]) -> Payload | None:
-        """The payload; None where the neighbour has been out of reach for the grace."""
-        neighbor, began, told = self._node.neighbors[source], time.monotonic(), False
+    def _wait(self, source: int, arrival: Future[Payload | None], patience: float) -> Payload | None:
+        """The payload; None where the neighbour has been out of reach for the grace, or nothing came for `patience`."""
+        neighbor, began, told, paused = self._node.neighbors[source], time.monotonic(), False, False
         while True:
             self.attend()
             if not told and not neighbor.is_connected and time.monotonic() - began > WAITING_S:
@@ -215,10 +217,26 @@ class NetworkExchange:
                 self._node.log("waiting", peer=neighbor.name, round=self._key[0])
             if self._may_go_on(neighbor) and not arrival.done() and neighbor.is_gone(self._key[0]):
                 self._node.soon(partial(neighbor.edge.give_up, self._key))
-            if self.is_leaving and not neighbor.is_connected:
+            if self.is_leaving and not (neighbor.is_connected and self._node.has_quorum):
                 raise Left(f"left while waiting for {neighbor.name} in round {self._key[0]}")
+            if time.monotonic() - began > patience:
+                self._node.soon(partial(neighbor.edge.give_up, self._key))
             with suppress(TimeoutError):
-                return arrival.result(timeout=POLL_S)
+                payload = arrival.result(timeout=POLL_S)
+                if paused:
+                    self.log_resumption(self._key[0])
+                return payload
+            if self._has_begun and not self._node.has_quorum:
+                paused = paused or self.log_pause(self._key[0])
+
+    def log_pause(self, round: int) -> bool:
+        """Say that fewer than the quorum are there."""
+        present, quorum = ", ".join(self._node.present), self._node.charter.quorum
+        self._node.log("paused", round=round, present=present, quorum=quorum)
+        return True
+
+    def log_resumption(self, round: int) -> None:
+        self._node.log("resumed", round=round, present=", ".join(self._node.present))
 
     def _may_go_on(self, neighbor: Neighbor) -> bool:
         """Whether a neighbour may be left out: the run has begun, and enough members are there."""

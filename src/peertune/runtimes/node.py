@@ -55,7 +55,8 @@ class Neighbor(Listener):
         self.log("fetched", peer=self.name, round=key[0], hop="state" if key[1] == STATE else key[1], bytes=size)
 
     def asked(self, key: Key, size: int) -> None:
-        self._coming[key] = (size, time.monotonic())
+        if size > self._coming.get(key, (0, 0.0))[0]:  # not where a transfer goes on after a break
+            self._coming[key] = (size, time.monotonic())
 
     def arrived(self, key: Key) -> None:
         size, began = self._coming.pop(key)
@@ -284,14 +285,14 @@ class Node:
         self.is_open = True
 
     async def _leave(self) -> None:
-        """Stop, after the neighbours have what was made ready for them."""
-        end = time.monotonic() + self.charter.stall_s
+        """Stop, after the neighbours have what was made ready for them; at most as long as they would wait."""
+        end = time.monotonic() + self.charter.grace_s
+        for neighbor in self.neighbors.values():
+            neighbor.say(neighbor.edge.leaving())
         while time.monotonic() < end and any(
             n.is_connected and n.edge.has_undelivered for n in self.neighbors.values()
         ):
             await asyncio.sleep(0.05)
-        for neighbor in self.neighbors.values():
-            neighbor.say(neighbor.edge.leaving())
         await self._stop(0.0)
 
     async def _stop(self, linger_s: float) -> None:
@@ -353,7 +354,10 @@ class Node:
         """The member at the other end of a stream that was dialled from outside; a stranger's is ended."""
         (certificate,) = context.auth_context()["x509_pem_cert"]
         try:
-            return self.charter.index_of(certificate_id(certificate))
+            index = self.charter.index_of(certificate_id(certificate))
+            if index in self.presence.ejected:
+                raise CharterError("ejected")
+            return index
         except (CharterError, IdentityError):
             self.log("stranger", peer=context.peer())
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "no member")
@@ -362,8 +366,11 @@ class Node:
     async def _probed(self, _: Any, context: Any) -> None:
         """Let a member measure the line."""
         index = await self._member(context)
-        received, sent = await self.probe.answer(index, context)
-        self.log("probed", peer=self.charter.members[index].name, received=received, bytes=sent)
+        received = sent = 0
+        try:
+            received, sent = await self.probe.answer(index, context)
+        finally:
+            self.log("probed", peer=self.charter.members[index].name, received=received, bytes=sent)
 
     async def _serve(self, _: Any, context: Any) -> None:
         """Take a stream that was dialled from outside."""

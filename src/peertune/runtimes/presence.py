@@ -53,7 +53,7 @@ class Presence:
     def ages(self, now: float) -> list[float]:
         """Seconds since each member was last known to be there, in the members' order."""
         self.heard(self.own, now)
-        return [FINISHED if seen == math.inf else now - seen for seen in self._seen]
+        return [FINISHED if seen == math.inf else max(0.0, now - seen) for seen in self._seen]
 
     def present(self, now: float) -> list[int]:
         """Members who are there, or have done their part; this site included."""
