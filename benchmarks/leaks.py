@@ -62,7 +62,7 @@ def main() -> None:
 def watch(sites: Sites, options: argparse.Namespace) -> dict[int, dict[str, dict[str, float]]]:
     """Round -> site -> what its process held when it was seen to have finished that round."""
     for name in sites.names:
-        sites.start(name)
+        sites.start_under(name, {"OMP_NUM_THREADS": "1"})  # a fork would come to own what it shares page by page
     found: dict[int, dict[str, dict[str, float]]] = {}
     end = time.monotonic() + options.limit_s
     done = dict.fromkeys(sites.names, 0)
@@ -71,7 +71,7 @@ def watch(sites: Sites, options: argparse.Namespace) -> dict[int, dict[str, dict
             process = sites.processes[name]
             if process.is_alive() and (now := sites.round(name)) > done[name]:
                 seen = psutil.Process(process.pid)
-                # What is its own: pages shared with the process it was forked from do not count.
+                # What is its own: pages of libraries that all share do not count.
                 held = {"memory_mb": seen.memory_full_info().uss / 1e6, "threads": seen.num_threads()}
                 held["descriptors"] = seen.num_fds()
                 for at in range(done[name] + 1, now + 1):
