@@ -216,12 +216,12 @@ class Run:
             self.progress.note(note)
         round = done
         while round < self.method.num_rounds:
-            if self.group.is_leaving:
-                self._checkpoint(round)
-                raise Left(f"{self.folder.path}: left after round {round} of {self.method.num_rounds}")
             then = self.group.catch_up(round, self.method)
             if then != round:
                 self.folder.event("join", round=then, missed=then - round)
+            if self.group.is_leaving:
+                self._checkpoint(then)
+                raise Left(f"{self.folder.path}: left after round {then} of {self.method.num_rounds}")
             self._round(then)
             round = then + 1
         return self._finish()
