@@ -6,15 +6,14 @@ read, or has another type than expected, is left out and counted.
 
 from __future__ import annotations
 
-import json
-import math
-import re
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from peertune.report.series import bin_size, downsample, mean
+from peertune.watch import fields
 
 MAX_POINTS = 300
 """Points of a curve at most; more rounds are averaged over bins."""
@@ -27,7 +26,6 @@ RECENT_ARRIVALS = 8
 """Messages over which a neighbour's throughput is averaged."""
 SILENT_S = 60.0
 """Without a lock to look at, a run that has written nothing for so long, and for five rounds, is taken for dead."""
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,33 +101,47 @@ class _Round:
     time: float | None
 
 
-class Rounds:
+class _Log(ABC):
+    """Lines of one file, as far as they can be read."""
+
+    def __init__(self) -> None:
+        self.last_line: float | None = None
+        self.unreadable = 0
+
+    def add(self, line: bytes) -> None:
+        """Take one line in."""
+        event = fields.parse_line(line)
+        if event is None:
+            self.unreadable += 1
+            return
+        time = fields.number(event.get("time"))
+        self.last_line = time or self.last_line
+        self._take(fields.text(event.get("event")), event, fields.whole(event.get("round")), time)
+
+    @abstractmethod
+    def _take(self, kind: str, event: Mapping[str, Any], round: int | None, time: float | None) -> None:
+        """Take in an event whose commonest fields are read already."""
+
+
+class Rounds(_Log):
     """What events.jsonl tells. After a `resume` a run writes the file anew: fold it anew too."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.start: Mapping[str, Any] | None = None
         self.rounds: dict[int, _Round] = {}
         self.reached = 0
         """Rounds that are over by what other events say."""
         self.checkpoint: tuple[int, float | None] | None = None
         self.end_wall_s: float | None = None
-        self.last_line: float | None = None
-        self.unreadable = 0
 
-    def add(self, line: bytes) -> None:
-        """Take one line in."""
-        event = _parse(line)
-        if event is None:
-            self.unreadable += 1
-            return
-        kind, round, time = event.get("event"), _whole(event.get("round")), _number(event.get("time"))
-        self.last_line = time or self.last_line
+    def _take(self, kind: str, event: Mapping[str, Any], round: int | None, time: float | None) -> None:
         if kind == "start":
             self.start = event
         elif kind == "round" and round is not None:
-            losses, sent = (tuple(map(_number, _list(event.get(key)))) for key in ("loss", "bytes_sent"))
-            wall_s = _number(event.get("wall_s"))
-            self.rounds[round] = _Round(losses, _number(event.get("consensus_distance")), sent, wall_s, time)
+            losses, sent = (tuple(map(fields.number, fields.items(event.get(key)))) for key in ("loss", "bytes_sent"))
+            wall_s = fields.number(event.get("wall_s"))
+            self.rounds[round] = _Round(losses, fields.number(event.get("consensus_distance")), sent, wall_s, time)
         elif kind in ("checkpoint", "resume", "join") and round is not None:
             self.reached = max(self.reached, round)
             if kind == "checkpoint":
@@ -138,7 +150,7 @@ class Rounds:
                 self.rounds = {r: then for r, then in self.rounds.items() if r < round}
                 self.reached = round
         elif kind == "end":
-            self.end_wall_s = _number(event.get("wall_s"))
+            self.end_wall_s = fields.number(event.get("wall_s"))
 
     @property
     def done(self) -> int:
@@ -164,10 +176,11 @@ class _Link:
     without: set[int] = field(default_factory=set)
 
 
-class Links:
+class Links(_Log):
     """What audit.jsonl, which is only ever added to, tells of a site and its neighbours."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.members: list[str] = []
         self.site: int | None = None
         self.links: dict[str, _Link] = {}
@@ -177,18 +190,9 @@ class Links:
         self.waiting: dict[str, int] = {}
         self.recent: deque[tuple[float, str]] = deque(maxlen=12)
         self.started: float | None = None
-        self.last_line: float | None = None
-        self.unreadable = 0
 
-    def add(self, line: bytes) -> None:
-        """Take one line in."""
-        event = _parse(line)
-        if event is None:
-            self.unreadable += 1
-            return
-        kind, name = _text(event.get("event")), _text(event.get("peer"))
-        time, round = _number(event.get("time")) or 0.0, _whole(event.get("round"))
-        self.last_line = time or self.last_line
+    def _take(self, kind: str, event: Mapping[str, Any], round: int | None, time: float | None) -> None:
+        name, time = fields.text(event.get("peer")), time or 0.0
         if kind == "started":
             self._started(event, time)
         elif kind in ("connected", "disconnected") and name:
@@ -198,7 +202,7 @@ class Links:
                 link.heard = time
                 self.waiting.pop(name, None)
         elif kind == "sent" and name:
-            self._link(name).bytes_sent += _whole(event.get("bytes")) or 0
+            self._link(name).bytes_sent += fields.whole(event.get("bytes")) or 0
             if round is not None and event.get("hop") != "state":
                 self.round = max(round, self.round or 0)
                 self.waiting = {other: then for other, then in self.waiting.items() if then >= round}
@@ -206,7 +210,7 @@ class Links:
             self._moved(self._link(name), kind, event, time, round)
             self.waiting.pop(name, None)
         elif kind == "left_out":
-            for other in filter(None, _text(event.get("peers")).split(", ")):
+            for other in filter(None, fields.text(event.get("peers")).split(", ")):
                 self._link(other).without.add(-1 if round is None else round)
                 self.waiting.pop(other, None)
         elif kind == "paused":
@@ -220,12 +224,12 @@ class Links:
             self.recent.append((time, _sentence(kind, event)))
 
     def _started(self, event: Mapping[str, Any], time: float) -> None:
-        self.members = [_text(name) for name in _list(event.get("members"))[:MAX_MEMBERS]]
-        self.site = _whole(event.get("site"))
+        self.members = [fields.text(name) for name in fields.items(event.get("members"))[:MAX_MEMBERS]]
+        self.site = fields.whole(event.get("site"))
         self.started, self.round = time, None
         self.waiting.clear()
-        connected = {self._name(_whole(index)) for index in _list(event.get("connected"))}
-        for name in filter(None, (self._name(_whole(index)) for index in _list(event.get("neighbors")))):
+        connected = {self._name(fields.whole(index)) for index in fields.items(event.get("connected"))}
+        for name in filter(None, (self._name(fields.whole(index)) for index in fields.items(event.get("neighbors")))):
             self._link(name)
         for name, link in self.links.items():
             if name not in connected:  # the process before had connections of its own
@@ -237,7 +241,7 @@ class Links:
             round = None
         if round is not None:
             link.round = max(round, link.round or 0)
-        size, seconds = _whole(event.get("bytes")), _number(event.get("seconds"))
+        size, seconds = fields.whole(event.get("bytes")), fields.number(event.get("seconds"))
         if kind == "arrived" and size is not None:
             link.bytes_received += size
             if seconds is not None:
@@ -261,7 +265,7 @@ def snapshot(rounds: Rounds, links: Links, now: float, alive: bool | None, finis
         finished: whether its summary is written.
     """
     start, last = rounds.start or {}, rounds.rounds.get(max(rounds.rounds, default=-1))
-    planned = _whole(start.get("rounds"))
+    planned = fields.whole(start.get("rounds"))
     done = max(rounds.done, links.round or 0)
     done = done if planned is None else min(done, planned)
     last_line = max((t for t in (rounds.last_line, links.last_line) if t is not None), default=None)
@@ -276,16 +280,18 @@ def snapshot(rounds: Rounds, links: Links, now: float, alive: bool | None, finis
     else:
         state = "running" if rounds.start is not None else "starting"
     peers = _neighbors(links, done, state) if is_site else _simulated(start, last)
-    config = _mapping(start.get("config"))
+    config = fields.mapping(start.get("config"))
     curves = _curves(rounds)
-    edges = tuple((a, b) for a, b in (_pair(edge) for edge in _list(start.get("edges"))) if 0 <= a < b < MAX_MEMBERS)
+    edges = tuple(
+        (a, b) for a, b in (fields.pair(edge) for edge in fields.items(start.get("edges"))) if 0 <= a < b < MAX_MEMBERS
+    )
     sent = [peer.bytes_sent for peer in peers if peer.bytes_sent is not None]
     return Snapshot(
         now=now,
         state=state,
         site=links._name(links.site),
         is_site=is_site,
-        method=_text(_mapping(config.get("algorithm")).get("name")),
+        method=fields.text(fields.mapping(config.get("algorithm")).get("name")),
         rounds_done=planned if finished and planned is not None else done,
         rounds_planned=planned,
         loss=None if last is None else mean(last.loss),
@@ -300,7 +306,7 @@ def snapshot(rounds: Rounds, links: Links, now: float, alive: bool | None, finis
         missing=tuple(peer.name for peer in peers if peer.status == "missing"),
         peers=peers,
         edges=edges,
-        hub=_whole(start.get("hub")),
+        hub=fields.whole(start.get("hub")),
         curve_rounds=curves[0],
         curve_loss=curves[1],
         curve_consensus=curves[2],
@@ -333,7 +339,7 @@ def _neighbors(links: Links, done: int, state: str) -> tuple[PeerState, ...]:
 
 
 def _simulated(start: Mapping[str, Any], last: _Round | None) -> tuple[PeerState, ...]:
-    planned = _whole(_mapping(_mapping(start.get("config")).get("run")).get("num_peers")) or 0
+    planned = fields.whole(fields.mapping(fields.mapping(start.get("config")).get("run")).get("num_peers")) or 0
     losses, sent = ((), ()) if last is None else (last.loss, last.bytes_sent)
     count = min(max(len(losses), len(sent), planned), MAX_MEMBERS) if start else 0
 
@@ -356,7 +362,7 @@ def _elapsed(rounds: Rounds, last: _Round | None, now: float, state: str) -> flo
     """Seconds the run's processes have worked, breaks between them left out."""
     if rounds.end_wall_s is not None:
         return rounds.end_wall_s
-    began = _number((rounds.start or {}).get("time"))
+    began = fields.number((rounds.start or {}).get("time"))
     known, since = (0.0, began) if last is None or last.wall_s is None else (last.wall_s, last.time)
     if since is None:
         return None
@@ -382,50 +388,5 @@ def _curves(rounds: Rounds) -> tuple[tuple[int, ...], tuple[float | None, ...], 
 def _sentence(kind: str, event: Mapping[str, Any]) -> str:
     """An event as one line of text; its lists, and what is said elsewhere, left out."""
     told = {key: value for key, value in event.items() if isinstance(value, str | int | float)}
-    words = [f"{key} {_text(value, 200)}" for key, value in told.items() if key not in ("event", "time", "site")]
+    words = [f"{key} {fields.text(value, 200)}" for key, value in told.items() if key not in ("event", "time", "site")]
     return ", ".join([kind.replace("_", " "), *words])
-
-
-def _parse(line: bytes) -> Mapping[str, Any] | None:
-    try:
-        event = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return event if isinstance(event, dict) else None
-
-
-def _text(value: object, limit: int = 80) -> str:
-    """A string as it may be shown in a terminal: cut, and without control characters."""
-    text = _UNPRINTABLE.sub("\ufffd", str(value)) if isinstance(value, str | int | float) else ""
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def _number(value: object) -> float | None:
-    """A finite number, or None."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:
-        return None
-
-
-def _whole(value: object) -> int | None:
-    """A number from 0 on, without its fraction, or None."""
-    number = _number(value)
-    return int(number) if number is not None and number >= 0 else None
-
-
-def _pair(value: object) -> tuple[int, int]:
-    ends = [_whole(end) for end in _list(value)]
-    if len(ends) != 2 or ends[0] is None or ends[1] is None:
-        return -1, -1
-    return min(ends[0], ends[1]), max(ends[0], ends[1])
-
-
-def _list(value: object) -> Sequence[Any]:
-    return value if isinstance(value, list) else ()
-
-
-def _mapping(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}

@@ -1,0 +1,56 @@
+"""Reading lines that anybody may have written: what has another type than expected becomes nothing, never an error."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def parse_line(line: bytes) -> Mapping[str, Any] | None:
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return event if isinstance(event, dict) else None
+
+
+def text(value: object, limit: int = 80) -> str:
+    """A string as it may be shown in a terminal: cut, and without control characters."""
+    shown = _UNPRINTABLE.sub("\ufffd", str(value)) if isinstance(value, str | int | float) else ""
+    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+
+
+def number(value: object) -> float | None:
+    """A finite number, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def whole(value: object) -> int | None:
+    """A number from 0 on, without its fraction, or None."""
+    found = number(value)
+    return int(found) if found is not None and found >= 0 else None
+
+
+def pair(value: object) -> tuple[int, int]:
+    ends = [whole(end) for end in items(value)]
+    if len(ends) != 2 or ends[0] is None or ends[1] is None:
+        return -1, -1
+    return min(ends[0], ends[1]), max(ends[0], ends[1])
+
+
+def items(value: object) -> Sequence[Any]:
+    return value if isinstance(value, list) else ()
+
+
+def mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
