@@ -36,14 +36,13 @@ from peertune.prepare import (
     prepare_tokenizer,
     resolve_device,
 )
-from peertune.run import foreseen_bytes
 from peertune.run_folder import RunFolder, nearest_existing
 from peertune.runtimes import edges
 from peertune.runtimes.edge import CHUNK_SIZE
 from peertune.runtimes.node import Node
 from peertune.runtimes.probe import Measured
 from peertune.runtimes.survey import Survey
-from peertune.workload import Workload, needed_bytes, rehearse
+from peertune.workload import Workload, foreseen_bytes, needed_bytes, rehearse
 
 Mark = Literal["ok", "warning", "problem"]
 SOON_DAYS = 7

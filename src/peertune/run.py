@@ -17,10 +17,10 @@ from typing import Any, Protocol
 
 import torch
 
-from peertune.algorithms import ALGORITHMS, Algorithm
+from peertune.algorithms import ALGORITHMS
 from peertune.assemble import make_batches, make_pool, make_topology
 from peertune.average import Average
-from peertune.checkpoint import GENERATIONS, CheckpointStore, newest_common
+from peertune.checkpoint import CheckpointStore, newest_common
 from peertune.config import LinkSection, RunConfig
 from peertune.errors import CheckpointError, DivergedError, Left, ModelError, PeerLostError, StorageError
 from peertune.evaluation import Measured, measure
@@ -29,7 +29,7 @@ from peertune.model.adapters import core_of
 from peertune.model.blocks import block_table, is_tied
 from peertune.model.language_model import LanguageModel
 from peertune.model.load import clone_model, load_full_model
-from peertune.model.quantization import num_weights, refuse_quantized
+from peertune.model.quantization import refuse_quantized
 from peertune.peer import Peer
 from peertune.prepare import (
     Prepared,
@@ -47,6 +47,7 @@ from peertune.robust import check_rule, ends_in_agreement
 from peertune.run_folder import RunFolder, save_trained
 from peertune.runtimes import Group, Member, agree, play_round
 from peertune.runtimes.simulation import SimulatedGroup
+from peertune.workload import foreseen_bytes
 
 RETRY_S = 5.0
 """Seconds between attempts to write what came out of a run."""
@@ -458,18 +459,6 @@ class Run:
 
     def _simulated_s(self) -> float | None:
         return None if self.group.clock is None else self.group.clock.simulated_s
-
-
-def foreseen_bytes(method: Algorithm, num_members: int) -> int:
-    """Disk the checkpoints and the exported model will need: generations kept, one being written, the model.
-
-    Args:
-        num_members: whose checkpoints lie in one folder.
-    """
-    sizes: dict[str, int] = {name: num_weights(p) for name, p in method.peer.model.module.named_parameters()}
-    trained = sum(sizes[n] for block in method.peer.blocks for n in block.parameters)
-    largest = max(sum(sizes[n] for n in block.parameters) for block in method.blocks)
-    return (GENERATIONS + 1) * num_members * (4 * trained + 8 * largest) + 4 * sum(sizes.values())
 
 
 def _require_finite(what: str, value: float) -> None:

@@ -1,4 +1,4 @@
-"""What a run will ask of a machine, worked out before it begins: memory, and a round's time and traffic."""
+"""What a run will ask of a machine, worked out before it begins: disk, memory, and a round's time and traffic."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from torch import nn
 
 from peertune.algorithms import Algorithm
 from peertune.algorithms.local_steps import LocalSteps
+from peertune.checkpoint import GENERATIONS
 from peertune.config import RunConfig
 from peertune.exchange import Inbox
+from peertune.model.quantization import num_weights
 from peertune.wire import payload_size
 
 SHORT = {"local_steps": 1, "local_epochs": 0, "gossip_every": 1, "inner_steps": 1}
@@ -65,6 +67,18 @@ def needed_bytes(algorithm: Algorithm, num_neighbors: int) -> tuple[int, int]:
 
     weights += block_bytes(lambda p: p.numel() * (p.element_size() + 8))
     return weights, (num_neighbors + 2) * block_bytes(lambda p: 4 * p.numel())
+
+
+def foreseen_bytes(algorithm: Algorithm, num_members: int) -> int:
+    """Disk the checkpoints and the exported model will need: generations kept, one being written, the model.
+
+    Args:
+        num_members: whose checkpoints lie in one folder.
+    """
+    sizes: dict[str, int] = {name: num_weights(p) for name, p in algorithm.peer.model.module.named_parameters()}
+    trained = sum(sizes[n] for block in algorithm.peer.blocks for n in block.parameters)
+    largest = max(sum(sizes[n] for n in block.parameters) for block in algorithm.blocks)
+    return (GENERATIONS + 1) * num_members * (4 * trained + 8 * largest) + 4 * sum(sizes.values())
 
 
 def rehearse(algorithm: Algorithm, config: RunConfig) -> Workload:

@@ -176,9 +176,10 @@ def agree(round: int, members: Sequence[Member], may_lose: bool = False) -> tupl
     algorithm = members[0].algorithm
     hops, absent, plan = algorithm.agreement(), list[int](), dict[str, torch.Tensor]()
     if may_lose and hops:
-        lost = roll_call(round, members)
-        pairs = [pair for pair, is_lost in zip(edges(algorithm), lost.tolist(), strict=True) if not is_lost]
+        known = edges(algorithm)
+        lost = roll_call(round, members, known)
         if lost.any():
+            pairs = [pair for pair, is_lost in zip(known, lost.tolist(), strict=True) if not is_lost]
             hops, plan = algorithm.agreement(pairs), {PLAN: lost}
             absent = algorithm.topology.cut_off_from(members[0].index, pairs)
     for block in members[0].algorithm.blocks:
@@ -208,22 +209,23 @@ def agree(round: int, members: Sequence[Member], may_lose: bool = False) -> tupl
     return len(hops), absent
 
 
-def roll_call(round: int, members: Sequence[Member]) -> Tensor:
+def roll_call(round: int, members: Sequence[Member], pairs: Sequence[tuple[int, int]]) -> Tensor:
     """Who still hears whom, the same for all who do: everybody floods what he knows over the graph.
 
     Word goes round any graph of N peers in N - 1 waves, so what is lost in the first half of these 2 (N - 1) is known
     to all in the end. What is lost later may be known to some only; their messages then say that they agree on another
     plan, and each keeps its own model.
 
+    Args:
+        pairs: the run's `edges`.
     Returns:
-        By pair of `edges`, 1 where no message comes any more; float32.
+        By pair, 1 where no message comes any more; float32.
     """
-    algorithm = members[0].algorithm
-    pairs = edges(algorithm)
-    own = {(peer, peer): 1.0 for peer in range(algorithm.topology.num_peers)}
+    num_peers = members[0].algorithm.topology.num_peers
+    own = {(peer, peer): 1.0 for peer in range(num_peers)}
     wave = Hop(ROLL, own | {way: 1.0 for i, j in pairs for way in ((i, j), (j, i))})
     lost = {member.index: torch.zeros(len(pairs)) for member in members}
-    for _ in range(2 * (algorithm.topology.num_peers - 1)):
+    for _ in range(2 * (num_peers - 1)):
         for member, inbox in _carry(round, wave, members, lambda member, hop: {"lost": lost[member.index].clone()}):
             known = lost[member.index]
             for payload in inbox.payloads.values():
