@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import datetime
 import gc
+import hashlib
 import importlib.metadata
 import json
 import math
 import os
 import platform
 import re
+import shutil
 import socket
 import statistics
 import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -54,6 +57,30 @@ def finish(name: str, figures: dict[str, Any], results: Path = RESULTS) -> None:
     results.mkdir(parents=True, exist_ok=True)
     (results / f"{name}.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     print(json.dumps(figures, allow_nan=False), flush=True)
+
+
+def kept_run(runs: Path, name: str, recipe: Path | None, settings: list[str]) -> Path:
+    """The folder of one finished run of `peertune run`, on one thread; run now unless `runs` holds it already.
+
+    Args:
+        runs: the folder of all runs; a run's own is named after `name` and a hash of its settings.
+        recipe: the recipe file; none means the packaged defaults.
+        settings: `key=value` texts that override its keys.
+    Raises:
+        subprocess.CalledProcessError: the run failed; what it said stands above on the error stream.
+    """
+    digest = hashlib.sha256(json.dumps([recipe and recipe.read_text(), settings]).encode()).hexdigest()[:8]
+    out = runs / f"{name}-{digest}"
+    if not (out / "summary.json").exists():
+        shutil.rmtree(out, ignore_errors=True)  # cut off
+        runs.mkdir(parents=True, exist_ok=True)
+        if recipe is None:
+            recipe = runs / "empty.toml"
+            recipe.write_text("")
+        command = [sys.executable, "-m", "peertune", "run", str(recipe), "--out", str(out)]
+        command += [part for setting in settings for part in ("--set", setting)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return out
 
 
 def free_port() -> int:

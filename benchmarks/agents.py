@@ -4,7 +4,7 @@ Eight peers, each with the conversations of one category of functions. "fedavg" 
 "local" gives each peer the same steps, rate and adapter, alone. Loss on the tokens of the calls, and the share of
 held-out rows where the right function is the likeliest of those offered; whole generated calls for a few.
 
-    python benchmarks/agents.py [--seeds 0 1] [--workers 2] [--set key=value ...]
+    python benchmarks/agents.py [--seeds 0 1] --runs FOLDER [--workers 2] [--set key=value ...]
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from _harness import RESULTS, finish
+from _harness import RESULTS, finish, kept_run
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("PEERTUNE_TEST_DATA") or ROOT.parent / "shared")
@@ -39,6 +37,7 @@ def main() -> None:
     parser.add_argument("--generate", type=int, default=16, help="of them, answered by generation")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--set", action="append", default=[], help="override a key for all")
+    parser.add_argument("--runs", type=Path, required=True, help="folder of the runs; finished ones are not run again")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON file")
     options = parser.parse_args()
     jobs = [(name, seed) for seed in options.seeds for name in CONTESTANTS]
@@ -85,12 +84,8 @@ def run_one(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
         *CONTESTANTS[name],
         *options.set,
     ]
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out"
-        command = [sys.executable, "-m", "peertune", "run", str(ROOT / "recipes" / "fedavg_agents.toml")]
-        command += ["--out", str(out), *(part for setting in settings for part in ("--set", setting))]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        summary = json.loads((out / "summary.json").read_text())
+    out = kept_run(options.runs, f"{name}-{seed}", ROOT / "recipes" / "fedavg_agents.toml", settings)
+    summary = json.loads((out / "summary.json").read_text())
     print(name, seed, f"{summary['wall_s']:.0f} s", file=sys.stderr, flush=True)
     metrics: dict[str, Any] = summary["metrics"]
     return metrics

@@ -4,7 +4,7 @@ Four peers, 600 local steps, the shape of the packaged tiny model (1.4 M paramet
 tinystories dealt at random, eight sequences of 128 tokens a step and peer. "every_step" is AdamW with the weights
 averaged over a server after each step, an all-reduce's traffic; "pooled" is one model on the union of the four batches.
 
-    python benchmarks/pretraining.py [--seeds 0 1] [--workers 2] [--set key=value ...]
+    python benchmarks/pretraining.py [--seeds 0 1] --runs FOLDER [--workers 2] [--set key=value ...]
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from _harness import finish
+from _harness import finish, kept_run
 
 SHARED = Path(os.environ.get("PEERTUNE_TEST_DATA") or Path(__file__).parents[2] / "shared")
 STEPS, H = 600, 50
@@ -42,11 +40,12 @@ def main() -> None:
     parser.add_argument("--contestants", nargs="+", default=list(CONTESTANTS), choices=list(CONTESTANTS))
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--set", action="append", default=[], help="override a key for all")
+    parser.add_argument("--runs", type=Path, required=True, help="folder of the runs; finished ones are not run again")
     parser.add_argument("--results", type=Path, default=None, help="folder of the JSON file")
     options = parser.parse_args()
     jobs = [(name, seed) for seed in options.seeds for name in options.contestants]
     with ThreadPoolExecutor(options.workers) as pool:
-        found = list(pool.map(lambda job: run_one(*job, options.set), jobs))
+        found = list(pool.map(lambda job: run_one(*job, options.runs, options.set), jobs))
     figures: dict[str, Any] = {
         "steps": STEPS,
         "local_steps": H,
@@ -68,7 +67,7 @@ def main() -> None:
     finish("pretraining", figures, **({"results": options.results} if options.results else {}))
 
 
-def run_one(name: str, seed: int, extra: list[str]) -> dict[str, float]:
+def run_one(name: str, seed: int, runs: Path, extra: list[str]) -> dict[str, float]:
     """Held-out loss of the common model and mean bytes a peer sent in its rounds (agreement left out)."""
     files = {
         key: [str(SHARED / "data" / f"{corpus}{end}.jsonl.gz") for corpus in ("wikitext2", "tinystories")]
@@ -91,14 +90,9 @@ def run_one(name: str, seed: int, extra: list[str]) -> dict[str, float]:
         *CONTESTANTS[name],
         *extra,
     ]
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out"
-        (Path(folder) / "recipe.toml").write_text("")
-        command = [sys.executable, "-m", "peertune", "run", str(Path(folder) / "recipe.toml"), "--out", str(out)]
-        command += [part for setting in settings for part in ("--set", setting)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        summary = json.loads((out / "summary.json").read_text())
-        rounds = [e for e in map(json.loads, (out / "events.jsonl").read_text().splitlines()) if e["event"] == "round"]
+    out = kept_run(runs, f"{name}-{seed}", None, settings)
+    summary = json.loads((out / "summary.json").read_text())
+    rounds = [e for e in map(json.loads, (out / "events.jsonl").read_text().splitlines()) if e["event"] == "round"]
     sent = statistics.mean(rounds[-1]["bytes_sent"])
     result = {"loss": summary["metrics"]["average_model"]["loss"], "bytes": sent}
     print(name, seed, extra, result, summary["wall_s"], file=sys.stderr, flush=True)
