@@ -20,6 +20,7 @@ from peertune.model.adapters import adapter_names, add_adapter, merge_adapter
 from peertune.model.blocks import partition_blocks
 from peertune.model.language_model import LanguageModel
 from peertune.model.load import clone_model, load_model
+from peertune.model.lora import take_over
 from peertune.prepare import prepare_data, prepare_model
 from peertune.run import run
 from peertune.seeds import derive_seed
@@ -100,6 +101,52 @@ def test_merging_gives_the_adapted_models_output() -> None:
     torch.testing.assert_close(merged(input_ids=batch().input_ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
+def loss_and_gradients(module: Any, dtype: torch.dtype) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    out = module(input_ids=batch().input_ids, labels=batch().input_ids)
+    out.loss.backward()
+    return out.loss.detach().to(dtype), {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize("name", ["llama", "qwen2"])  # without and with biases
+def test_taking_over_a_lora_layer_changes_nothing_but_rounding(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    theirs = add_adapter(frozen(name).to(dtype), AlgorithmConfig(adapter="lora", rank=4, lora_alpha=12.0), 0)
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    frozen_factor = next(p for n, p in theirs.named_parameters() if "lora_A" in n)
+    frozen_factor.requires_grad_(False)
+    ours = copy.deepcopy(theirs)
+    take_over(ours)
+    loss, gradients = loss_and_gradients(ours, torch.float32)
+    expected, theirs_gradients = loss_and_gradients(theirs, torch.float32)
+    assert gradients.keys() == theirs_gradients.keys()
+    assert loss == pytest.approx(expected.item(), rel=tolerance)
+    for n, gradient in gradients.items():
+        assert gradient.dtype == torch.float32
+        assert (gradient - theirs_gradients[n]).norm() <= tolerance * theirs_gradients[n].norm() + 1e-9, n
+
+
+@pytest.mark.parametrize("change", ["dropout", "disabled", "merged"])
+def test_a_lora_layer_that_is_not_plain_is_left_to_peft(change: str) -> None:
+    settings = AlgorithmConfig(adapter="lora", rank=2, lora_dropout=0.5 if change == "dropout" else 0.0)
+    module: Any = add_adapter(frozen("llama"), settings, 0)
+    for n, p in module.named_parameters():
+        if "lora_B" in n:
+            torch.nn.init.normal_(p)
+    if change == "disabled":
+        module.base_model.disable_adapter_layers()
+    if change == "merged":
+        module.merge_adapter()
+    ours = copy.deepcopy(module)
+    take_over(ours)
+    outputs = []
+    for model in (module, ours):
+        torch.manual_seed(0)
+        outputs.append(model(input_ids=batch().input_ids).logits)
+    assert torch.equal(*outputs)
+
+
 def test_a_layer_that_is_not_there_is_named() -> None:
     with pytest.raises(ConfigError, match=r"algorithm.target_modules: got \['nowhere'\]"):
         add_adapter(frozen("llama"), AlgorithmConfig(adapter="lora", target_modules=["nowhere"]), 0)
@@ -115,7 +162,7 @@ def test_label_scores_go_through_the_adapter(kind: Any, tmp_path: Path, micro_mo
     module = prepare_model(config, torch.device("cpu"), None)
     for parameter in module.parameters():
         if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.3)
+            torch.nn.init.normal_(parameter, std=0.1)
     model = LanguageModel(module, config.model)
     model.module.eval()
     samples = sorted(data.test.samples, key=lambda s: s.prompt_length)

@@ -14,6 +14,7 @@ from peertune.errors import ModelError
 from peertune.model.adapters import core_of
 from peertune.model.blocks import Block, find_layers
 from peertune.model.layers import LayerStack, has_dropout
+from peertune.model.lora import take_over
 from peertune.model.loss import chunked_cross_entropy
 
 
@@ -31,6 +32,7 @@ class LanguageModel:
             has_plain_head: what another instance of the same model found; None: find out.
         """
         self.module: Any = module
+        take_over(module)
         self.core = core_of(module)
         """The transformers model itself."""
         self.num_virtual = self._num_virtual()
