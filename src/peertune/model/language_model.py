@@ -66,6 +66,10 @@ class LanguageModel:
         self.stack.begin_turn(block.first_layer)
         return {name: p for name, p in self.module.named_parameters() if name in wanted}
 
+    def forget(self) -> None:
+        """Weights were replaced from outside: drop what was computed with the old ones."""
+        self.stack.forget()
+
     def loss_sum(self, batch: Batch, *, remember: bool = False) -> tuple[Tensor, int]:
         """Summed cross entropy of a batch's target tokens, and their number.
 
