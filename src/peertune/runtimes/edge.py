@@ -190,6 +190,8 @@ class Edge:
         parts = [_view(payload[name].detach().cpu().contiguous().view(-1)) for name in sorted(payload)]
         message = Outgoing(parts, payload_size(payload), _hash(header(payload)))
         self.outbox[key] = message
+        if key in self.peer_missed:
+            self._listener.was_missed(key)
         droppable = [old for old in self.outbox if old != key and (self.peer_is_away or old in self.delivered)]
         while droppable and sum(kept.size for kept in self.outbox.values()) > KEPT_BYTES:
             self._drop(droppable.pop(0))
@@ -296,7 +298,7 @@ class Edge:
                 # A new process makes its messages anew: no part of an old one is put together with those.
                 for incoming in self.inbox.values():
                     incoming.offset = 0
-                self.peer_round, self.peer_is_finished, self.peer_missed = 0, False, set()
+                self.peer_round, self.peer_is_finished = 0, False
                 self.no_state()
             self.peer_boot, self.peer_has_left = fields[0], False
         elif kind is Kind.GOT:
@@ -312,6 +314,7 @@ class Edge:
         elif kind is Kind.SAVED:
             for key in [key for key in self.outbox if key[0] < fields[0]]:
                 self._drop(key)
+            self.peer_missed = {key for key in self.peer_missed if key[0] >= fields[0]}
         elif kind is Kind.BEAT:
             try:
                 self._listener.told(struct.unpack(f"<{len(rest) // 4}f", rest))
@@ -364,7 +367,8 @@ class Edge:
         if len(self.peer_missed) >= MAX_OFFERS:
             raise ProtocolError(f"went on without more than {MAX_OFFERS} messages")
         self.peer_missed.add(key)
-        self._listener.was_missed(key)
+        if key in self.outbox:
+            self._listener.was_missed(key)
         self.late.pop(key, None)
         if key in self.inbox and key <= self.closed:
             self.give_up(key)
