@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from peertune.model.language_model import LanguageModel
 from peertune.model.load import clone_model, load_model
 from peertune.model.lora import take_over
 from peertune.prepare import prepare_data, prepare_model
+from peertune.report.text import number
 from peertune.run import run
 from peertune.seeds import derive_seed
 from tests.recipes import recipe
@@ -268,6 +270,10 @@ def test_personal_parts_stay_and_are_reported(tmp_path: Path, micro_model: Path)
     metrics = summary["metrics"]
     assert len(metrics["personal"]) == 4
     assert len({m["loss"] for m in metrics["personal"]}) == 4, "each has a head of its own"
+    page = (tmp_path / "out" / "report.html").read_text()
+    losses = [m["loss"] for m in metrics["personal"]]
+    for label, value in (("lowest", min(losses)), ("highest", max(losses))):
+        assert re.search(rf"{label} personal model</td>.*?<td>{number(value)}</td>", page)
     trained = json.loads((tmp_path / "out" / "events.jsonl").read_text().splitlines()[0])["model"]["trained"]
     head = 261 * 12
     assert summary["bytes_sent_per_peer"][0] <= 6 * 4 * (trained - head)
