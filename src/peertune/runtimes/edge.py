@@ -170,7 +170,7 @@ class Edge:
         self.delivered: set[Key] = set()
         """Messages of the outbox that the neighbour has."""
         self.late: dict[Key, Payload] = {}
-        """By key of a message that this site went on without and still wants, its own of the same key."""
+        """By key of a message that this site went on without and still wants, its own of the same key; on the host."""
         self.missed: list[Key] = []
         """Keys that the neighbour is told of as missed, at each new stream; ascending."""
         self.peer_missed: set[Key] = set()
@@ -225,7 +225,7 @@ class Edge:
         self.give_up(key)
         self.missed = [*self.missed, key][-MAX_MISSED:]
         if key not in self.peer_missed:
-            self.late[key] = incoming.like
+            self.late[key] = {name: tensor.detach().cpu() for name, tensor in incoming.like.items()}
             while sum(map(payload_size, self.late.values())) > KEPT_BYTES:
                 del self.late[min(self.late)]
         return [_pack(Kind.MISSED, *key)]

@@ -106,13 +106,14 @@ class NetworkGroup:
             while not neighbor.late.empty():
                 (round, number), theirs, mine = neighbor.late.get()
                 weight = algorithm.hops(round)[number].weights[index, self.node.index]
-                change = {name: (theirs[name].to(mine[name].device) - mine[name]).mul_(weight) for name in mine}
+                change = {name: (theirs[name] - mine[name]).mul_(weight) for name in mine}
                 total = self._exchange.late_weight[index] + weight
                 used = change.keys() <= set(algorithm.shared_names()) and total <= 1.0
                 if used:
                     self._exchange.late_weight[index] = total
                     for name, value in change.items():
-                        algorithm.set_shared(name, algorithm.shared(name).add_(value))
+                        held = algorithm.shared(name)
+                        algorithm.set_shared(name, held.add_(value.to(held.device)))
                     algorithm.peer.model.forget()
                 amount = torch.linalg.vector_norm(torch.stack([value.norm() for value in change.values()])).item()
                 self.node.log("late", peer=neighbor.name, round=round, used=used, amount=amount)
