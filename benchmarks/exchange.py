@@ -2,15 +2,15 @@
 
     python benchmarks/exchange.py [--megabytes 256] [--repeats 5]
 
-Two processes on loopback. `raw` is asyncio TCP into a tensor that is there already, without encryption or checks; ours
-is what a run uses: gRPC, mutual TLS, hashed chunks, shapes checked, NaN refused. They take turns. Then one process
-trains (matrix products on one thread) with and without a block arriving every `--every` seconds.
+Two processes on loopback. `raw` is asyncio TCP into a tensor that is there already, without encryption or checks; `tls`
+the same with mutual TLS 1.3; `grpc_tls` a bare gRPC stream with mutual TLS, of chunks as large as ours; ours is what a
+run uses: that stream, hashed chunks, shapes checked, NaN refused. They take turns. Then one process trains (matrix
+products on one thread) with and without a block arriving every `--every` seconds.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import multiprocessing
 import statistics
 import tempfile
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _bare import grpc_ends, stream_ends
 from _harness import RESULTS, finish, free_port
 
 import peertune
@@ -47,9 +48,14 @@ def main() -> None:
     options = parser.parse_args()
     size = options.megabytes * 1_000_000 // 4 * 4
     with tempfile.TemporaryDirectory() as folder:
-        times: dict[str, list[float]] = {"raw": [], "peertune": []}
+        homes = Path(folder) / "bare-0", Path(folder) / "bare-1"
+        for home in homes:
+            make_identity(home)
+        bare = {"raw": stream_ends(), "tls": stream_ends(homes), "grpc_tls": grpc_ends(homes)}
+        times: dict[str, list[float]] = {name: [] for name in [*bare, "peertune"]}
         for _ in range(options.repeats):
-            times["raw"].append(pair(raw_sender, raw_receiver, size))
+            for name, both in bare.items():
+                times[name].append(pair(*both, size))
             times["peertune"].append(pair(*ends(Path(folder)), size)["seconds"])
         extra = pair(*ends(Path(folder)), size)["extra_bytes"]
         training = pair(*ends(Path(folder), options.every), size)
@@ -60,6 +66,8 @@ def main() -> None:
             "bytes": size,
             "repeats": options.repeats,
             "mb_per_s": {name: size / 1e6 / found for name, found in seconds.items()},
+            "bare_tls_over_raw": seconds["raw"] / seconds["tls"],
+            "bare_grpc_tls_over_raw": seconds["raw"] / seconds["grpc_tls"],
             "peertune_over_raw": seconds["raw"] / seconds["peertune"],
             "receiver_extra_bytes_beyond_the_block": extra,
             "training": training,
@@ -85,44 +93,6 @@ def pair(send: Callable[..., Any], receive: Callable[..., Any], size: int) -> An
 
 def _report(receive: Callable[..., Any], result: Connection, *arguments: Any) -> None:
     result.send(receive(*arguments))
-
-
-def raw_sender(ready: Connection, port: int, size: int) -> None:
-    data = memoryview(torch.ones(size // 4).numpy()).cast("B")
-
-    async def serve() -> None:
-        done = asyncio.Event()
-
-        async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            for start in range(0, size, 1 << 20):
-                writer.write(data[start : start + (1 << 20)])
-                await writer.drain()
-            writer.close()
-            done.set()
-
-        async with await asyncio.start_server(handle, "127.0.0.1", port):
-            ready.send(None)
-            await done.wait()
-
-    asyncio.run(serve())
-
-
-def raw_receiver(ready: Connection, port: int, size: int) -> float:
-    buffer = torch.zeros(size // 4)
-    view = memoryview(buffer.numpy()).cast("B")
-    ready.recv()
-
-    async def fetch() -> float:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
-        start, offset = time.perf_counter(), 0
-        while offset < size:
-            data = await reader.read(1 << 20)
-            view[offset : offset + len(data)] = data
-            offset += len(data)
-        writer.close()
-        return time.perf_counter() - start
-
-    return asyncio.run(fetch())
 
 
 def ends(folder: Path, every: float = 0.0) -> tuple[Callable[..., None], Callable[..., dict[str, float]]]:

@@ -250,8 +250,9 @@ def test_an_exchange_is_measured_at_toy_size(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(sys, "argv", ["exchange.py", *arguments])
     exchange.main()
     figures = json.loads((tmp_path / "exchange.json").read_text())["figures"]
-    assert figures["bytes"] == 2_000_000 and figures["mb_per_s"].keys() == {"raw", "peertune"}
-    assert figures["peertune_over_raw"] > 0 and figures["training"]["steps_per_s_alone"] > 0
+    assert figures["bytes"] == 2_000_000 and figures["mb_per_s"].keys() == {"raw", "tls", "grpc_tls", "peertune"}
+    assert all(figures[f"{name}_over_raw"] > 0 for name in ("bare_tls", "bare_grpc_tls", "peertune"))
+    assert figures["training"]["steps_per_s_alone"] > 0
 
 
 def test_robust_means_are_measured_at_toy_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from peertune.charter import Charter, difference
 from peertune.errors import CharterError, IdentityError
 from peertune.exchange import Payload
 from peertune.identity import Identity, certificate_id
+from peertune.memory import keep_freed
 from peertune.runtimes.edge import MAX_FRAME, MAX_OFFERS, STATE, Edge, Key, Listener, ProtocolError
 from peertune.runtimes.presence import Presence
 from peertune.runtimes.probe import PROBE, Probe
@@ -80,7 +81,7 @@ class Neighbor(Listener):
         self.presence.told(ages, time.monotonic())
 
     def say(self, frames: Iterable[bytes]) -> None:
-        if self._talk is not None:
+        if self._talk is not None and frames != []:  # a chunk is answered by nothing, and there are many
             self._queue.put_nowait(frames)
 
     def try_to_say(self, frames: Callable[[], Iterable[bytes]]) -> None:
@@ -236,6 +237,7 @@ class Node:
         """
         others = sorted({i + j - self.index for i, j in edges if self.index in (i, j)})
         self.neighbors = {i: Neighbor(i, self.charter, self.presence, self.log) for i in others}
+        keep_freed()
         self._thread.start()
         self.call(self._start())
 
