@@ -24,7 +24,7 @@ from peertune.checkpoint import CheckpointStore, newest_common
 from peertune.config import LinkSection, RunConfig
 from peertune.errors import CheckpointError, DivergedError, Left, ModelError, PeerLostError, StorageError
 from peertune.evaluation import Measured, measure
-from peertune.memory import reset_peak
+from peertune.memory import keep_freed, reset_peak
 from peertune.model.adapters import core_of
 from peertune.model.blocks import block_table, is_tied
 from peertune.model.language_model import LanguageModel
@@ -124,6 +124,7 @@ def run(
         # Else the attention's backward pass adds in an order of its own, and no two runs are bitwise equal.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
+    keep_freed()
     reset_peak(placed)
     data = prepare_data(config, base, None if site is None else site.index)
     module = prepare_model(config, placed, base)
