@@ -1,7 +1,11 @@
 """Peers of two ranks each, FSDP2 over Gloo: the simulation's weights up to rounding, resumption, what is refused."""
 
+import copy
 import json
 import math
+import multiprocessing
+import os
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -13,18 +17,24 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 from peertune.algorithms import METHODS
-from peertune.config import RunConfig, from_dict
+from peertune.config import ModelSection, RunConfig, from_dict
 from peertune.consortium import new_charter
 from peertune.data.batches import Batch
 from peertune.errors import CharterError, CheckpointError, ConfigError
 from peertune.export import export
 from peertune.launch import check_ranks
-from peertune.model.sharding import check_shardable
+from peertune.model.blocks import Block
+from peertune.model.language_model import LanguageModel
+from peertune.model.load import clone_model
+from peertune.model.sharding import ShardedModel, check_shardable
+from peertune.optim import gradient_norm
 from peertune.run import run
+from peertune.runtimes.distributed import process_group
 from tests.recipes import recipe, tree
-from tests.shapes import make_model
+from tests.shapes import ARCHITECTURES, VOCABULARY, make_model
 from tests.test_distributed import STAR, play_all, same_model
 
 STEPS = {"rounds": 3, "local_steps": 2, "eps": 1e-3, "max_grad_norm": 0.5}
@@ -55,6 +65,7 @@ CASES = {
     ),
     # Of one row, so that the second rank holds none of factor A.
     "dec_lora": Case({"algorithm": {"name": "dec_lora", "rank": 1, **STEPS}}),
+    "local": Case({"algorithm": {"name": "local", **BLOCKWISE}}),
     "dec_adapter": Case({"algorithm": {"name": "dec_adapter", **STEPS}}),
 }
 
@@ -107,6 +118,56 @@ def test_peers_of_two_ranks_end_with_the_simulations_weights(name: str, tmp_path
         export(folder, folder / "of the last checkpoint")
     exported = (folder / "of the last checkpoint" for folder in (simulated, ranks))
     assert apart(*exported, micro_model) < case.tolerance
+
+
+def compare_gradients(rank: int, port: int, found: Any) -> None:
+    """One of two ranks: a sharded model of each architecture beside the whole one; reports what differs, by name."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ids = torch.randint(5, VOCABULARY, (5, 8), generator=torch.Generator().manual_seed(1))
+    batch = Batch(ids, torch.ones_like(ids), ids > 20, tuple(range(5)))
+    with process_group("cpu"):
+        mesh = init_device_mesh("cpu", (2,))
+        for name, tied in [(name, False) for name in ARCHITECTURES] + [("gpt2", True), ("llama", True)]:
+            module = make_model(name, tied).requires_grad_(False)
+            own = [n for n, _ in module.named_parameters() if ".2." in n]
+            whole = LanguageModel(copy.deepcopy(module), ModelSection())
+            model = ShardedModel(clone_model(module, set(own)), ModelSection(), mesh, own)
+            other = ShardedModel(module, ModelSection(), mesh, own, has_plain_head=True, like=model)
+            rows, expected = (each.activate(Block(0, "", tuple(own), 2)) for each in (model, whole))
+            wrong = {"loss": float((model.backward(batch, 2) - whole.backward(batch, 2)).abs())}
+            wrong["evaluation"] = float((other.loss_sum(batch)[0] - whole.loss_sum(batch)[0]).detach().abs())
+            wrong["norm"] = float((gradient_norm(rows.values()) - gradient_norm(expected.values())).abs())
+            for n in own:
+                grad = expected[n].grad
+                assert grad is not None
+                start = -(-len(grad) // 2) * rank
+                wrong[n] = float((rows[n].grad - grad[start : start + len(rows[n])]).abs().max())
+            held = sum(p.numel() for p in model.parameters().values())
+            wrong["share held"] = held / sum(p.numel() for p in whole.parameters().values())
+            # Of an odd number of rows FSDP2 pads one rank's, in a copy.
+            frozen = [n for n, p in whole.parameters().items() if n not in own and len(p) % 2 == 0]
+            ours, theirs = model.parameters(), other.parameters()
+            wrong["frozen, held twice"] = sum(ours[n].data_ptr() != theirs[n].data_ptr() for n in frozen)
+            found.put((name, tied, wrong))
+
+
+def test_a_sharded_models_gradient_is_the_whole_ones() -> None:
+    fork = multiprocessing.get_context("fork")
+    found = fork.Queue()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [fork.Process(target=compare_gradients, args=(rank, port, found)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    reports = [found.get(timeout=120) for _ in range(2 * (len(ARCHITECTURES) + 2))]
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    for name, tied, wrong in reports:
+        assert wrong.pop("share held") < (0.65 if tied else 0.55), name
+        assert wrong.pop("frozen, held twice") == 0, name
+        assert max(wrong.values()) < 1e-4, (name, wrong)
 
 
 def test_a_lost_rank_ends_the_group_and_resume_goes_on(tmp_path: Path, micro_model: Path) -> None:

@@ -78,9 +78,7 @@ def combined_fields(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     sums = {key: sum(part[key] for part in parts) for key in SUMMED if key in parts[0]}
     if "bytes_by_target" in parts[0]:
         ways = zip(*(part["bytes_by_target"] for part in parts), strict=True)
-        sums["bytes_by_target"] = [
-            (way[0][0], *(sum(sizes) for sizes in list(zip(*way, strict=True))[1:])) for way in ways
-        ]
+        sums["bytes_by_target"] = [(way[0][0], sum(p for _, p, _ in way), sum(h for _, _, h in way)) for way in ways]
         sums["peak_memory_bytes"] = max(part["peak_memory_bytes"] for part in parts)
     return {**parts[0], **sums}
 

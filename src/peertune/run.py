@@ -142,8 +142,9 @@ def run(
     counts = [len(rendered.samples) for rendered in data.train.values()] if site is None else site.counts
     notes = [*notes, *data.notes]
     try:
-        run = Run(config, folder, data, module, counts, progress, notes, base or Path(), connect, placed)
-        return run.carry_out(resume)
+        return Run(config, folder, data, module, counts, progress, notes, base or Path(), connect, placed).carry_out(
+            resume
+        )
     finally:
         folder.lock.release()
 

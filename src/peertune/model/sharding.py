@@ -7,6 +7,7 @@ as parameters of their own, in the same memory, and does with them what it would
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -49,7 +50,8 @@ class ShardedModel(LanguageModel):
             mesh: the peer's ranks, of one dimension.
             trained: names of the parameters that are trained.
             has_plain_head: as for `LanguageModel`.
-            like: another instance of the same model, which shares with this one what is not trained.
+            like: another instance of the same model, which shares with this one what is not trained and can be split
+                evenly.
         Raises:
             ConfigError, ModelError: as `check_shardable`; also where a trained parameter stands outside of the layers,
                 the embedding and the head.
@@ -134,6 +136,8 @@ def _shard(module: nn.Module, mesh: DeviceMesh) -> None:
     embedding, head = core.get_input_embeddings(), core.get_output_embeddings()
     tied = {embedding.weight} if is_tied(core) else set()
     parts = [*find_layers(core)[1], *(() if tied else (embedding, head)), core.base_model]
+    # It warns of a model whose output is a view; nobody here writes to that in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
     for part in parts:
         sharded = fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=tied)
         sharded.set_gradient_divide_factor(1.0)
