@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from peertune.model.adapters import adapter_names, add_adapter, merge_adapter
 from peertune.model.blocks import partition_blocks
 from peertune.model.language_model import LanguageModel
 from peertune.model.load import clone_model, load_model
+from peertune.model.lora import take_over
 from peertune.prepare import prepare_data, prepare_model
+from peertune.report.text import number
 from peertune.run import run
 from peertune.seeds import derive_seed
 from tests.recipes import recipe
@@ -100,6 +103,54 @@ def test_merging_gives_the_adapted_models_output() -> None:
     torch.testing.assert_close(merged(input_ids=batch().input_ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2"])  # without and with biases
+def test_taking_over_a_lora_layer_changes_nothing_but_rounding(name: str) -> None:
+    exact = add_adapter(frozen(name), AlgorithmConfig(adapter="lora", rank=4, lora_alpha=12.0), 0)
+    for parameter in exact.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+        else:  # a base that bfloat16 holds exactly, so that only the arithmetic differs
+            parameter.data = parameter.data.bfloat16().float()
+    next(p for n, p in exact.named_parameters() if "lora_A" in n).requires_grad_(False)
+
+    def gradients(dtype: torch.dtype, ours: bool) -> torch.Tensor:
+        module = copy.deepcopy(exact)
+        for n, p in module.named_parameters():
+            if "lora_" not in n:
+                p.data = p.data.to(dtype)
+        if ours:
+            take_over(module)
+        module(input_ids=batch().input_ids, labels=batch().input_ids).loss.backward()
+        found = [p.grad for p in module.parameters() if p.requires_grad]
+        assert all(g is not None and g.dtype == torch.float32 for g in found)
+        return torch.cat([g.flatten() for g in found if g is not None])
+
+    expected = gradients(torch.float32, ours=False)
+    torch.testing.assert_close(gradients(torch.float32, ours=True), expected, rtol=1e-4, atol=1e-5)
+    error, theirs = ((gradients(torch.bfloat16, ours) - expected).norm() for ours in (True, False))
+    assert error <= 1.5 * theirs <= 0.3 * expected.norm()
+
+
+@pytest.mark.parametrize("change", ["dropout", "disabled", "merged"])
+def test_a_lora_layer_that_is_not_plain_is_left_to_peft(change: str) -> None:
+    settings = AlgorithmConfig(adapter="lora", rank=2, lora_dropout=0.5 if change == "dropout" else 0.0)
+    module: Any = add_adapter(frozen("llama"), settings, 0)
+    for n, p in module.named_parameters():
+        if "lora_B" in n:
+            torch.nn.init.normal_(p)
+    if change == "disabled":
+        module.base_model.disable_adapter_layers()
+    if change == "merged":
+        module.merge_adapter()
+    ours = copy.deepcopy(module)
+    take_over(ours)
+    outputs = []
+    for model in (module, ours):
+        torch.manual_seed(0)
+        outputs.append(model(input_ids=batch().input_ids).logits)
+    assert torch.equal(*outputs)
+
+
 def test_a_layer_that_is_not_there_is_named() -> None:
     with pytest.raises(ConfigError, match=r"algorithm.target_modules: got \['nowhere'\]"):
         add_adapter(frozen("llama"), AlgorithmConfig(adapter="lora", target_modules=["nowhere"]), 0)
@@ -115,7 +166,7 @@ def test_label_scores_go_through_the_adapter(kind: Any, tmp_path: Path, micro_mo
     module = prepare_model(config, torch.device("cpu"), None)
     for parameter in module.parameters():
         if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.3)
+            torch.nn.init.normal_(parameter, std=0.1)
     model = LanguageModel(module, config.model)
     model.module.eval()
     samples = sorted(data.test.samples, key=lambda s: s.prompt_length)
@@ -219,6 +270,10 @@ def test_personal_parts_stay_and_are_reported(tmp_path: Path, micro_model: Path)
     metrics = summary["metrics"]
     assert len(metrics["personal"]) == 4
     assert len({m["loss"] for m in metrics["personal"]}) == 4, "each has a head of its own"
+    page = (tmp_path / "out" / "report.html").read_text()
+    losses = [m["loss"] for m in metrics["personal"]]
+    for label, value in (("lowest", min(losses)), ("highest", max(losses))):
+        assert re.search(rf"{label} personal model</td>.*?<td>{number(value)}</td>", page)
     trained = json.loads((tmp_path / "out" / "events.jsonl").read_text().splitlines()[0])["model"]["trained"]
     head = 261 * 12
     assert summary["bytes_sent_per_peer"][0] <= 6 * 4 * (trained - head)

@@ -115,6 +115,13 @@ def test_a_grid_is_run_once_and_written_in_every_form(
         make(overrides=["algorithm.lr=0.02"])
 
 
+def test_methods_in_which_few_train_at_a_time_get_as_many_samples(
+    make: Callable[..., tuple[Comparison, Quiet]],
+) -> None:
+    found, _ = make(algorithms="deca,fedavg:participation=0.5:local_steps=2,rw_lora:local_steps=4", seeds="0")
+    assert [row.samples for row in found.rows] == [4 * 4 * 4] * 3
+
+
 def test_one_seeds_cells_share_partition_graph_and_start(make: Callable[..., tuple[Comparison, Quiet]]) -> None:
     found, _ = make(algorithms="deca,pooled,dpsgd")
     starts: dict[str, list[Any]] = {}

@@ -212,6 +212,10 @@ def test_a_site_that_lost_its_folder_comes_back_and_all_agree(tmp_path: Path, mi
     assert rounds == sorted(rounds) and rounds[-1] == 191
     away = [event["round"] for event in consortium.events("north", "left_out")]
     assert away and max(away) < 190
+    late = [event for event in consortium.events("north", "late") if event["peer"] == "east"]
+    assert late and {event["round"] for event in late} <= set(away) and late[0]["used"]
+    assert all(event["amount"] < 1.0 for event in late)
+    assert consortium.events("east", "was_missed")
     assert_agreed(consortium)
 
 

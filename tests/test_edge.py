@@ -266,6 +266,95 @@ def test_what_comes_too_late_is_dropped() -> None:
     assert pair.got[1] == {(0, 0): None} and pair.ends[0].delivered == {(0, 0)}
 
 
+class Notes(Listener):
+    """What an edge told."""
+
+    def __init__(self) -> None:
+        self.late: dict[Key, tuple[Payload, Payload]] = {}
+        self.missed: list[Key] = []
+
+    def came_late(self, key: Key, theirs: Payload, mine: Payload) -> None:
+        self.late[key] = (theirs, mine)
+
+    def was_missed(self, key: Key) -> None:
+        self.missed.append(key)
+
+
+def apart(rounds: int, missing: Sequence[int]) -> tuple[Pair, list[Notes]]:
+    """Two ends that exchanged messages in one round, and made some more while nothing came through.
+
+    Args:
+        missing: ends that go on without the other's messages.
+    """
+    pair, notes = Pair(), [Notes(), Notes()]
+    pair.ends = [Edge(each) for each in notes]
+    pair.connect()
+    for round in range(rounds):
+        for end in (0, 1):
+            pair.post(end, (round, 0), make_payload(10 * end + round))
+            pair.expect(end, (round, 0), make_payload(10 * end + round))
+        pair.run(10_000 if round == 0 else 0)
+        if round:
+            for end in missing:
+                list(pair.ends[end].miss((round, 0)))
+    return pair, notes
+
+
+@pytest.mark.parametrize("cuts", [[], [1], [5, 7], [8, 3, 9]])
+def test_what_one_end_went_without_still_comes_and_the_other_learns_of_it(
+    cuts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CHUNK_SIZE", 16)
+    pair, notes = apart(3, missing=[0])
+    assert pair.got[0][1, 0] is None
+    for cut in cuts:
+        pair.connect()
+        pair.run(cut)
+    pair.connect()
+    pair.run()
+    assert notes[0].late.keys() == {(1, 0), (2, 0)}
+    for (round, _), (theirs, mine) in notes[0].late.items():
+        assert same(theirs, make_payload(10 + round)) and same(mine, make_payload(round))
+    assert notes[1].missed == [(1, 0), (2, 0)] and not notes[1].late and not notes[0].missed
+    assert all(same(pair.got[1][round, 0], make_payload(round)) for round in range(3))
+    pair.connect()
+    pair.run()
+    assert len(notes[0].late) == 2 and not pair.ends[0].late and notes[1].missed == [(1, 0), (2, 0)]
+
+
+def test_what_both_ends_went_without_is_fetched_by_neither() -> None:
+    pair, notes = apart(3, missing=[0, 1])
+    pair.connect()
+    pair.run()
+    assert notes[0].missed == notes[1].missed == [(1, 0), (2, 0)]
+    assert not any(each.late for each in notes) and not any(end.late for end in pair.ends)
+
+
+def test_what_was_missed_is_kept_by_the_neighbor_beyond_this_sites_checkpoints() -> None:
+    pair, notes = apart(3, missing=[0])
+    list(pair.ends[0].checkpointed(3))
+    pair.connect()
+    pair.run()
+    assert notes[0].late.keys() == {(1, 0), (2, 0)}
+    pair.say(0, pair.ends[0].checkpointed(3))
+    pair.run()
+    assert not pair.ends[1].outbox
+
+
+def test_what_the_neighbor_keeps_no_more_is_not_waited_for() -> None:
+    pair, notes = apart(3, missing=[0])
+    pair.ends[1].outbox.pop((1, 0))
+    pair.connect()
+    pair.run()
+    assert notes[0].late.keys() == {(2, 0)} and not pair.ends[0].late
+
+
+def test_own_messages_are_kept_for_late_ones_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "KEPT_BYTES", 2 * 4 * 22)
+    pair, _ = apart(5, missing=[0])
+    assert list(pair.ends[0].late) == [(3, 0), (4, 0)]
+
+
 def _frames(pair: Pair, end: int, kind: Kind) -> Iterable[bytes]:
     """What `end` answers with, of one kind, while all that is under way arrives."""
     found: list[bytes] = []

@@ -21,7 +21,7 @@ from peertune.exchange import Hop, Payload
 from peertune.identity import Identity, load_identity
 from peertune.runtimes import edge as module
 from peertune.runtimes import node as node_module
-from peertune.runtimes.edge import HASH_SIZE, LAYOUT, STATE, Edge, Key, Kind, ProtocolError
+from peertune.runtimes.edge import HASH_SIZE, LAYOUT, STATE, Edge, Key, Kind, Listener, ProtocolError
 from peertune.runtimes.network import NetworkExchange
 from peertune.runtimes.node import Node
 from tests.test_consortium import free_ports, make_charter
@@ -46,6 +46,7 @@ FIELDS: dict[Kind, st.SearchStrategy[tuple[Any, ...]]] = {
     Kind.ASK: st.just(()),
     Kind.DONE: st.just(()),
     Kind.LEAVE: st.just(()),
+    Kind.MISSED: st.tuples(ROUNDS, HOPS),
 }
 
 
@@ -184,6 +185,33 @@ def test_of_a_damaged_conversation_only_whole_messages_are_delivered(frames: lis
         edge, got = attack(frames, asks)
         for what, found in got:
             assert found is None or what == "state" or same(found, make_payload(3))
+        still_delivers(edge)
+
+
+class Late(Listener):
+    def __init__(self) -> None:
+        self.got: list[Payload] = []
+
+    def came_late(self, key: Key, theirs: Payload, mine: Payload) -> None:
+        self.got.append(theirs)
+
+
+@settings(max_examples=200)
+@given(frames=mutated())
+def test_what_comes_late_of_a_damaged_conversation_is_whole(frames: list[bytes]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "CHUNK_SIZE", 16)
+        late = Late()
+        edge = Edge(late)
+        for round in (0, 1):
+            edge.expect((round, 0), make_payload(), lambda found: None)
+            list(edge.miss((round, 0)))
+        for frame in frames:
+            try:
+                list(edge.receive(frame))
+            except ProtocolError:
+                list(edge.connected())
+        assert all(same(found, make_payload(3)) for found in late.got)
         still_delivers(edge)
 
 

@@ -170,6 +170,10 @@ class AlgorithmConfig(Section):
         """Local steps of a peer in a whole run, for a model of `num_blocks` blocks."""
         raise NotImplementedError(f"{self.name}: a method's keys say how many local steps they make")
 
+    def share_at_work(self, num_peers: int) -> float:
+        """Of the local steps that `num_steps` counts, the part that a peer takes on average over peers and rounds."""
+        return 1.0
+
     def with_steps(self, steps: int, num_blocks: int) -> Self:
         """The same method with as near to `steps` local steps as its schedule allows.
 

@@ -175,7 +175,7 @@ def join(
             base=path.parent,
             resume=resume,
             progress=progress,
-            connect=lambda num_members, link: NetworkGroup(node, requests),
+            connect=lambda num_members, link: NetworkGroup(node, requests, is_robust=config.exchange.robust != "none"),
             site=site,
         )
         done = True

@@ -53,6 +53,13 @@ class FedavgConfig(LocalStepsConfig):
     server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """mu of the server's Nesterov momentum. Default: DiLoCo's."""
 
+    def num_sampled(self, num_peers: int) -> int:
+        """Peers that train in a round."""
+        return max(1, int(self.participation * num_peers + 0.5))
+
+    def share_at_work(self, num_peers: int) -> float:
+        return self.num_sampled(num_peers) / num_peers
+
 
 class Fedavg(LocalSteps):
     Config = FedavgConfig
@@ -93,7 +100,7 @@ class Fedavg(LocalSteps):
     def sampled(self, round: int) -> list[int]:
         """The peers that train in a round, ascending."""
         n = self.topology.num_peers
-        count = max(1, int(self.config.participation * n + 0.5))
+        count = self.config.num_sampled(n)
         return sorted(int(i) for i in numpy_rng(self.peer.seed, "participation", round).choice(n, count, replace=False))
 
     def num_local_steps(self, round: int) -> int:

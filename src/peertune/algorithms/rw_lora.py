@@ -10,12 +10,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 
-from peertune.algorithms.dec_lora import DecLora
+from peertune.algorithms.dec_lora import DecLora, DecLoraConfig
 from peertune.exchange import Hop
 from peertune.seeds import numpy_rng
 
 
+class RwLoraConfig(DecLoraConfig):
+    def share_at_work(self, num_peers: int) -> float:
+        return 1 / num_peers
+
+
 class RwLora(DecLora):
+    Config = RwLoraConfig
     averages = False
 
     @cached_property

@@ -15,12 +15,13 @@ PROBE_SHARE = 8
 """A probe takes one part in so many of the steps that the samples would allow."""
 
 
-def steps_for_samples(first: AlgorithmConfig, first_blocks: int, other: AlgorithmConfig) -> int:
-    """Local steps with which `other` draws as many samples a peer as `first` does by its recipe.
+def steps_for_samples(first: AlgorithmConfig, first_blocks: int, other: AlgorithmConfig, num_peers: int) -> int:
+    """Local steps with which `other` draws as many samples a peer as `first` does by its recipe, on average over peers.
 
-    Batches are of one size, so samples are steps x grad_accumulation.
+    Batches are of one size, so samples are steps x grad_accumulation, of those peers who train in a round.
     """
-    return max(1, first.num_steps(first_blocks) * first.grad_accumulation // other.grad_accumulation)
+    batches = first.num_steps(first_blocks) * first.grad_accumulation * first.share_at_work(num_peers)
+    return max(1, int(batches / (other.grad_accumulation * other.share_at_work(num_peers)) + 1e-9))
 
 
 def with_whole_rounds(algorithm: AlgorithmConfig, steps: int, num_blocks: int) -> AlgorithmConfig:

@@ -202,7 +202,9 @@ class Grid:
         config = self._config(contestant, seed, value, folder, validation)
         algorithm, blocks = config.algorithm, self.num_blocks[contestant.name]
         first = self.contestants[0]
-        steps = budgets.steps_for_samples(first.config.algorithm, self.num_blocks[first.name], algorithm)
+        steps = budgets.steps_for_samples(
+            first.config.algorithm, self.num_blocks[first.name], algorithm, first.config.run.num_peers
+        )
         if self.options.budget == "samples" or contestant is first:
             return _with_algorithm(config, algorithm.with_steps(steps, blocks))
         assert reference is not None

@@ -14,6 +14,7 @@ from peertune.errors import ModelError
 from peertune.model.adapters import core_of
 from peertune.model.blocks import Block, find_layers
 from peertune.model.layers import LayerStack, has_dropout
+from peertune.model.lora import take_over
 from peertune.model.loss import chunked_cross_entropy
 
 
@@ -31,6 +32,7 @@ class LanguageModel:
             has_plain_head: what another instance of the same model found; None: find out.
         """
         self.module: Any = module
+        take_over(module)
         self.core = core_of(module)
         """The transformers model itself."""
         self.num_virtual = self._num_virtual()
@@ -82,6 +84,10 @@ class LanguageModel:
         loss = loss / (max(1, num_targets) * num_batches)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
+
+    def forget(self) -> None:
+        """Weights were replaced from outside: drop what was computed with the old ones."""
+        self.stack.forget()
 
     def loss_sum(self, batch: Batch, *, remember: bool = False) -> tuple[Tensor, int]:
         """Summed cross entropy of a batch's target tokens, and their number.

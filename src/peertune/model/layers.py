@@ -81,6 +81,11 @@ class LayerStack:
         if self.cache is not None:
             self.cache.invalidate(first_layer)
 
+    def forget(self) -> None:
+        """Weights have changed that no turn of this model's changed."""
+        if self.cache is not None:
+            self.cache = PrefixCache()
+
     def begin_batch(self, sample_ids: Sequence[int] | None) -> None:
         """The next forward pass is of these samples; None: of samples that are not to be remembered."""
         self._samples, self._start = None, 0

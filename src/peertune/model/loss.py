@@ -26,11 +26,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, targets.numel(), rows):
             h, y = hidden[start : start + rows], targets[start : start + rows, None]
             logits = F.linear(h, weight, bias).float()
-            lse = logits.logsumexp(-1, keepdim=True)
-            total += (lse - logits.gather(1, y)).sum()
+            peak, picked = logits.amax(-1, keepdim=True), logits.gather(1, y)
+            p = logits.sub_(peak).exp_()
+            norm = p.sum(-1, keepdim=True)
+            total += (norm.log() + peak - picked).sum()
             if not (need_hidden or need_weight or need_bias):
                 continue
-            grad = logits.sub_(lse).exp_().scatter_add_(1, y, torch.full_like(lse, -1.0))
+            grad = p.div_(norm).scatter_add_(1, y, torch.full_like(norm, -1.0))
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
             grad = grad.to(h.dtype)

@@ -79,6 +79,8 @@ class Run:
     rounds: tuple[Round, ...]
     evaluations: tuple[Evaluation, ...]
     final_peers: tuple[Metrics, ...]
+    personal: tuple[Metrics, ...]
+    """Of the common model with each peer's own parts; empty where no part stays with a peer."""
     bytes_sent: Values
     agreement_hops: int | None
     started: float | None
@@ -178,6 +180,7 @@ def read_run(run_dir: Path) -> Run:
         rounds=rounds,
         evaluations=_evaluations(log, metrics, rounds[-1].round + 1 if rounds else 0),
         final_peers=tuple(_metrics(p) for p in _list(metrics.get("peers"))),
+        personal=tuple(_metrics(p) for p in _list(metrics.get("personal"))),
         bytes_sent=(
             _values(summary.get("bytes_sent_per_peer"))
             or _values((log.agreement or {}).get("bytes_sent"))

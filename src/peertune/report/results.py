@@ -180,13 +180,20 @@ def heldout(run: Run) -> str:
     if len(run.evaluations) > 1 or not rows:
         when = "average model" if run.finished else f"average model, round {count(run.evaluations[-1].round)}"
         rows.append([f"<b>{when}</b>", *(f"<b>{_cell(n, last)}</b>" for n in names)])
-    if len(peers) > 1:
-        for label, reduce in (("mean of peers", series.mean), ("lowest peer", _least), ("highest peer", _most)):
-            rows.append([label, *(_metric(n).show(reduce(_known(peers, n))) for n in names)])
+    for models, whose in ((peers, "peer"), (run.personal, "personal model")):
+        if len(models) > 1:
+            for label, reduce in (
+                (f"mean of {whose}s", series.mean),
+                (f"lowest {whose}", _least),
+                (f"highest {whose}", _most),
+            ):
+                rows.append([label, *(_metric(n).show(reduce(_known(models, n))) for n in names)])
     summary = table(["model", *(esc(_metric(n).title, 30) for n in names)], rows)
     lead = (
         "The average model is what the run exports; a peer's model is what that peer ends with. All see the same rows."
     )
+    if run.personal:
+        lead += " A personal model is the common one with that peer's own parts."
     beside, below = (f"<div>{summary}</div>", "") if len(names) <= 3 else ("", summary)
     body = f'<div class="row">{"".join(charts)}{beside}</div>{below}'
     return card("heldout", "Held-out metrics", body, lead=lead)

@@ -9,6 +9,7 @@ stream at any moment:
     CHUNK key, offset, hash, bytes      at most CHUNK_SIZE of it
     GOT   key                           all of it has arrived, or is needed no more
     GONE  key                           it was offered, but is kept no more
+    MISSED key                          the sender's round went on without it
     SAVED round                         whoever says this has a checkpoint of that round: it will never again ask for a
                                         message of an earlier one
     BEAT  round, ages                   nothing else to say; and how long ago each member was heard of (see presence)
@@ -19,6 +20,9 @@ stream at any moment:
 A key is (round, number of the hop in it). Messages are kept until the neighbour has a checkpoint beyond them, so one
 who was killed and came back asks for them again and computes bitwise what he computed before. They are kept up to
 `KEPT_BYTES`; one who stayed away for longer asks for the state, which is a message of the key (round, STATE).
+
+A message that a round went on without is still fetched when it is offered later, unless the neighbour went on without
+this site's message of that key as well: then neither of the two has heard the other, and nothing is to be put right.
 """
 
 from __future__ import annotations
@@ -48,10 +52,12 @@ STATE = (1 << 32) - 1
 """The number of the hop in the key of a state."""
 MAX_OFFERS = 1 << 16
 """Messages a neighbour may announce ahead of us."""
+MAX_MISSED = 1024
+"""Of so many, the newest, a neighbour is told that they were missed."""
 
 
 class Kind(IntEnum):
-    HELLO, OFFER, WANT, CHUNK, GOT, GONE, SAVED, BEAT, ASK, DONE, LEAVE = range(1, 12)
+    HELLO, OFFER, WANT, CHUNK, GOT, GONE, SAVED, BEAT, ASK, DONE, LEAVE, MISSED = range(1, 13)
 
 
 LAYOUT = {
@@ -66,6 +72,7 @@ LAYOUT = {
     Kind.ASK: struct.Struct("<B"),
     Kind.DONE: struct.Struct("<B"),
     Kind.LEAVE: struct.Struct("<B"),
+    Kind.MISSED: struct.Struct("<BII"),
 }
 MAX_FRAME = CHUNK_SIZE + LAYOUT[Kind.CHUNK].size
 
@@ -113,6 +120,16 @@ class Listener:
     def arrived(self, key: Key) -> None:
         """All of it is there."""
 
+    def came_late(self, key: Key, theirs: Payload, mine: Payload) -> None:
+        """A message is there without which its round went on.
+
+        Args:
+            mine: this site's own of the same key.
+        """
+
+    def was_missed(self, key: Key) -> None:
+        """The neighbour went on without a message of this site's."""
+
     def ages(self) -> Sequence[float]:
         """What goes with a beat (see presence)."""
         return ()
@@ -152,12 +169,18 @@ class Edge:
         """Whether the neighbour is behind, and wants the state."""
         self.delivered: set[Key] = set()
         """Messages of the outbox that the neighbour has."""
+        self.late: dict[Key, Payload] = {}
+        """By key of a message that this site went on without and still wants, its own of the same key; on the host."""
+        self.missed: list[Key] = []
+        """Keys that the neighbour is told of as missed, at each new stream; ascending."""
+        self.peer_missed: set[Key] = set()
         self._joining: tuple[Payload, Callable[[int, Payload | None], None]] | None = None
 
     def connected(self) -> Iterator[bytes]:
         """A new stream begins: forget what was said on the old one, and say it anew."""
         self.offers.clear()
-        frames = [_pack(Kind.HELLO, self.boot), _pack(Kind.SAVED, self.saved)]
+        frames = [_pack(Kind.HELLO, self.boot), *self.checkpointed(self.saved)]
+        frames += [_pack(Kind.MISSED, *key) for key in self.missed]
         frames += [_pack(Kind.OFFER, *key, message.size, message.hash) for key, message in self.outbox.items()]
         frames += [self.beat()] + [_pack(Kind.ASK)] * (self._joining is not None)
         return iter([*frames, *([_pack(Kind.DONE)] if self.is_finished else [])])
@@ -167,6 +190,8 @@ class Edge:
         parts = [_view(payload[name].detach().cpu().contiguous().view(-1)) for name in sorted(payload)]
         message = Outgoing(parts, payload_size(payload), _hash(header(payload)))
         self.outbox[key] = message
+        if key in self.peer_missed:
+            self._listener.was_missed(key)
         droppable = [old for old in self.outbox if old != key and (self.peer_is_away or old in self.delivered)]
         while droppable and sum(kept.size for kept in self.outbox.values()) > KEPT_BYTES:
             self._drop(droppable.pop(0))
@@ -192,6 +217,19 @@ class Edge:
         if incoming is not None:
             incoming.done(None)
 
+    def miss(self, key: Key) -> Iterable[bytes]:
+        """Go on without a message; should it come later, the listener gets it."""
+        incoming = self.inbox.get(key)
+        if incoming is None:
+            return []  # it has just come
+        self.give_up(key)
+        self.missed = [*self.missed, key][-MAX_MISSED:]
+        if key not in self.peer_missed:
+            self.late[key] = {name: tensor.detach().cpu() for name, tensor in incoming.like.items()}
+            while sum(map(payload_size, self.late.values())) > KEPT_BYTES:
+                del self.late[min(self.late)]
+        return [_pack(Kind.MISSED, *key)]
+
     def ask(self, like: Payload, done: Callable[[int, Payload | None], None]) -> Iterable[bytes]:
         """Ask for the state; `done` is told the round it is the beginning of, and the tensors."""
         self._joining = (like, done)
@@ -213,6 +251,7 @@ class Edge:
         for key in [key for key in self.outbox if key[0] < round]:
             self._drop(key)
         self.closed = max(self.closed, (round - 1, STATE))
+        self.late.clear()  # this site now holds what another one made of its rounds
 
     def _drop(self, key: Key) -> None:
         del self.outbox[key]
@@ -221,7 +260,7 @@ class Edge:
     def checkpointed(self, round: int) -> Iterable[bytes]:
         """This site has a checkpoint of that round."""
         self.saved = round
-        return [_pack(Kind.SAVED, round)]
+        return [_pack(Kind.SAVED, min([round, *(key[0] for key in self.late)]))]
 
     def finished(self) -> Iterable[bytes]:
         """This site has all it needs."""
@@ -270,9 +309,12 @@ class Edge:
         elif kind is Kind.GONE:
             if (fields[0], fields[1]) in self.inbox:  # else it would close rounds that nobody has asked for yet
                 self.give_up((fields[0], fields[1]))
+        elif kind is Kind.MISSED:
+            self._was_missed((fields[0], fields[1]))
         elif kind is Kind.SAVED:
             for key in [key for key in self.outbox if key[0] < fields[0]]:
                 self._drop(key)
+            self.peer_missed = {key for key in self.peer_missed if key[0] >= fields[0]}
         elif kind is Kind.BEAT:
             try:
                 self._listener.told(struct.unpack(f"<{len(rest) // 4}f", rest))
@@ -297,7 +339,14 @@ class Edge:
             self.offers[key] = (size, hash)
             self.inbox[key] = Incoming(like, payload_size(like), _hash(header(like)), partial(joined, key[0]))
             return self._want(key, self.inbox[key])
-        if key <= self.closed or (key[1] == STATE and key not in self.inbox):
+        for old in [old for old in self.late if old < key and old not in self.offers]:
+            del self.late[old]  # offers come in order: it is not kept any more
+        mine = self.late.pop(key, None)
+        if mine is not None:
+            self.inbox[key] = Incoming(
+                mine, payload_size(mine), _hash(header(mine)), partial(self._came_late, key, mine)
+            )
+        elif (key <= self.closed or key[1] == STATE) and key not in self.inbox:
             return [_pack(Kind.GOT, *key)]
         if len(self.offers) >= MAX_OFFERS:
             raise ProtocolError(f"announced more than {MAX_OFFERS} messages")
@@ -307,6 +356,22 @@ class Edge:
             self.give_up(old)
         incoming = self.inbox.get(key)
         return [] if incoming is None else self._want(key, incoming)
+
+    def _came_late(self, key: Key, mine: Payload, theirs: Payload | None) -> None:
+        if theirs is not None:
+            self._listener.came_late(key, theirs, mine)
+
+    def _was_missed(self, key: Key) -> None:
+        if key in self.peer_missed:
+            return
+        if len(self.peer_missed) >= MAX_OFFERS:
+            raise ProtocolError(f"went on without more than {MAX_OFFERS} messages")
+        self.peer_missed.add(key)
+        if key in self.outbox:
+            self._listener.was_missed(key)
+        self.late.pop(key, None)
+        if key in self.inbox and key <= self.closed:
+            self.give_up(key)
 
     def _want(self, key: Key, incoming: Incoming) -> Iterable[bytes]:
         offered = self.offers[key]

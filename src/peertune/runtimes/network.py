@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -16,6 +16,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -38,10 +39,14 @@ WAITING_S = 5.0
 
 
 class NetworkGroup:
-    """Implements `peertune.runtimes.Group` for one site: what others measured stays with them."""
+    """Implements `peertune.runtimes.Group` for one site: what others measured stays with them.
 
-    def __init__(self, node: Node, requests: Requests) -> None:
-        self.node = node
+    Args:
+        is_robust: messages are mixed by a rule that a late one, added by itself, would go around.
+    """
+
+    def __init__(self, node: Node, requests: Requests | None = None, *, is_robust: bool = False) -> None:
+        self.node, self._is_robust = node, is_robust
         self.hosted: Sequence[int] = [node.index]
         self.is_recorder = self.survives_loss = True
         self.ranks: DeviceMesh | None = None
@@ -78,6 +83,7 @@ class NetworkGroup:
             self.node.log("asked", peer=ahead.name, round=round, behind=ahead.edge.peer_round - round)
             self.node.soon(partial(ahead.ask, _state(algorithm), self._arrived))
         if self._states.empty():
+            self._take_late(algorithm)
             return round
         self._asked = None
         then, found = self._states.get()
@@ -86,10 +92,33 @@ class NetworkGroup:
         for name, value in found.items():
             algorithm.set_shared(name, value.to(algorithm.peer.model.device))
         algorithm.joined(then)
+        algorithm.peer.model.forget()
         for neighbor in self.node.neighbors.values():
             self.node.soon(partial(neighbor.skip_to, then))
         self.node.log("joined", round=then, missed=then - round)
         return then
+
+    def _take_late(self, algorithm: Algorithm) -> None:
+        """Put right what rounds without a neighbour's messages did to the mean, with those that came after all.
+
+        x_i <- x_i + w_ij (x_j - x_i), both as they were sent: where W is symmetric, the peers' mean is then as if the
+        message had come in time. In all at most a weight of 1 for one absence, so that old differences do not add up.
+        """
+        for index, neighbor in self.node.neighbors.items():
+            while not neighbor.late.empty():
+                (round, number), theirs, mine = neighbor.late.get()
+                weight = algorithm.hops(round)[number].weights[index, self.node.index]
+                change = {name: (theirs[name] - mine[name]).mul_(weight) for name in mine}
+                total = self._exchange.late_weight[index] + weight
+                used = change.keys() <= set(algorithm.shared_names()) and total <= 1.0
+                if used:
+                    self._exchange.late_weight[index] = total
+                    for name, value in change.items():
+                        held = algorithm.shared(name)
+                        algorithm.set_shared(name, held.add_(value.to(held.device)))
+                    algorithm.peer.model.forget()
+                amount = torch.linalg.vector_norm(torch.stack([value.norm() for value in change.values()])).item()
+                self.node.log("late", peer=neighbor.name, round=round, used=used, amount=amount)
 
     def _await_quorum(self, round: int) -> None:
         paused = False
@@ -109,6 +138,7 @@ class NetworkGroup:
     def open(self, algorithm: Algorithm) -> None:
         pairs, topology = edges(algorithm), algorithm.topology
         check_members(self.node.charter.members, topology.num_peers + topology.has_hub, pairs)
+        self._exchange.corrects = algorithm.averages and not self._is_robust
         self.node.start(pairs)
         self.node.soon(self._log_start)  # in the thread that logs connections: they stand before it or after it
 
@@ -141,6 +171,10 @@ class NetworkExchange:
         self.sent = Traffic()
         self.left_out: Sequence[int] = []
         self.rounds_without: Counter[int] = Counter()
+        self.late_weight: defaultdict[int, float] = defaultdict(float)
+        """By neighbour, the weights of its late messages that were used since one came in time."""
+        self.corrects = False
+        """Whether a late message is worth fetching: what the method makes of messages is their mean."""
         self._has_begun = False
 
     def start(self, round: int, hop: Hop, out: Payload | None) -> None:
@@ -177,10 +211,11 @@ class NetworkExchange:
         charter = self._node.charter
         patience = charter.grace_s * len(charter.members) if hop.name == "agree" else math.inf
         for source, arrival in arrivals.items():
-            payload = self._wait(source, arrival, patience)
+            payload = self._wait(source, arrival, patience, corrects=self.corrects and hop.name == "gossip")
             if payload is None:
                 missing.append(source)
             else:
+                self.late_weight[source] = 0.0
                 payloads[source] = {name: tensor.to(shapes[name].device) for name, tensor in payload.items()}
         self._has_begun |= bool(arrivals)
         if missing:
@@ -209,8 +244,12 @@ class NetworkExchange:
             name = self._node.charter.members[index].name
             self._node.log("ejected", peer=name, signed_by=", ".join(signers))
 
-    def _wait(self, source: int, arrival: Future[Payload | None], patience: float) -> Payload | None:
-        """The payload; None where the neighbour has been out of reach for the grace, or nothing came for `patience`."""
+    def _wait(self, source: int, arrival: Future[Payload | None], patience: float, *, corrects: bool) -> Payload | None:
+        """The payload; None where the neighbour has been out of reach for the grace, or nothing came for `patience`.
+
+        Args:
+            corrects: fetch it later, should it still come.
+        """
         neighbor, began, told, paused = self._node.neighbors[source], time.monotonic(), False, False
         while True:
             self.attend()
@@ -218,7 +257,7 @@ class NetworkExchange:
                 told = True
                 self._node.log("waiting", peer=neighbor.name, round=self._key[0])
             if self._may_go_on(neighbor) and not arrival.done() and neighbor.is_gone(self._key[0]):
-                self._node.soon(partial(neighbor.edge.give_up, self._key))
+                self._node.soon(partial(neighbor.miss if corrects else neighbor.edge.give_up, self._key))
             if self.is_leaving and not (neighbor.is_connected and self._node.has_quorum):
                 raise Left(f"left while waiting for {neighbor.name} in round {self._key[0]}")
             if time.monotonic() - began > patience:

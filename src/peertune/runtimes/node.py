@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from functools import partial
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import grpc
@@ -45,6 +46,8 @@ class Neighbor(Listener):
         self.edge, self.log = Edge(self), log
         self.last_heard = self.last_heard_on_stream = time.monotonic()
         self.is_connected = self.was_seen = self.is_ejected = False
+        self.late: SimpleQueue[tuple[Key, Payload, Payload]] = SimpleQueue()
+        """Messages that came after their rounds: key, the neighbour's, this site's own."""
         self._queue: asyncio.Queue[Iterable[bytes]] = asyncio.Queue()
         self._talk: asyncio.Task[Any] | None = None
         self._ended: asyncio.Task[Any] | None = None
@@ -63,6 +66,12 @@ class Neighbor(Listener):
         self._coming = {other: begun for other, begun in self._coming.items() if other in self.edge.inbox}
         what, seconds = "state" if key[1] == STATE else key[1], round(time.monotonic() - began, 4)
         self.log("arrived", peer=self.name, round=key[0], hop=what, bytes=size, seconds=seconds)
+
+    def came_late(self, key: Key, theirs: Payload, mine: Payload) -> None:
+        self.late.put((key, theirs, mine))
+
+    def was_missed(self, key: Key) -> None:
+        self.log("was_missed", peer=self.name, round=key[0])
 
     def ages(self) -> Sequence[float]:
         return self.presence.ages(time.monotonic())
@@ -112,6 +121,9 @@ class Neighbor(Listener):
 
     def expect(self, key: Key, like: Payload, done: Callable[[Payload | None], None]) -> None:
         self.try_to_say(partial(self.edge.expect, key, like, done))
+
+    def miss(self, key: Key) -> None:
+        self.say(self.edge.miss(key))
 
     def checkpointed(self, round: int) -> None:
         self.say(self.edge.checkpointed(round))

@@ -1,0 +1,55 @@
+"""Messages that come after a round went on without them: what they put right, and what they may not do."""
+
+from queue import SimpleQueue
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from peertune.exchange import Hop
+from peertune.runtimes.network import NetworkGroup
+
+
+def late_group(log: list[dict[str, Any]]) -> tuple[NetworkGroup, Any, SimpleQueue[Any]]:
+    """Site 0 of two who give each other a weight of 0.3, and an algorithm that shares one tensor."""
+    late: SimpleQueue[Any] = SimpleQueue()
+    node: Any = SimpleNamespace(
+        neighbors={1: SimpleNamespace(late=late, name="east")},
+        index=0,
+        log=lambda kind, **about: log.append({"event": kind, **about}),
+    )
+    hop = Hop("gossip", {(0, 0): 0.7, (1, 0): 0.3, (0, 1): 0.3, (1, 1): 0.7})
+    held = {"w": torch.tensor([1.0, 2.0])}
+    algorithm: Any = SimpleNamespace(
+        hops=lambda round: [hop],
+        shared_names=lambda: list(held),
+        shared=lambda name: held[name].clone(),
+        set_shared=held.__setitem__,
+        peer=SimpleNamespace(model=SimpleNamespace(forget=lambda: None)),
+    )
+    return NetworkGroup(node, None), algorithm, late
+
+
+def test_a_late_message_gives_the_mean_back_what_a_round_without_it_took() -> None:
+    log: list[dict[str, Any]] = []
+    group, algorithm, late = late_group(log)
+    mine, theirs = torch.tensor([1.0, 2.0]), torch.tensor([5.0, -2.0])
+    east = 0.7 * theirs + 0.3 * mine  # it heard this site; this site kept its own
+    algorithm.set_shared("w", mine + 1.0)  # and has trained since
+    late.put(((4, 0), {"w": theirs}, {"w": mine}))
+    group._take_late(algorithm)
+    torch.testing.assert_close((algorithm.shared("w") - 1.0 + east) / 2, (mine + theirs) / 2)
+    assert log == [{"event": "late", "peer": "east", "round": 4, "used": True, "amount": pytest.approx(0.3 * 32**0.5)}]
+
+
+def test_late_messages_of_one_absence_do_not_add_up_beyond_a_weight_of_one() -> None:
+    log: list[dict[str, Any]] = []
+    group, algorithm, late = late_group(log)
+    for round in range(5):
+        late.put(((round, 0), {"w": torch.tensor([2.0, 3.0])}, {"w": torch.tensor([1.0, 2.0])}))
+    late.put(((5, 0), {"of another block": torch.ones(1)}, {"of another block": torch.zeros(1)}))
+    group._take_late(algorithm)
+    torch.testing.assert_close(algorithm.shared("w"), torch.tensor([1.9, 2.9]))
+    assert [event["used"] for event in log] == [True, True, True, False, False, False]
+    assert all(event["amount"] > 0 for event in log)
