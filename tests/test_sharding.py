@@ -109,7 +109,7 @@ def test_peers_of_two_ranks_end_with_the_simulations_weights(name: str, tmp_path
     for key in ("bytes_sent_per_peer", "bytes_sent_by_hub", "rounds", "lambda2"):
         assert summary[key] == like[key], key
     assert [event["event"] for event in events] == [event["event"] for event in expected]
-    loose = {"abs": 0.1} if case.tolerance > 1e-3 else {"rel": 1e-3, "abs": 1e-5}
+    loose = {"rel": 0.02, "abs": 0.1} if case.tolerance > 1e-3 else {"rel": 1e-3, "abs": 1e-5}
     for event, other in zip(events, expected, strict=True):
         for key in ("loss", "grad_norm", "consensus_distance", "lr", "epochs", "bytes_sent"):
             if other.get(key) is not None:
