@@ -31,7 +31,10 @@ class QuadraticPeer:
         self.index, self.seed, self.batches = index, 0, ()
         self.module = nn.ParameterDict({"a": nn.Parameter(start[0].clone()), "b": nn.Parameter(start[1].clone())})
         self.blocks = [Block(0, "a", ("a",), 0), Block(1, "b", ("b",), 1)]
-        self.model = SimpleNamespace(module=self.module, activate=self.activate, device=torch.device("cpu"))
+        self.model = SimpleNamespace(
+            module=self.module, parameters=lambda: dict(self.module.items()), activate=self.activate,
+            device=torch.device("cpu"),
+        )  # fmt: skip
 
     def activate(self, block: Block) -> dict[str, nn.Parameter]:
         return {name: self.module[name] for name in block.parameters}

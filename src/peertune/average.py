@@ -30,7 +30,7 @@ class Average:
         Returns:
             Whether it is to be had.
         """
-        own = dict(self.model.module.named_parameters())
+        own = self.model.parameters()
         weights = self.method.consensus(round)
         for name in self.method.shared_names():
             if agreed:
@@ -59,5 +59,5 @@ class Average:
                 return None
             for i, tensor in enumerate(held):
                 squares[i] += float(torch.linalg.vector_norm(tensor.sub_(mean))) ** 2
-        told = [square for square in self.group.gather(squares)[:num_peers] if square is not None]
+        told = [square for square in self.group.gather(squares, sum)[:num_peers] if square is not None]
         return math.sqrt(sum(told) / num_peers)

@@ -2,6 +2,8 @@
 
     DIR/checkpoints/peer-000/round-00000048/{state.safetensors, state.json}
 
+A peer of several ranks has a folder of its own for the shard of each, DIR/checkpoints/peer-000/shard-1/round-00000048.
+
 Each generation is written aside, synced and renamed, so it is whole or absent. A kill between two peers' writes leaves
 them at different rounds; `newest_complete` is the newest round that every peer has.
 """
@@ -16,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,11 +29,16 @@ GENERATIONS = 2
 
 
 class CheckpointStore:
-    """The checkpoints of a run's peers."""
+    """The checkpoints of a run's peers.
 
-    def __init__(self, folder: Path, num_peers: int) -> None:
-        self.folder = folder
-        self.num_peers = num_peers
+    Args:
+        num_shards: ranks of a peer, each of which has a checkpoint.
+        shard: whose are written and read here.
+    """
+
+    def __init__(self, folder: Path, num_peers: int, num_shards: int = 1, shard: int = 0) -> None:
+        self.folder, self.num_peers = folder, num_peers
+        self.num_shards, self.shard = num_shards, shard
 
     def save(self, peer: int, round: int, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
         """Write one peer's state after `round` rounds.
@@ -38,7 +46,7 @@ class CheckpointStore:
         Raises:
             StorageError: the disk is full or refused the write; earlier generations are intact.
         """
-        home = self._home(peer)
+        home = self._home(peer, self.shard)
         final, aside = home / f"round-{round:08d}", home / f".round-{round:08d}.partial"
         try:
             shutil.rmtree(aside, ignore_errors=True)
@@ -61,14 +69,12 @@ class CheckpointStore:
 
     def prune(self, peer: int) -> None:
         """Keep a peer's last two generations. Called when all peers have written one."""
-        for round in self.rounds(peer)[:-GENERATIONS]:
-            shutil.rmtree(self._home(peer) / f"round-{round:08d}", ignore_errors=True)
+        for round in self._rounds(peer, self.shard)[:-GENERATIONS]:
+            shutil.rmtree(self._home(peer, self.shard) / f"round-{round:08d}", ignore_errors=True)
 
     def rounds(self, peer: int) -> list[int]:
-        """Rounds of a peer's generations, ascending."""
-        return sorted(
-            int(path.name.removeprefix("round-")) for path in self._home(peer).glob("round-*") if path.is_dir()
-        )
+        """Rounds of a peer's generations, ascending: those that all its shards have."""
+        return sorted(set.intersection(*(set(self._rounds(peer, shard)) for shard in range(self.num_shards))))
 
     def newest_complete(self) -> int | None:
         """The newest round that every peer has a generation of; None where there is none."""
@@ -80,7 +86,22 @@ class CheckpointStore:
         Raises:
             CheckpointError: it is missing, damaged or another peer's.
         """
-        folder = self._home(peer) / f"round-{round:08d}"
+        return self._load(peer, round, self.shard)
+
+    def load_whole(self, peer: int, round: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """As `load`, the tensors put together from all shards, and the rest of the first."""
+        loaded = [self._load(peer, round, shard) for shard in range(self.num_shards)]
+        if len(loaded) == 1:
+            return loaded[0]
+        names = loaded[0][0]
+        return {name: torch.cat([tensors[name] for tensors, _ in loaded]) for name in names}, loaded[0][1]
+
+    def _rounds(self, peer: int, shard: int) -> list[int]:
+        found = self._home(peer, shard).glob("round-*")
+        return sorted(int(path.name.removeprefix("round-")) for path in found if path.is_dir())
+
+    def _load(self, peer: int, round: int, shard: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        folder = self._home(peer, shard) / f"round-{round:08d}"
         try:
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             if state["sha256"] != _sha256(folder / "state.safetensors"):
@@ -98,8 +119,9 @@ class CheckpointStore:
                 raise
             raise CheckpointError(f"{folder}: damaged: {error}; delete this folder to use an older one") from error
 
-    def _home(self, peer: int) -> Path:
-        return self.folder / f"peer-{peer:03d}"
+    def _home(self, peer: int, shard: int) -> Path:
+        home = self.folder / f"peer-{peer:03d}"
+        return home / f"shard-{shard}" if self.num_shards > 1 else home
 
 
 def newest_common(rounds: Sequence[Sequence[int] | None]) -> int | None:

@@ -65,7 +65,7 @@ def _run(options: argparse.Namespace, console: Console) -> None:
 
     with Bars(console) as bars:
         summary = launch(config, base=Path(options.recipe).parent, notes=notes, resume=options.resume, progress=bars)
-    if os.environ.get("RANK", "0") == "0":  # torchrun starts this command once a peer
+    if os.environ.get("RANK", "0") == "0":  # torchrun starts this command once a rank
         Console().print(summary_table(summary))
         print_paths(Path(config.run.out))
 

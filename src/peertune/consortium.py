@@ -71,6 +71,8 @@ def new_charter(
     method = ALGORITHMS[config.algorithm.name]
     if method.pools_data:
         raise CharterError(f"algorithm.name: got {config.algorithm.name!r}, which trains on all data in one place")
+    if config.run.ranks_per_peer > 1:
+        raise CharterError(f"run.ranks_per_peer: got {config.run.ranks_per_peer}, expected 1: a site is one process")
     counts = [member.samples for member in members][: config.run.num_peers]
     if method.graph(config.topology).weights == "samples" and not all(counts):
         raise CharterError(

@@ -43,7 +43,7 @@ def export(run: Path, to: Path) -> None:
         return
     recipe = folder.read_recipe()
     config, _ = from_dict(recipe["config"], METHODS)
-    store = CheckpointStore(folder.checkpoints, recipe["members"])
+    store = CheckpointStore(folder.checkpoints, recipe["members"], config.run.ranks_per_peer)
     done = store.newest_complete()
     if done is None:
         raise CheckpointError(f"{run}: the run has no complete checkpoint yet; wait for one")
@@ -51,7 +51,7 @@ def export(run: Path, to: Path) -> None:
     module = prepare_model(config, cpu, base)
     average: dict[str, torch.Tensor] = {}
     for peer in range(recipe["members"]):
-        tensors, state = store.load(peer, done)
+        tensors, state = store.load_whole(peer, done)
         if peer >= len(state["consensus"]):
             break  # the hub, which has no weight in the average
         weight = state["consensus"][peer]

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from peertune.config import AlgorithmConfig
@@ -31,10 +32,21 @@ def learning_rate(config: AlgorithmConfig, step: int, num_steps: int) -> float:
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """L2 norm of all gradients together, computed in float32 whatever their type: a float32 scalar."""
-    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters if p.grad is not None]
-    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    return total
+    """L2 norm of all gradients together, computed in float32 whatever their type: a float32 scalar.
+
+    Where each of several ranks holds some rows of the parameters, which then name these `ranks`, it is the norm of all
+    rows, and all ranks have to ask for it.
+    """
+    known = [p for p in parameters if p.grad is not None]
+    total: Tensor = torch.linalg.vector_norm(
+        torch.stack([torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in known])
+    )
+    ranks = getattr(known[0], "ranks", None)
+    if ranks is None:
+        return total
+    square = total.square()
+    dist.all_reduce(square, group=ranks)
+    return square.sqrt()
 
 
 def clip_gradients(parameters: Mapping[str, nn.Parameter], max_norm: float) -> Tensor:

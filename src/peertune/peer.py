@@ -40,10 +40,7 @@ class Peer:
         with torch.random.fork_rng(devices=[d for d in [self.model.device] if d.type == "cuda"]):
             torch.manual_seed(derive_seed(self.seed, self.index, "dropout", step))
             for _ in range(num_batches):
-                loss, num_targets = self.model.loss_sum(self.batches.next(), remember=True)
-                loss = loss / (max(1, num_targets) * num_batches)
-                loss.backward()  # type: ignore[no-untyped-call]
-                total += loss.detach()
+                total += self.model.backward(self.batches.next(), num_batches)
         return total
 
     def num_steps(self, epochs: int) -> int:

@@ -17,6 +17,9 @@ from peertune.model.quantization import num_weights
 from peertune.prepare import Prepared
 from peertune.runtimes import Member
 
+SUMMED = ("bytes_sent", "header_bytes_sent", "cpu_s")
+"""Fields of a member that add up over its ranks."""
+
 
 def start_event(config: RunConfig, method: Algorithm, data: Prepared, notes: list[str]) -> dict[str, Any]:
     """What is known before the first round. Adds a note on rows that were cut."""
@@ -68,6 +71,16 @@ def peer_fields(member: Member, report: LocalReport | None, cpu_s: float) -> dic
         "left_out": list(member.exchange.left_out),
         "cpu_s": cpu_s,
     }
+
+
+def combined_fields(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What a member tells whose ranks told this, in `peer_fields` or `totals`."""
+    sums = {key: sum(part[key] for part in parts) for key in SUMMED if key in parts[0]}
+    if "bytes_by_target" in parts[0]:
+        ways = zip(*(part["bytes_by_target"] for part in parts), strict=True)
+        sums["bytes_by_target"] = [(way[0][0], sum(p for _, p, _ in way), sum(h for _, _, h in way)) for way in ways]
+        sums["peak_memory_bytes"] = max(part["peak_memory_bytes"] for part in parts)
+    return {**parts[0], **sums}
 
 
 def round_event(

@@ -22,7 +22,7 @@ from peertune.assemble import make_batches, make_pool, make_topology
 from peertune.average import Average
 from peertune.checkpoint import CheckpointStore, newest_common
 from peertune.config import LinkSection, RunConfig
-from peertune.errors import CheckpointError, DivergedError, Left, ModelError, PeerLostError, StorageError
+from peertune.errors import CheckpointError, ConfigError, DivergedError, Left, ModelError, PeerLostError, StorageError
 from peertune.evaluation import Measured, measure
 from peertune.memory import keep_freed, reset_peak
 from peertune.model.adapters import core_of
@@ -30,6 +30,7 @@ from peertune.model.blocks import block_table, is_tied
 from peertune.model.language_model import LanguageModel
 from peertune.model.load import clone_model, load_full_model
 from peertune.model.quantization import refuse_quantized
+from peertune.model.sharding import ShardedModel
 from peertune.peer import Peer
 from peertune.prepare import (
     Prepared,
@@ -41,7 +42,7 @@ from peertune.prepare import (
     prepare_model,
     resolve_device,
 )
-from peertune.records import peer_fields, round_event, start_event, summary_of, totals, versions
+from peertune.records import combined_fields, peer_fields, round_event, start_event, summary_of, totals, versions
 from peertune.report import write_report
 from peertune.robust import check_rule, ends_in_agreement
 from peertune.run_folder import RunFolder, save_trained
@@ -93,6 +94,7 @@ def run(
     progress: Progress | None = None,
     connect: Connect = SimulatedGroup,
     device: str = "",
+    ranks_per_peer: int = 1,
     site: Site | None = None,
 ) -> dict[str, Any]:
     """Carry out a recipe.
@@ -104,6 +106,7 @@ def run(
         resume: go on from the newest complete checkpoint, or start anew where there is none.
         connect: the runtime.
         device: this process's; empty: the recipe's run.device.
+        ranks_per_peer: processes that play a member together in this runtime.
         site: whose data they are, where they are not dealt to all peers.
     Returns:
         The summary, as written to summary.json.
@@ -112,6 +115,11 @@ def run(
         RunError: the run had to stop; its last checkpoint is intact.
     """
     progress = progress or Silent()
+    if config.run.ranks_per_peer != ranks_per_peer:
+        raise ConfigError(
+            f"run.ranks_per_peer: got {config.run.ranks_per_peer}, expected {ranks_per_peer}: only torchrun's processes"
+            " can be one peer together, not in a simulation nor between sites; set run.ranks_per_peer = 1"
+        )
     folder = RunFolder(Path(config.run.out))
     folder.check(config.to_dict(), resume)
     if resume and folder.summary.exists():
@@ -127,14 +135,17 @@ def run(
     keep_freed()
     reset_peak(placed)
     data = prepare_data(config, base, None if site is None else site.index)
-    module = prepare_model(config, placed, base)
+    # What several ranks hold between them need not fit one GPU.
+    module = prepare_model(config, placed if ranks_per_peer == 1 else torch.device("cpu"), base)
     check_vocabulary(data, core_of(module).get_input_embeddings().weight.shape[0], config.model.path)
     if site is not None:
         site.check(module, data.tokenizer)
     counts = [len(rendered.samples) for rendered in data.train.values()] if site is None else site.counts
     notes = [*notes, *data.notes]
     try:
-        return Run(config, folder, data, module, counts, progress, notes, base or Path(), connect).carry_out(resume)
+        return Run(config, folder, data, module, counts, progress, notes, base or Path(), connect, placed).carry_out(
+            resume
+        )
     finally:
         folder.lock.release()
 
@@ -153,9 +164,10 @@ class Run:
         notes: list[str],
         base: Path = Path(),
         connect: Connect = SimulatedGroup,
+        device: torch.device | None = None,
     ) -> None:
         self.config, self.folder, self.data, self.progress, self.notes = config, folder, data, progress, notes
-        self.device, self.base = next(module.parameters()).device, base
+        self.device, self.base = device or next(module.parameters()).device, base
         method = ALGORITHMS[config.algorithm.name]
         self.blocks = model_blocks(config, module, method.frozen)
         if config.algorithm.adapter == "none" and is_tied(module) and config.model.train_embeddings == "untied":
@@ -173,9 +185,12 @@ class Run:
         self.num_peers = topology.num_peers
         self.num_members = self.num_peers + topology.has_hub
         self.group = connect(self.num_members, config.link)
+        ranks = self.group.ranks
+        shard, num_shards = (0, 1) if ranks is None else (ranks.get_local_rank(), ranks.size())
+        folder.is_written = shard == 0
         if self.group.survives_loss:
             folder.refused = lambda error: progress.note(f"warning: {error}; until then the run goes on without a log")
-        if self.group.is_recorder:
+        if self.group.is_recorder and folder.is_written:
             folder.lock.acquire()  # before anything connects or is written
         told = self.group.gather([True] * len(self.group.hosted))
         self.num_stored = len(told) - told.count(None)
@@ -185,15 +200,14 @@ class Run:
         self.data_prints = {i: data_print(held.get(i, [])) for i in self.group.hosted}
         self.base_print = self._same_everywhere(base_print(module, own))
         self.members: list[Member] = []
-        plain: bool | None = None
+        model: LanguageModel | None = None
         for index in self.group.hosted:
-            model = LanguageModel(clone_model(module, own), config.model, has_plain_head=plain)
-            plain = model.has_plain_head
+            model = self._wrap(clone_model(module, own), own, model)
             peer = Peer(index, model, self.blocks, batches.get(index), config.run.seed)  # a hub has none
             algorithm = method(peer, config.algorithm, topology)
             self.members.append(Member(algorithm, self.group.exchange(index), config.exchange))
         # Only now: an instance whose layers were taken over cannot be cloned.
-        self.average = Average(LanguageModel(module, config.model, has_plain_head=plain), self.members, self.group)
+        self.average = Average(self._wrap(module, own, model), self.members, self.group)
         self.peers = [member for member in self.members if not member.is_hub]
         self.method = self.members[0].algorithm
         check_rule(config.exchange, config.algorithm.name, method.averages, self.method.hops(0))
@@ -203,12 +217,20 @@ class Run:
                 f"exchange.robust = {config.exchange.robust!r}: the peers do not agree on one model in the end"
             )
         self.group.open(self.method)
-        self.store = CheckpointStore(folder.checkpoints, self.num_members)
+        self.store = CheckpointStore(folder.checkpoints, self.num_members, num_shards, shard)
         self.pool = make_pool(config, module, self.device)
         self.cpu_s = dict.fromkeys(self.group.hosted, 0.0)
         """Hosted member -> process CPU seconds of its local phases."""
         self.before = Measured({})
         self.started = time.monotonic()
+
+    def _wrap(self, module: torch.nn.Module, own: set[str], like: LanguageModel | None) -> LanguageModel:
+        """A model as this process holds it, given another instance where there is one."""
+        plain = None if like is None else like.has_plain_head
+        if self.group.ranks is None:
+            return LanguageModel(module, self.config.model, has_plain_head=plain)
+        assert like is None or isinstance(like, ShardedModel)
+        return ShardedModel(module, self.config.model, self.group.ranks, own, has_plain_head=plain, like=like)
 
     def carry_out(self, resume: bool) -> dict[str, Any]:
         """Rounds, agreement, summary, exported model, report."""
@@ -230,7 +252,8 @@ class Run:
 
     def _open(self, done: int) -> None:
         """Make the run's folder ready for the rounds to come."""
-        self.folder.require_space(foreseen_bytes(self.method, self.num_stored))
+        if self.folder.is_written:
+            self.folder.require_space(foreseen_bytes(self.method, self.num_stored))
         self.progress.note("blocks:\n" + block_table(self.average.model.module, self.method.blocks))
         if done == 0:
             base = str(self.base.absolute())
@@ -272,7 +295,8 @@ class Run:
     def _log(self, round: int, reports: Sequence[Any]) -> None:
         """Write a round's event; reports are by hosted member."""
         told = self.group.gather(
-            [peer_fields(*pair, self.cpu_s[pair[0].index]) for pair in zip(self.members, reports, strict=True)]
+            [peer_fields(*pair, self.cpu_s[pair[0].index]) for pair in zip(self.members, reports, strict=True)],
+            combined_fields,
         )
         distance = self.average.consensus_distance(round)
         position = self.method.position(round)
@@ -299,7 +323,9 @@ class Run:
             names = ", ".join(map(str, absent))
             whose = "the others'" if len(absent) < self.num_peers - 1 else "this site's own"
             self.progress.note(f"in the final agreement nothing was heard of peers {names}: the model is {whose}")
-        told = self.group.gather([totals(member, self.cpu_s[member.index], self.device) for member in self.members])
+        told = self.group.gather(
+            [totals(member, self.cpu_s[member.index], self.device) for member in self.members], combined_fields
+        )
         if not self.average.load(rounds, agrees):
             self.average.load(rounds, agreed=True)  # nothing but its own is to be had here
         personal: list[Measured | None] = []
@@ -317,10 +343,14 @@ class Run:
             found = summary_of(self.config, self.method, metrics, told, self._simulated_s(), wall_s)
             self.folder.event("end", metrics=metrics, wall_s=wall_s, peak_memory_bytes=found["peak_memory_bytes"])
 
+            module = self._whole()
+            if not self.folder.is_written:
+                return
+
             def keep() -> None:
                 save_trained(
                     self.folder.model,
-                    self.average.model.module,
+                    module,
                     self.data.tokenizer,
                     lambda: load_full_model(self.config.model, torch.device("cpu"), self.base),
                     self.folder.adapter,
@@ -333,6 +363,18 @@ class Run:
 
         self._record(conclude)
         return summary or self.folder.read_summary()
+
+    def _whole(self) -> torch.nn.Module:
+        """The average model in one piece, on the host where several ranks hold it."""
+        model = self.average.model
+        if not isinstance(model, ShardedModel):
+            return model.module  # type: ignore[no-any-return]
+        module = prepare_model(self.config, torch.device("cpu"), self.base)
+        own = dict(module.named_parameters())
+        with torch.no_grad():
+            for name in self.method.masters:
+                own[name].copy_(model.whole(name))
+        return module
 
     def _insist(self, write: Callable[[], None]) -> None:
         """Write what the run was for; where the others will not be there a second time, wait for space."""
@@ -381,7 +423,8 @@ class Run:
 
     def _same_everywhere(self, fingerprint: str) -> str:
         """The base's hash, which has to be one for all members. Raises ModelError."""
-        for member, told in enumerate(self.group.gather([fingerprint] * len(self.group.hosted))):
+        prints = self.group.gather([fingerprint] * len(self.group.hosted), lambda all: " ".join(sorted({*all})))
+        for member, told in enumerate(prints):
             if told not in (None, fingerprint):
                 raise ModelError(
                     f"model.path: {self.config.model.path!r} is not the same base for member {member} as for member"

@@ -41,6 +41,8 @@ class RunFolder:
         self.recipe, self.events, self.summary = path / "recipe.json", path / "events.jsonl", path / "summary.json"
         self.checkpoints, self.model, self.adapter = path / "checkpoints", path / "model", path / "adapter"
         self.lock = FolderLock(path)
+        self.is_written = True
+        """False: another process of the run writes what this one is given too."""
         self.refused: Callable[[StorageError], None] | None = None
         """Told when the disk refuses an event, once for several in a row; None: that ends the run."""
         self._refuses = False
@@ -84,6 +86,8 @@ class RunFolder:
 
     def create(self, recipe: Mapping[str, Any]) -> None:
         """Make the folder, with the resolved recipe in it and nothing of an earlier start."""
+        if not self.is_written:
+            return
         with storage_errors(self.path):
             shutil.rmtree(self.checkpoints, ignore_errors=True)
             self.path.mkdir(parents=True, exist_ok=True)
@@ -91,7 +95,7 @@ class RunFolder:
 
     def rewind(self, round: int) -> None:
         """Drop the events of what will be done again: all but those of the first `round` rounds."""
-        if not self.events.exists():
+        if not self.is_written or not self.events.exists():
             return
         kept = []
         for line in self.events.read_text(encoding="utf-8").splitlines():
@@ -109,6 +113,8 @@ class RunFolder:
 
     def event(self, event: str, **fields: Any) -> None:
         """Append one event. Raises StorageError, where `refused` is None."""
+        if not self.is_written:
+            return
         try:
             with storage_errors(self.path), self.events.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"event": event, "time": round(time.time(), 3), **fields}) + "\n")

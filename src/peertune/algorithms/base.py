@@ -41,6 +41,9 @@ class Algorithm(ABC):
     """True for a bound that is allowed to see all data: one model, whose batch is the union of the peers' batches."""
     agrees: ClassVar[bool] = True
     """Whether all peers hold one model in the end."""
+    elementwise: ClassVar[bool] = True
+    """Whether what it does with a weight depends on no other weight but through the gradient and its clipping; then a
+    peer may be several ranks, each with some rows of every tensor."""
     averages: ClassVar[bool] = True
     """Whether it takes nothing but means from its inboxes, which a recipe's exchange.robust can then replace."""
     frozen: ClassVar[tuple[str, ...]] = ()
@@ -49,7 +52,7 @@ class Algorithm(ABC):
     def __init__(self, peer: Peer, config: AlgorithmConfig, topology: Topology) -> None:
         self.peer, self.topology = peer, topology
         self.blocks = self.arrange(peer.blocks)
-        parameters = dict(peer.model.module.named_parameters())
+        parameters = peer.model.parameters()
         self.masters = MasterWeights({n: parameters[n] for block in peer.blocks for n in block.parameters})
         self.common = tuple(n for n in self.masters if not any(text in n for text in config.local_modules))
         """Names of what the peers share; the rest, `local_modules`, never leaves its peer."""

@@ -21,6 +21,7 @@ from peertune.exchange import Hop, Inbox
 class Decaf(DecLora):
     Config = TwoFactorConfig
     averages = False
+    elementwise = False
 
     @torch.no_grad()
     def mix(self, hop: Hop, inbox: Inbox) -> None:

@@ -24,6 +24,7 @@ from peertune.optim import adam_moments
 
 class Qg(LocalSteps):
     feeds_moments = False
+    elementwise = False
 
     def local(self, round: int) -> LocalReport | None:
         self.anchor = {name: self.masters.snapshot(name) for name in self.common}

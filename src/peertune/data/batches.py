@@ -29,6 +29,13 @@ class Batch:
     sample_ids: tuple[int, ...]
     """Index of each sequence among the samples that batches are drawn from."""
 
+    def part(self, index: int, count: int) -> Batch:
+        """Part `index` of `count`: sequences that follow each other, as many as in any other part or one more."""
+        size, more = divmod(len(self.sample_ids), count)
+        start = index * size + min(index, more)
+        own = slice(start, start + size + (index < more))
+        return Batch(self.input_ids[own], self.attention_mask[own], self.loss_mask[own], self.sample_ids[own])
+
 
 def collate(samples: Sequence[Sample], pad_id: int, pad_to: int = 0, *, sample_ids: Sequence[int] = ()) -> Batch:
     """Stack samples.

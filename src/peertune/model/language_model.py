@@ -55,16 +55,35 @@ class LanguageModel:
     def device(self) -> torch.device:
         return next(self.module.parameters()).device  # type: ignore[no-any-return]
 
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained, mixed and stored of each parameter here, by name: all of it."""
+        return dict(self.module.named_parameters())
+
     def activate(self, block: Block) -> dict[str, nn.Parameter]:
-        """Make exactly one block's parameters require gradients and return them by name."""
+        """Make exactly one block's parameters require gradients and return them by name, as `parameters` does."""
         wanted = set(block.parameters)
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad != (name in wanted):
                 parameter.requires_grad_(name in wanted)
-            if name not in wanted:
+        active = {}
+        for name, parameter in self.parameters().items():
+            if name in wanted:
+                active[name] = parameter
+            else:
                 parameter.grad = None
         self.stack.begin_turn(block.first_layer)
-        return {name: p for name, p in self.module.named_parameters() if name in wanted}
+        return active
+
+    def backward(self, batch: Batch, num_batches: int) -> Tensor:
+        """Add to `.grad` of `parameters` the gradient of a batch's mean loss a target token, over `num_batches`.
+
+        Returns:
+            That loss over `num_batches`: nats, a float32 scalar without gradient.
+        """
+        loss, num_targets = self.loss_sum(batch, remember=True)
+        loss = loss / (max(1, num_targets) * num_batches)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
 
     def forget(self) -> None:
         """Weights were replaced from outside: drop what was computed with the old ones."""
@@ -82,9 +101,7 @@ class LanguageModel:
         input_ids = batch.input_ids.to(self.device)
         targets = input_ids[:, 1:][rows]
         if self.has_plain_head:
-            head = self.core.get_output_embeddings()
-            hidden = self.hidden(input_ids)[0][:, :-1][rows]
-            loss = chunked_cross_entropy(hidden, head.weight, getattr(head, "bias", None), targets)
+            loss = self.head_loss(self.hidden(input_ids)[0][:, :-1][rows], targets)
         else:
             loss = F.cross_entropy(self.all_logits(input_ids)[:, :-1][rows].float(), targets, reduction="sum")
         return loss, targets.numel()
@@ -123,6 +140,11 @@ class LanguageModel:
     def all_logits(self, input_ids: Tensor) -> Tensor:
         """The model's own output [batch, length, vocabulary] for tokens [batch, length]."""
         return self.module(input_ids=input_ids, use_cache=False).logits[:, -input_ids.shape[1] :]  # type: ignore[no-any-return]
+
+    def head_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Summed cross entropy of targets [rows] under the head's output for last hidden states [rows, hidden]."""
+        head = self.core.get_output_embeddings()
+        return chunked_cross_entropy(hidden, head.weight, getattr(head, "bias", None), targets)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head's output [rows, vocabulary] for last hidden states [rows, hidden]."""

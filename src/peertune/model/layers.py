@@ -71,7 +71,7 @@ class LayerStack:
         self._start = 0
         self._returns_tuple = False
         self._has_dropout = has_dropout
-        self._weights = {p.untyped_storage().data_ptr() for p in layers.parameters()}
+        self._layers = list(layers)
         for index, layer in enumerate(layers):
             layer.forward = self._wrap(index, layer.forward, compile)
 
@@ -128,19 +128,22 @@ class LayerStack:
         comes by; smaller ones are taken to need as much.
         """
         if hidden.numel() > self._measured[0]:
-            self._measured = (hidden.numel(), self._saved_bytes(forward, args, kwargs))
+            self._measured = (hidden.numel(), self._saved_bytes(index, forward, args, kwargs))
         keep = self._budget // max(1, self._measured[1])
         if index >= self._num_layers - keep:
             return forward(*args, **kwargs)
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=self._has_dropout, **kwargs)
 
-    def _saved_bytes(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    def _saved_bytes(
+        self, index: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> int:
         """Bytes a layer keeps for its backward pass, beside its weights; runs it once for nothing else."""
+        weights = {p.untyped_storage().data_ptr() for p in self._layers[index].parameters()}
         saved: dict[int, int] = {}
 
         def note(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in self._weights:
+            if storage.data_ptr() not in weights:
                 saved[storage.data_ptr()] = storage.nbytes()
             return tensor
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from peertune.algorithms.base import Algorithm, LocalReport
 from peertune.config import ExchangeSection
@@ -40,7 +41,10 @@ class Group(Protocol):
     hosted: Sequence[int]
     """Members this process plays, ascending."""
     is_recorder: bool
-    """Whether this process writes what is common to the run: events, summary, report, the exported model."""
+    """Whether this process's member works out what is common to the run: events, summary, report, the exported model.
+    Of several processes that play it, the first writes."""
+    ranks: DeviceMesh | None
+    """The processes that play this one's member together; None: it does so alone."""
     clock: Clock | None
     """Simulated time, where links are simulated."""
     survives_loss: bool
@@ -63,14 +67,19 @@ class Group(Protocol):
             The round to go on with.
         """
 
-    def gather(self, values: Sequence[T]) -> list[T | None]:
-        """Values that JSON can hold, one for each hosted member -> one for each of all; None for what stays unknown."""
+    def gather(self, values: Sequence[T], combine: Callable[[Sequence[T]], T] | None = None) -> list[T | None]:
+        """Values that JSON can hold, one for each hosted member -> one for each of all; None for what stays unknown.
+
+        Args:
+            combine: makes a member's value of those of its processes; None: the first stands for all.
+        """
 
     def mean(self, tensors: Iterable[Tensor], weights: Sequence[float]) -> Tensor | None:
         """sum_i w_i x_i over the peers, to the bit the same in all runtimes; None where it is not to be had.
 
         Args:
-            tensors: float32, of one shape, one for each hosted member; a hub's is left out.
+            tensors: float32, of one shape, one for each hosted member, or this process's rows of it; a hub's is left
+                out.
             weights: by peer.
         """
 

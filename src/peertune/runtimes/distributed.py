@@ -1,7 +1,9 @@
 """One peer a process inside one trusted cluster, started by torchrun: torch.distributed, point to point.
 
-Rank i plays member i of the recipe. Gloo carries tensors of CPUs, NCCL those of GPUs. There is no way back from a lost
-rank: the group ends with an error, and torchrun's restart of all ranks, or the user's, goes on with --resume.
+Rank i plays member i of the recipe. With S ranks a peer it holds shard i % S of member i // S, and exchanges messages
+with the same shard of others: all that a method sends is mixed element by element. Gloo carries tensors of CPUs, NCCL
+those of GPUs. There is no way back from a lost rank: the group ends with an error, and torchrun's restart of all ranks,
+or the user's, goes on with --resume.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from peertune.algorithms.base import Algorithm
 from peertune.config import LinkSection
@@ -66,6 +69,10 @@ def process_group(device: str) -> Iterator[None]:
             dist.init_process_group("gloo")
     try:
         yield
+    except RuntimeError as error:  # FSDP2's own messages between the ranks of a peer
+        if isinstance(error, dist.DistError) or "gloo/" in str(error):
+            raise _lost("in a local phase or an evaluation", error) from error
+        raise
     finally:
         dist.destroy_process_group()
 
@@ -76,24 +83,35 @@ class DistributedGroup:
     Args:
         num_members: N, or N + 1 with a hub.
         link: not simulated here.
+        ranks_per_peer: S, processes that play a member together.
     Raises:
-        ConfigError: there are more or fewer processes than members.
+        ConfigError: there are more or fewer processes than S a member.
     """
 
-    def __init__(self, num_members: int, link: LinkSection) -> None:
-        self.rank, world = dist.get_rank(), dist.get_world_size()
-        if world != num_members:
+    def __init__(self, num_members: int, link: LinkSection, ranks_per_peer: int = 1) -> None:
+        rank, world = dist.get_rank(), dist.get_world_size()
+        if world != num_members * ranks_per_peer:
+            each = f", {ranks_per_peer} each (run.ranks_per_peer)" if ranks_per_peer > 1 else ""
             raise ConfigError(
                 f"torchrun: got {world} processes for a recipe of {num_members} members (run.num_peers, and a server"
-                f" where the method has one); start {num_members}"
+                f" where the method has one){each}; start {num_members * ranks_per_peer}"
             )
-        self.hosted: Sequence[int] = [self.rank]
-        self.is_recorder = self.rank == 0
+        self.num_members, self.num_shards = num_members, ranks_per_peer
+        member, self.shard = divmod(rank, ranks_per_peer)
+        self.hosted: Sequence[int] = [member]
+        self.is_recorder = member == 0
+        self.ranks: DeviceMesh | None = None
+        self._alike: dist.ProcessGroup | None = None
+        """The same shard of all members; None: all ranks."""
+        if ranks_per_peer > 1:
+            kind = "cuda" if dist.get_backend() == "nccl" else "cpu"
+            mesh = init_device_mesh(kind, (num_members, ranks_per_peer), mesh_dim_names=("member", "shard"))
+            self.ranks, self._alike = mesh["shard"], mesh["member"].get_group()
         self.clock: Clock | None = None
         self.survives_loss = self.is_leaving = False
 
     def exchange(self, member: int) -> DistributedExchange:
-        return DistributedExchange(member)
+        return DistributedExchange(member, lambda other: other * self.num_shards + self.shard)
 
     def open(self, algorithm: Algorithm) -> None:
         pass  # they are
@@ -101,26 +119,32 @@ class DistributedGroup:
     def catch_up(self, round: int, algorithm: Algorithm) -> int:
         return round  # nobody is ever behind
 
-    def gather(self, values: Sequence[T]) -> list[T | None]:
+    def gather(self, values: Sequence[T], combine: Callable[[Sequence[T]], T] | None = None) -> list[T | None]:
         (value,) = values
-        told: list[T | None] = [None] * dist.get_world_size()
+        told: list[T] = [value] * dist.get_world_size()
         with _no_rank_lost("between rounds"):
             dist.all_gather_object(told, value)
-        return told
+        by_member = [told[i : i + self.num_shards] for i in range(0, len(told), self.num_shards)]
+        return [each[0] if combine is None else combine(each) for each in by_member]
 
     def mean(self, tensors: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
         (mine,) = tensors
-        every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        every = [torch.empty_like(mine) for _ in range(self.num_members)]
         with _no_rank_lost("between rounds"):
-            dist.all_gather(every, mine.contiguous())
+            dist.all_gather(every, mine.contiguous(), group=self._alike)
         return weighted_mean(every, weights)
 
 
 class DistributedExchange(Lockstep):
-    """Implements `peertune.exchange.Exchange`: a message is one flat tensor, its parts in the order of their names."""
+    """Implements `peertune.exchange.Exchange`: a message is one flat tensor, its parts in the order of their names.
 
-    def __init__(self, peer: int) -> None:
+    Args:
+        rank_of: the rank that a member's messages come from and go to.
+    """
+
+    def __init__(self, peer: int, rank_of: Callable[[int], int]) -> None:
         super().__init__(peer)
+        self._rank_of = rank_of
         self._out: Payload | None = None
 
     def start(self, round: int, hop: Hop, out: Payload | None) -> None:
@@ -137,8 +161,8 @@ class DistributedExchange(Lockstep):
         shapes = like() if out is None else out
         flat = torch.cat([shapes[name].reshape(-1) for name in sorted(shapes)])
         buffers = {source: torch.empty_like(flat) for source in remote}
-        operations = [dist.P2POp(dist.isend, flat, target) for target in targets]
-        operations += [dist.P2POp(dist.irecv, buffer, source) for source, buffer in buffers.items()]
+        operations = [dist.P2POp(dist.isend, flat, self._rank_of(target)) for target in targets]
+        operations += [dist.P2POp(dist.irecv, buffer, self._rank_of(source)) for source, buffer in buffers.items()]
         if operations:
             with _no_rank_lost(f"in round {round}, hop {hop.name!r}"):
                 for work in dist.batch_isend_irecv(operations):
@@ -164,8 +188,12 @@ def _no_rank_lost(when: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise PeerLostError(
-            f"lost contact with another rank {when}: {reason}; see that rank's own message, then start all again with"
-            " --resume"
-        ) from error
+        raise _lost(when, error) from error
+
+
+def _lost(when: str, error: RuntimeError) -> PeerLostError:
+    reason = str(error).strip().splitlines()[0]
+    return PeerLostError(
+        f"lost contact with another rank {when}: {reason}; see that rank's own message, then start all again with"
+        " --resume"
+    )

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from peertune.algorithms.base import Algorithm
 from peertune.charter import check_members
@@ -48,6 +49,7 @@ class NetworkGroup:
         self.node, self._is_robust = node, is_robust
         self.hosted: Sequence[int] = [node.index]
         self.is_recorder = self.survives_loss = True
+        self.ranks: DeviceMesh | None = None
         self.clock: Clock | None = None
         self._exchange = NetworkExchange(node, requests)
         self._asked: Neighbor | None = None
@@ -145,7 +147,7 @@ class NetworkGroup:
         connected = [index for index, neighbor in neighbors.items() if neighbor.is_connected]
         self.node.log("started", site=self.node.index, members=members, neighbors=list(neighbors), connected=connected)
 
-    def gather(self, values: Sequence[T]) -> list[T | None]:
+    def gather(self, values: Sequence[T], combine: Callable[[Sequence[T]], T] | None = None) -> list[T | None]:
         told: list[T | None] = [None] * len(self.node.charter.members)
         (told[self.node.index],) = values
         return told

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from peertune.algorithms.base import Algorithm
 from peertune.config import LinkSection
@@ -25,6 +26,7 @@ class SimulatedGroup:
     """
 
     is_recorder = True
+    ranks: DeviceMesh | None = None
     survives_loss = is_leaving = False
 
     def __init__(self, num_members: int, link: LinkSection) -> None:
@@ -41,7 +43,7 @@ class SimulatedGroup:
     def catch_up(self, round: int, algorithm: Algorithm) -> int:
         return round  # nobody is ever behind
 
-    def gather(self, values: Sequence[T]) -> list[T | None]:
+    def gather(self, values: Sequence[T], combine: Callable[[Sequence[T]], T] | None = None) -> list[T | None]:
         return list(values)
 
     def mean(self, tensors: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
