@@ -1,20 +1,24 @@
-"""What a run is put together from beside its model: the graph, each peer's batches, and threads for the peers."""
+"""What a run is put together from: the graph, each peer's batches and model, and threads for the peers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from peertune.algorithms import Algorithm
-from peertune.config import RunConfig
+from peertune.config import ModelSection, RunConfig
 from peertune.data.batches import Batches, UnionBatches
 from peertune.errors import ConfigError
+from peertune.model.language_model import LanguageModel
 from peertune.model.layers import has_dropout
-from peertune.prepare import Prepared
+from peertune.model.sharding import ShardedModel
+from peertune.prepare import Prepared, prepare_model
 from peertune.runtimes import thread_pool
 from peertune.seeds import derive_seed
 from peertune.topology import Topology, build_topology
@@ -67,3 +71,42 @@ def make_pool(config: RunConfig, module: torch.nn.Module, device: torch.device) 
                 f"run.parallel_peers: got {section.parallel_peers} with {reason}; set run.parallel_peers = 1"
             )
     return thread_pool(section.parallel_peers)
+
+
+def wrap_model(
+    module: torch.nn.Module,
+    config: ModelSection,
+    ranks: DeviceMesh | None,
+    trained: set[str],
+    like: LanguageModel | None,
+) -> LanguageModel:
+    """A model as this process holds it.
+
+    Args:
+        module: the whole model; changed in place.
+        ranks: those that hold it together; None: this one alone.
+        trained: names of the parameters that are trained.
+        like: another instance of the same model, where there is one.
+    """
+    plain = None if like is None else like.has_plain_head
+    if ranks is None:
+        return LanguageModel(module, config, has_plain_head=plain)
+    assert like is None or isinstance(like, ShardedModel)
+    return ShardedModel(module, config, ranks, trained, has_plain_head=plain, like=like)
+
+
+@torch.no_grad()
+def whole_module(model: LanguageModel, config: RunConfig, base: Path, trained: Iterable[str]) -> torch.nn.Module:
+    """A model in one piece; on the host where several ranks hold it, all of which have to ask for it.
+
+    Args:
+        base: folder of the recipe file.
+        trained: names of the parameters in which it differs from the base model.
+    """
+    if not isinstance(model, ShardedModel):
+        return model.module  # type: ignore[no-any-return]
+    module = prepare_model(config, torch.device("cpu"), base)
+    own = dict(module.named_parameters())
+    for name in trained:
+        own[name].copy_(model.whole(name))
+    return module

@@ -11,6 +11,7 @@ import torch
 import peertune
 from peertune.algorithms.base import Algorithm, LocalReport
 from peertune.config import RunConfig
+from peertune.evaluation import Measured
 from peertune.memory import peak_bytes
 from peertune.model.blocks import Block, frozen_names
 from peertune.model.quantization import num_weights
@@ -81,6 +82,33 @@ def combined_fields(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         sums["bytes_by_target"] = [(way[0][0], sum(p for _, p, _ in way), sum(h for _, _, h in way)) for way in ways]
         sums["peak_memory_bytes"] = max(part["peak_memory_bytes"] for part in parts)
     return {**parts[0], **sums}
+
+
+def quality_of(
+    before: Measured, agreed: Measured, own: Sequence[Measured | None], personal: Sequence[Measured | None]
+) -> dict[str, Any]:
+    """What the summary says of quality.
+
+    Args:
+        before: the base model's.
+        agreed: the average model's.
+        own: each peer's, before the final agreement; None where it is not known here.
+        personal: each peer's own parts on the average model; empty where there are none.
+    """
+
+    def overall(each: Sequence[Measured | None]) -> list[Any]:
+        return [None if measured is None else measured.overall for measured in each]
+
+    metrics: dict[str, Any] = {"before": before.overall, "average_model": agreed.overall, "peers": overall(own)}
+    if personal:
+        metrics["personal"] = overall(personal)
+    if agreed.by_client:
+        metrics["by_client"] = {
+            "before": before.by_client,
+            "average_model": agreed.by_client,
+            "peers": [None if measured is None else measured.by_client for measured in own],
+        }
+    return metrics
 
 
 def round_event(

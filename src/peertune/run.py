@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from peertune.algorithms import ALGORITHMS
-from peertune.assemble import make_batches, make_pool, make_topology
+from peertune.assemble import make_batches, make_pool, make_topology, whole_module, wrap_model
 from peertune.average import Average
 from peertune.checkpoint import CheckpointStore, newest_common
 from peertune.config import LinkSection, RunConfig
@@ -30,7 +30,6 @@ from peertune.model.blocks import block_table, is_tied
 from peertune.model.language_model import LanguageModel
 from peertune.model.load import clone_model, load_full_model
 from peertune.model.quantization import refuse_quantized
-from peertune.model.sharding import ShardedModel
 from peertune.peer import Peer
 from peertune.prepare import (
     Prepared,
@@ -42,7 +41,16 @@ from peertune.prepare import (
     prepare_model,
     resolve_device,
 )
-from peertune.records import combined_fields, peer_fields, round_event, start_event, summary_of, totals, versions
+from peertune.records import (
+    combined_fields,
+    peer_fields,
+    quality_of,
+    round_event,
+    start_event,
+    summary_of,
+    totals,
+    versions,
+)
 from peertune.report import write_report
 from peertune.robust import check_rule, ends_in_agreement
 from peertune.run_folder import RunFolder, save_trained
@@ -202,12 +210,12 @@ class Run:
         self.members: list[Member] = []
         model: LanguageModel | None = None
         for index in self.group.hosted:
-            model = self._wrap(clone_model(module, own), own, model)
+            model = wrap_model(clone_model(module, own), config.model, ranks, own, model)
             peer = Peer(index, model, self.blocks, batches.get(index), config.run.seed)  # a hub has none
             algorithm = method(peer, config.algorithm, topology)
             self.members.append(Member(algorithm, self.group.exchange(index), config.exchange))
         # Only now: an instance whose layers were taken over cannot be cloned.
-        self.average = Average(self._wrap(module, own, model), self.members, self.group)
+        self.average = Average(wrap_model(module, config.model, ranks, own, model), self.members, self.group)
         self.peers = [member for member in self.members if not member.is_hub]
         self.method = self.members[0].algorithm
         check_rule(config.exchange, config.algorithm.name, method.averages, self.method.hops(0))
@@ -223,14 +231,6 @@ class Run:
         """Hosted member -> process CPU seconds of its local phases."""
         self.before = Measured({})
         self.started = time.monotonic()
-
-    def _wrap(self, module: torch.nn.Module, own: set[str], like: LanguageModel | None) -> LanguageModel:
-        """A model as this process holds it, given another instance where there is one."""
-        plain = None if like is None else like.has_plain_head
-        if self.group.ranks is None:
-            return LanguageModel(module, self.config.model, has_plain_head=plain)
-        assert like is None or isinstance(like, ShardedModel)
-        return ShardedModel(module, self.config.model, self.group.ranks, own, has_plain_head=plain, like=like)
 
     def carry_out(self, resume: bool) -> dict[str, Any]:
         """Rounds, agreement, summary, exported model, report."""
@@ -337,13 +337,16 @@ class Run:
             sent = [None if t is None else t["bytes_sent"] for t in told[: self.num_peers]]
             if hops or absent:
                 self.folder.event("agreement", hops=hops, bytes_sent=sent, absent=absent)
-            metrics = self._metrics(own, personal)
+            agreed = self._evaluate(self.average.model, by_client=True)
+            for name, value in agreed.overall.items():
+                _require_finite(f"the average model's {name}", value)
+            metrics = quality_of(self.before, agreed, own, personal)
             self.folder.event("eval", round=rounds, average_model=metrics["average_model"], peers=metrics["peers"])
             wall_s = self._wall_s()
             found = summary_of(self.config, self.method, metrics, told, self._simulated_s(), wall_s)
             self.folder.event("end", metrics=metrics, wall_s=wall_s, peak_memory_bytes=found["peak_memory_bytes"])
 
-            module = self._whole()
+            module = whole_module(self.average.model, self.config, self.base, self.method.masters)
             if not self.folder.is_written:
                 return
 
@@ -364,18 +367,6 @@ class Run:
         self._record(conclude)
         return summary or self.folder.read_summary()
 
-    def _whole(self) -> torch.nn.Module:
-        """The average model in one piece, on the host where several ranks hold it."""
-        model = self.average.model
-        if not isinstance(model, ShardedModel):
-            return model.module  # type: ignore[no-any-return]
-        module = prepare_model(self.config, torch.device("cpu"), self.base)
-        own = dict(module.named_parameters())
-        with torch.no_grad():
-            for name in self.method.masters:
-                own[name].copy_(model.whole(name))
-        return module
-
     def _insist(self, write: Callable[[], None]) -> None:
         """Write what the run was for; where the others will not be there a second time, wait for space."""
         told = False
@@ -389,26 +380,6 @@ class Run:
                     self.progress.note(f"warning: {error}; this is tried again until there is space")
                 told = True
                 time.sleep(RETRY_S)
-
-    def _metrics(self, own: Sequence[Measured | None], personal: Sequence[Measured | None]) -> dict[str, Any]:
-        """What the summary says of quality, the average model's measured here."""
-        agreed = self._evaluate(self.average.model, by_client=True)
-        for name, value in agreed.overall.items():
-            _require_finite(f"the average model's {name}", value)
-        metrics: dict[str, Any] = {
-            "before": self.before.overall,
-            "average_model": agreed.overall,
-            "peers": [None if measured is None else measured.overall for measured in own],
-        }
-        if personal:
-            metrics["personal"] = [None if measured is None else measured.overall for measured in personal]
-        if agreed.by_client:
-            metrics["by_client"] = {
-                "before": self.before.by_client,
-                "average_model": agreed.by_client,
-                "peers": [None if measured is None else measured.by_client for measured in own],
-            }
-        return metrics
 
     def _record(self, write: Callable[[], None]) -> None:
         """Let the recorder write, and the others wait for it."""
