@@ -18,6 +18,7 @@ from peertune import checkpoint
 from peertune.algorithms import ALGORITHMS
 from peertune.checkpoint import CheckpointStore
 from peertune.errors import CheckpointError, ConfigError, DivergedError, StorageError
+from peertune.evaluation import measure
 from peertune.run import run
 from tests.recipes import recipe, tree
 
@@ -335,3 +336,22 @@ def test_peers_that_train_at_the_same_time_end_bitwise_the_same(name: str, tmp_p
     assert same(weights(tmp_path / "one"), weights(tmp_path / "three"))
     with pytest.raises(ConfigError, match=r"run.parallel_peers: got 2 with run.threads = 2"):
         run(recipe(tmp_path, micro_model, run={"out": str(tmp_path / "no"), "parallel_peers": 2, "threads": 2}))
+
+
+@pytest.mark.parametrize(("name", "times"), [("fedavg", 3), ("deca", 6)])
+def test_peers_with_one_model_are_measured_once(
+    name: str, times: int, tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, the peers' own models, and in the end their average."""
+    models: list[Any] = []
+
+    def noting(model: Any, *args: Any, **kwargs: Any) -> Any:
+        models.append(model)
+        return measure(model, *args, **kwargs)
+
+    monkeypatch.setattr("peertune.run.measure", noting)
+    keys = {"name": name, "rounds": 2} if name == "fedavg" else {"name": name, "inner_steps": 1, "outer_rounds": 1}
+    metrics = run(recipe(tmp_path, micro_model, algorithm=keys))["metrics"]
+    assert len(models) == times and len(metrics["peers"]) == 4
+    alike = [peer == metrics["average_model"] for peer in metrics["peers"]]
+    assert all(alike) if name == "fedavg" else not any(alike)

@@ -140,6 +140,10 @@ class MasterWeights:
         if name in self.remainders:
             self.remainders[name] = self.remainders[name].cpu()
 
+    def same(self, other: MasterWeights) -> bool:
+        """Whether the models hold bitwise the same trained parameters."""
+        return all(torch.equal(p, other.parameters[name]) for name, p in self.parameters.items())
+
     @torch.no_grad()
     def snapshot(self, name: str) -> Tensor:
         """A float32 copy of a parameter's master weights."""

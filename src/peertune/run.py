@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from peertune.algorithms import ALGORITHMS
+from peertune.algorithms.base import Algorithm
 from peertune.assemble import make_batches, make_pool, make_topology, whole_module, wrap_model
 from peertune.average import Average
 from peertune.checkpoint import CheckpointStore, newest_common
@@ -309,7 +310,7 @@ class Run:
 
     def _finish(self) -> dict[str, Any]:
         rounds = self.method.num_rounds
-        own = self._gathered([self._evaluate(m.algorithm.peer.model, by_client=True) for m in self.peers])
+        own = self._evaluate_peers(by_client=True)
         hops, absent, agrees = 0, list[int](), self.agrees
         try:
             if agrees:
@@ -330,7 +331,7 @@ class Run:
             self.average.load(rounds, agreed=True)  # nothing but its own is to be had here
         personal: list[Measured | None] = []
         if self.config.algorithm.local_modules:
-            personal = self._gathered([self._evaluate(m.algorithm.peer.model) for m in self.peers])
+            personal = self._evaluate_peers()
         summary: dict[str, Any] = {}
 
         def conclude() -> None:
@@ -387,8 +388,16 @@ class Run:
             write()
         self.group.gather([None] * len(self.members))
 
-    def _gathered(self, own: Sequence[Measured]) -> list[Measured | None]:
-        """By peer, what each hosted peer measured."""
+    def _evaluate_peers(self, by_client: bool = False) -> list[Measured | None]:
+        """By peer, its own model's quality; of those here with the same weights, as over a server, one is measured."""
+        measured: list[tuple[Algorithm, Measured]] = []
+        own: list[Measured] = []
+        for algorithm in (member.algorithm for member in self.peers):
+            found = next((m for other, m in measured if other.masters.same(algorithm.masters)), None)
+            if found is None:
+                found = self._evaluate(algorithm.peer.model, by_client)
+                measured.append((algorithm, found))
+            own.append(found)
         hosted = [*map(asdict, own), *[None] * (len(self.members) - len(own))]
         return [None if told is None else Measured(**told) for told in self.group.gather(hosted)[: self.num_peers]]
 
