@@ -31,7 +31,11 @@ METHODS_TRIED: dict[str, dict[str, Any]] = {
     "rw_lora": {"algorithm": {"name": "rw_lora", "lr": 1e-2, "rounds": 4, "local_steps": 2, "rank": 2}},
     "local": {"algorithm": {"name": "local", "lr": 1e-2, "outer_rounds": 1, "inner_steps": 4}},
     "bfloat16": {"model": {"dtype": "bfloat16"}},
+    "clip": {"exchange": {"robust": "clip"}, "topology": {"kind": "complete"}},
+    "trimmed_mean": {"exchange": {"robust": "trimmed_mean"}, "topology": {"kind": "complete"}},
 }
+DIED = 9
+"""Exit code of a rank that is made to die."""
 
 
 def play(config: RunConfig, rank: int, ranks: int, port: int, failures: Any, options: dict[str, Any]) -> None:
@@ -43,7 +47,7 @@ def play(config: RunConfig, rank: int, ranks: int, port: int, failures: Any, opt
     dies, in_round = options.pop("dies", (None, None))
 
     def play_round(round: int, *rest: Any) -> Any:
-        return os._exit(9) if (rank, round) == (dies, in_round) else runtimes.play_round(round, *rest)
+        return os._exit(DIED) if (rank, round) == (dies, in_round) else runtimes.play_round(round, *rest)
 
     runs.play_round = play_round  # type: ignore[assignment]
     if rank == options.pop("other_base", None):
@@ -66,7 +70,7 @@ def play_all(config: RunConfig, ranks: int, **options: Any) -> list[tuple[int, s
         process.start()
     for process in processes:
         process.join(120)
-        assert not process.is_alive()
+        assert process.exitcode in (0, DIED)
     return sorted(failures.get() for _ in range(failures.qsize()))
 
 
