@@ -185,7 +185,8 @@ class Neighbor(Listener):
         try:
             while True:
                 try:
-                    frames = await asyncio.wait_for(queue.get(), BEAT_S)
+                    async with asyncio.timeout(BEAT_S):  # wait_for may lose a cancellation that comes with a frame
+                        frames = await queue.get()
                 except TimeoutError:
                     frames = [self.edge.beat()]
                 for frame in frames:

@@ -1,0 +1,174 @@
+"""A line that is cut for six minutes, on a clock that the test moves: two sites in one process, joined in memory."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peertune.exchange import Hop, Inbox
+from peertune.identity import load_identity
+from peertune.runtimes import network, node
+from peertune.runtimes.network import NetworkExchange
+from peertune.runtimes.node import Node
+from tests.test_consortium import make_charter, wait_for
+
+CUT_S = 360.0
+HOP = Hop("gossip", {(i, j): 0.5 for i in range(2) for j in range(2)})
+
+
+class Clock:
+    """What the runtime takes for the module `time`."""
+
+    ahead = 0.0
+    sleep = staticmethod(time.sleep)
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.ahead
+
+
+class Pair:
+    """Two sites and the line between them."""
+
+    def __init__(self, folder: Path, clock: Clock, grace_s: float) -> None:
+        self.clock = clock
+        charter = make_charter(folder, ["a", "b"]).model_copy(update={"grace_s": grace_s})
+        self.log: list[list[tuple[str, Any]]] = [[], []]
+        self.nodes, self.exchanges = [], []
+        for i, name in enumerate("ab"):
+
+            def log(kind: str, log: list[tuple[str, Any]] = self.log[i], **about: Any) -> None:
+                log.append((kind, about.get("round")))
+
+            made = Node(charter, load_identity(folder / name), "", log)
+            made.start([(0, 1)])
+            exchange = NetworkExchange(made)
+            exchange.corrects = True
+            self.nodes.append(made)
+            self.exchanges.append(exchange)
+        self.talks: list[Future[None]] = []
+        self.threads = ThreadPoolExecutor(2)
+
+    def connect(self) -> None:
+        known = [self.count(i, "connected") for i in (0, 1)]
+        queues: list[asyncio.Queue[bytes]] = [asyncio.Queue(), asyncio.Queue()]
+        for i in (0, 1):
+
+            async def write(frame: bytes, to: int = 1 - i) -> None:
+                self.nodes[to].soon(lambda: queues[to].put_nowait(frame))
+
+            talk = self.nodes[i].neighbors[1 - i].talk(queues[i].get, write)
+            self.talks.append(asyncio.run_coroutine_threadsafe(talk, self.nodes[i]._loop))
+        wait_for(lambda: all(self.count(i, "connected") > known[i] for i in (0, 1)))
+        edges = [self.nodes[i].neighbors[1 - i].edge for i in (0, 1)]
+        wait_for(lambda: all(edges[i].peer_round >= edges[1 - i].round for i in (0, 1)))  # it was said which
+
+    def cut(self) -> None:
+        known = [self.count(i, "disconnected") for i in (0, 1)]
+        for talk in self.talks:
+            talk.cancel()
+        self.talks.clear()
+        wait_for(lambda: all(self.count(i, "disconnected") > known[i] for i in (0, 1)))
+
+    def play(self, site: int, round: int) -> "Future[Inbox | None]":
+        """Begin a site's round; what the inbox will be."""
+        out = {"w": torch.full((4,), 10.0 * round + site)}
+
+        def go() -> Inbox | None:
+            self.exchanges[site].start(round, HOP, out)
+            return self.exchanges[site].finish(round, HOP, lambda: out)
+
+        return self.threads.submit(go)
+
+    def heard(self, round: int, sites: tuple[int, ...] = (0, 1)) -> list[list[int]]:
+        """Play a round at some sites; whom each of them heard."""
+        return [sorted(inbox.payloads) for inbox in self.ended([self.play(site, round) for site in sites])]
+
+    def ended(self, rounds: "list[Future[Inbox | None]]") -> list[Inbox]:
+        return [inbox for each in rounds if (inbox := each.result(timeout=60)) is not None]
+
+    def count(self, site: int, kind: str) -> int:
+        return sum(event == kind for event, _ in self.log[site])
+
+    def rounds(self, site: int, kind: str) -> list[int]:
+        return [round for event, round in self.log[site] if event == kind]
+
+    def stop(self) -> None:
+        self.cut()
+        for each in self.nodes:
+            each.stop()
+        self.threads.shutdown()
+
+
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], Pair]]:
+    clock, made = Clock(), list[Pair]()
+    for module in (node, network):
+        monkeypatch.setattr(module, "time", clock)
+
+    def make(grace_s: float) -> Pair:
+        made.append(Pair(tmp_path, clock, grace_s))
+        return made[-1]
+
+    yield make
+    for pair in made:
+        pair.stop()
+
+
+def test_a_cut_shorter_than_the_grace_costs_nothing_but_its_time(make: Callable[[float], Pair]) -> None:
+    pair = make(600.0)
+    pair.connect()
+    assert pair.heard(0) == [[0, 1], [0, 1]]
+    pair.cut()
+    rounds = [pair.play(site, 1) for site in (0, 1)]
+    pair.clock.ahead += CUT_S
+    wait_for(lambda: all(pair.count(site, "waiting") for site in (0, 1)))
+    assert not any(each.done() for each in rounds)
+    pair.connect()
+    assert [sorted(inbox.payloads) for inbox in pair.ended(rounds)] == [[0, 1], [0, 1]]
+    assert pair.heard(2) == [[0, 1], [0, 1]]
+    assert not any(pair.count(site, "left_out") for site in (0, 1))
+
+
+def test_a_cut_longer_than_the_grace_is_waited_for_once_and_moves_no_mean(make: Callable[[float], Pair]) -> None:
+    pair = make(120.0)
+    pair.connect()
+    assert pair.heard(0) == [[0, 1], [0, 1]]
+    pair.cut()
+    rounds = [pair.play(site, 1) for site in (0, 1)]
+    pair.clock.ahead += 60.0
+    wait_for(lambda: all(pair.count(site, "waiting") for site in (0, 1)))
+    assert not any(each.done() for each in rounds), "half of the grace"
+    pair.clock.ahead += CUT_S - 60.0
+    assert [sorted(inbox.payloads) for inbox in pair.ended(rounds)] == [[0], [1]]
+    assert pair.heard(2) == [[0], [1]], "at once: the clock stands"
+    pair.connect()
+    assert pair.heard(3) == [[0, 1], [0, 1]]
+    for site in (0, 1):
+        assert pair.rounds(site, "left_out") == pair.rounds(site, "was_missed") == [1, 2]
+        assert pair.nodes[site].neighbors[1 - site].late.empty(), "neither heard the other"
+
+
+def test_one_who_was_frozen_hears_what_was_kept_and_the_other_takes_it_late(make: Callable[[float], Pair]) -> None:
+    pair = make(120.0)
+    pair.connect()
+    assert pair.heard(0) == [[0, 1], [0, 1]]
+    pair.cut()
+    first = pair.play(0, 1)
+    wait_for(lambda: pair.rounds(0, "sent") == [0, 1])
+    pair.clock.ahead += CUT_S
+    assert sorted(pair.ended([first])[0].payloads) == [0]
+    assert pair.heard(2, (0,)) == [[0]]
+    pair.connect()
+    assert pair.heard(1, (1,)) == pair.heard(2, (1,)) == [[0, 1]]
+    assert pair.heard(3) == [[0, 1], [0, 1]]
+    late = pair.nodes[0].neighbors[1].late
+    for round in (1, 2):
+        key, theirs, mine = late.get(timeout=60)
+        assert key == (round, 0)
+        assert theirs["w"].tolist() == [10.0 * round + 1] * 4 and mine["w"].tolist() == [10.0 * round] * 4
+    assert pair.rounds(1, "was_missed") == [1, 2] and not pair.count(1, "left_out")
