@@ -44,6 +44,7 @@ CONTESTANTS: dict[str, list[str]] = {
         *RARELY,
         *(f"algorithm.outer_{key}" for key in OUTER),
         "topology.kind=complete",
+        "algorithm.gamma=1.0",  # 0.7, the paper's, leaves the mean another half of a percent behind
     ],
 }
 
