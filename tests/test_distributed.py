@@ -74,6 +74,22 @@ def play_all(config: RunConfig, ranks: int, **options: Any) -> list[tuple[int, s
     return sorted(failures.get() for _ in range(failures.qsize()))
 
 
+def torchrun(ranks: int, folder: Path, sets: list[str]) -> None:
+    """`peertune run` of an empty recipe with options, as one types it; it ends well and says so once."""
+    (folder / "recipe.toml").write_text("")
+    ran = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)),
+            *("-m", "peertune", "run", str(folder / "recipe.toml"), "--out", str(folder / "out"), *sets),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("load it with") == 1
+
+
 def config_of(folder: Path, model: Path, name: str, out: str, **sections: Any) -> RunConfig:
     merged = tree(folder, model, **{"eval": {"points": 2}, **METHODS_TRIED[name], **sections})
     merged["run"]["out"] = str(folder / out)
@@ -145,17 +161,5 @@ def test_torchrun_carries_out_a_recipe(tmp_path: Path, micro_model: Path) -> Non
         "data.train": config.data.train, "data.test": config.data.test, "data.task": "classification",
         "topology.kind": "ring", "algorithm.outer_rounds": 1, "algorithm.inner_steps": 2,
     }.items()]  # fmt: skip
-    empty = tmp_path / "recipe.toml"
-    empty.write_text("")
-    ran = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-            *("-m", "peertune", "run", str(empty), "--out", str(tmp_path / "out"), *sets),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.count("load it with") == 1
+    torchrun(2, tmp_path, sets)
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["rounds"] > 0

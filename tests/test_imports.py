@@ -1,6 +1,8 @@
-"""Layers import only from layers above them in this list; a folder counts as one layer."""
+"""Layers import only from layers above them in this list, a folder counting as one; and runs import what they need."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "src" / "peertune"
@@ -83,3 +85,14 @@ def test_layers_import_only_from_layers_above() -> None:
 def test_every_layer_exists() -> None:
     names = {p.stem for p in PACKAGE.iterdir() if p.suffix == ".py" or (p.is_dir() and (p / "__init__.py").exists())}
     assert set(LAYERS) == names - {"__init__"}
+
+
+def test_a_model_without_an_adapter_does_not_wait_for_peft() -> None:
+    """Its import takes more than a second, of every run and command that loads a model."""
+    loads = (
+        "import sys; from peertune.config import ModelSection; from peertune.model.language_model import LanguageModel;"
+        " from peertune.model.load import load_model; import torch;"
+        " LanguageModel(load_model(ModelSection(), torch.device('cpu')), ModelSection());"
+        " sys.exit('peft' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", loads], timeout=120).returncode == 0

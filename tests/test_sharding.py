@@ -6,8 +6,6 @@ import math
 import multiprocessing
 import os
 import socket
-import subprocess
-import sys
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -35,7 +33,7 @@ from peertune.run import run
 from peertune.runtimes.distributed import process_group
 from tests.recipes import recipe, tree
 from tests.shapes import ARCHITECTURES, VOCABULARY, make_model
-from tests.test_distributed import STAR, play_all, same_model
+from tests.test_distributed import STAR, play_all, same_model, torchrun
 
 STEPS = {"rounds": 3, "local_steps": 2, "eps": 1e-3, "max_grad_norm": 0.5}
 BLOCKWISE = {"outer_rounds": 2, "inner_steps": 2, "eps": 1e-3, "max_grad_norm": 0.5}
@@ -259,17 +257,5 @@ def test_torchrun_carries_out_a_recipe_with_two_ranks_a_peer(tmp_path: Path) -> 
         "data.partition.kind": "iid",
         "algorithm.outer_rounds": 1, "algorithm.inner_steps": 1, "eval.generate_samples": 2, "eval.max_new_tokens": 3,
     }.items()]  # fmt: skip
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text("")
-    ran = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"),
-            *("-m", "peertune", "run", str(recipe), "--out", str(tmp_path / "out"), *sets),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.count("load it with") == 1
+    torchrun(4, tmp_path, sets)
     assert "exact_match" in told(tmp_path / "out")[0]["metrics"]["average_model"]

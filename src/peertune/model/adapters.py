@@ -54,7 +54,7 @@ def adapter_names(module: nn.Module) -> set[str]:
 
 def core_of(module: nn.Module) -> Any:
     """The transformers model inside whatever wraps it."""
-    return module.get_base_model() if _is_peft(module) else module  # type: ignore[operator]
+    return module.get_base_model() if is_peft(module) else module  # type: ignore[operator]
 
 
 def merge_adapter(module: nn.Module, base: nn.Module) -> nn.Module | None:
@@ -64,7 +64,7 @@ def merge_adapter(module: nn.Module, base: nn.Module) -> nn.Module | None:
         module: the base with the adapter.
         base: the same base, unquantised; changed in place.
     """
-    if not (_is_peft(module) and module.peft_type == "LORA"):
+    if not (is_peft(module) and module.peft_type == "LORA"):
         return None
     weights = {name: p.detach() for name, p in module.named_parameters() if "lora_" in name}
     with torch.random.fork_rng(devices=[]):
@@ -151,5 +151,6 @@ def _add_bottlenecks(module: nn.Module, size: int) -> nn.Module:
     return module.to(embeddings.device)
 
 
-def _is_peft(module: nn.Module) -> bool:
+def is_peft(module: nn.Module) -> bool:
+    """Whether a model is wrapped by peft."""
     return hasattr(module, "peft_config") and hasattr(module, "get_base_model")

@@ -13,9 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peertune.model.adapters import is_peft
+
 
 def take_over(module: nn.Module) -> None:
     """Let the LoRA layers of a model, if it has any, compute as `forward` does."""
+    if not is_peft(module):  # else every run would wait for peft to be imported
+        return
     from peft.tuners.lora import Linear
 
     for layer in module.modules():

@@ -81,7 +81,7 @@ class ShardedModel(LanguageModel):
 
     def whole(self, name: str) -> Tensor:
         """A parameter, put together from all ranks' rows."""
-        parameter = dict(self.module.named_parameters())[name].detach()
+        parameter = self.module.get_parameter(name).detach()
         return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
     def backward(self, batch: Batch, num_batches: int) -> Tensor:
