@@ -46,6 +46,7 @@ def stream_ends(homes: tuple[Path, Path] | None = None) -> Ends:
                 for start in range(0, size, CHUNK_SIZE):
                     writer.write(data[start : start + CHUNK_SIZE])
                     await writer.drain()
+                await reader.read()  # until the other end has it all and closes; else what TLS still holds may be lost
                 writer.close()
                 done.set()
 
@@ -64,6 +65,7 @@ def stream_ends(homes: tuple[Path, Path] | None = None) -> Ends:
             start, offset = time.perf_counter(), 0
             while offset < size:
                 data = await reader.read(CHUNK_SIZE)
+                assert data, f"the stream ended after {offset} of {size} bytes"
                 view[offset : offset + len(data)] = data
                 offset += len(data)
             writer.close()

@@ -250,7 +250,13 @@ def test_an_exchange_is_measured_at_toy_size(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(sys, "argv", ["exchange.py", *arguments])
     exchange.main()
     figures = json.loads((tmp_path / "exchange.json").read_text())["figures"]
-    assert figures["bytes"] == 2_000_000 and figures["mb_per_s"].keys() == {"raw", "tls", "grpc_tls", "peertune"}
+    assert figures["bytes"] == 2_000_000 and figures["mb_per_s"].keys() == {
+        "raw",
+        "tls",
+        "grpc_tls",
+        "peertune",
+        "first_round",
+    }
     assert all(figures[f"{name}_over_raw"] > 0 for name in ("bare_tls", "bare_grpc_tls", "peertune"))
     assert figures["training"]["steps_per_s_alone"] > 0
 

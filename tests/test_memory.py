@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import mmap
 import multiprocessing
 import resource
 from multiprocessing.connection import Connection
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from peertune.memory import HUGE_PAGE, keep_freed, room
+from peertune.memory import HUGE_PAGE, keep_freed, release, room
 
 LARGE = 8 * HUGE_PAGE // 4
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -33,6 +34,29 @@ def test_a_large_room_takes_few_page_faults() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     room(LARGE).fill_(1.0)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < LARGE * 4 // 4096 // 4
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="elsewhere the system's allocator decides")
+def test_a_room_that_nobody_uses_serves_the_next_one_of_its_size() -> None:
+    release()
+    first = room(LARGE)
+    place, part = first.data_ptr(), first[1:3].fill_(7.0)
+    del first
+    other = room(LARGE).fill_(1.0)
+    assert other.data_ptr() != place and part.tolist() == [7.0, 7.0], "a part of the first is still held"
+    del part
+    again = room(LARGE)
+    assert again.data_ptr() == place
+    again.fill_(1.0)
+    del again, other
+    before = resident()
+    room(2 * LARGE)  # another block's turn
+    assert resident() < before - 1.5 * LARGE * 4, "what no block needs any more is given back"
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
 def faults() -> int:

@@ -1,4 +1,4 @@
-"""Memory: this process's peak, resident on the host or on a GPU; what the host has to give; room in huge pages."""
+"""Memory: this process's peak, resident on the host or on a GPU; what the host has to give; room that is used again."""
 
 import contextlib
 import ctypes
@@ -6,6 +6,7 @@ import gc
 import mmap
 import resource
 import sys
+import weakref
 from pathlib import Path
 
 import torch
@@ -16,11 +17,14 @@ MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
 """What glibc's mallopt calls them."""
 KEPT_BLOCK, KEPT_BYTES = 32 << 20, 64 << 20
 """The most that glibc comes to by itself, once a block of that size has been freed."""
+_free_rooms: list[mmap.mmap] = []
+"""Rooms that nobody uses any more; the system may take their pages."""
 
 
 def release() -> None:
     """Give back to the system what earlier work has freed, so that the next peak is not theirs (glibc; else a part)."""
     gc.collect()
+    _free_rooms.clear()
     torch.cuda.empty_cache()  # does nothing where no GPU was used
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
@@ -40,15 +44,39 @@ def keep_freed() -> None:
 def room(num_floats: int) -> Tensor:
     """An uninitialised float32 vector; a large one in huge pages where the system has them (Linux).
 
-    A page fault takes longer than decrypting the page does; of huge pages there are 512 times fewer.
+    A page fault takes longer than decrypting the page does; of huge pages there are 512 times fewer. The pages of a
+    large one that is not used any more serve the next one of its size; until then the system may have them back.
     """
     size = 4 * num_floats
     if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(num_floats, dtype=torch.float32)
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.float32)
+    pages = _free_room(size)
+    if pages is None:
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a kernel without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    view = memoryview(pages)  # lives as long as the tensor's storage
+    weakref.finalize(view, _leave, pages).atexit = False
+    return torch.frombuffer(view, dtype=torch.float32)
+
+
+def _free_room(size: int) -> mmap.mmap | None:
+    """A room of that size that nobody uses. Those of other sizes are let go: they were of another block's turn."""
+    fitting = []
+    with contextlib.suppress(IndexError):  # popped, not looked at: another thread may be here as well
+        while True:
+            pages = _free_rooms.pop()
+            if len(pages) == size:
+                fitting.append(pages)
+    found = fitting.pop() if fitting else None
+    _free_rooms.extend(fitting)
+    return found
+
+
+def _leave(pages: mmap.mmap) -> None:
+    with contextlib.suppress(OSError):  # a kernel that takes no such hint
+        pages.madvise(mmap.MADV_FREE)
+    _free_rooms.append(pages)
 
 
 def reset_peak(device: torch.device) -> None:
