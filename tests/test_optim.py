@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from peertune import optim
 from peertune.config import AlgorithmConfig
 from peertune.optim import MasterWeights, Moments, adam_step, join_bfloat16, learning_rate, split_bfloat16
 
@@ -37,17 +38,21 @@ def train(parameter: nn.Parameter, grads: torch.Tensor, lr: float, weight_decay:
     moments = Moments.zeros(parameter)
     for step, grad in enumerate(grads, 1):
         parameter.grad = grad
-        adam_step(
-            masters,
-            "w",
-            moments,
-            lr=lr,
-            alphas=(0.9, 0.999),
-            corrections=(1 - 0.9**step, 1 - 0.999**step),
-            eps=1e-8,
-            weight_decay=weight_decay,
-        )
+        take_step(masters, {"w": moments}, step, lr, weight_decay)
     return masters
+
+
+def take_step(masters: MasterWeights, moments: dict[str, Moments], step: int, lr: float, weight_decay: float) -> None:
+    corrections = (1 - 0.9**step, 1 - 0.999**step)
+    adam_step(
+        masters,
+        moments,
+        lr=lr,
+        alphas=(0.9, 0.999),
+        corrections=corrections,
+        eps=1e-8,
+        weight_decay=weight_decay,
+    )
 
 
 @pytest.mark.parametrize("shape", [(7,), (300, 300)])  # the second spans several chunks
@@ -61,6 +66,25 @@ def test_equals_torch_adamw_bitwise_in_float32(shape: tuple[int, ...]) -> None:
         optimiser.step()
     train(ours, grads, 1e-3, weight_decay=0.1)
     assert torch.equal(ours, theirs)
+
+
+def test_parameters_step_together_as_each_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 and bfloat16, matrices and vectors, smaller than a chunk, as large, and larger."""
+    monkeypatch.setattr(optim, "CHUNK_CPU", 100)
+    kinds = [(dtype, shape) for dtype in (torch.float32, torch.bfloat16) for shape in ((7,), (10, 10), (30, 11), (9,))]
+    made = {f"p{i}": parameter_and_gradients(dtype, shape, 3) for i, (dtype, shape) in enumerate(kinds)}
+    alone = {name: nn.Parameter(parameter.detach().clone()) for name, (parameter, _) in made.items()}
+    masters = MasterWeights({name: parameter for name, (parameter, _) in made.items()})
+    moments = {name: Moments.zeros(parameter) for name, (parameter, _) in made.items()}
+    for name in masters:
+        masters.activate(name)
+    for step in range(3):
+        for parameter, grads in made.values():
+            parameter.grad = grads[step]
+        take_step(masters, moments, step + 1, 1e-3, 0.1)
+    for name, (_, grads) in made.items():
+        expected = train(alone[name], grads, 1e-3, 0.1)
+        assert torch.equal(masters.snapshot(name), expected.snapshot("w")), name
 
 
 def test_bfloat16_keeps_float32_progress() -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import repeat
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from peertune.config import AlgorithmConfig
 
 CHUNK_CPU = 1 << 16
-"""Elements updated at a time on a CPU: the chunk's tensors stay in the second-level cache."""
+"""Elements updated at a time on a CPU: what is made on the way stays in the second-level cache."""
 CHUNK_GPU = 1 << 25
 """Elements updated at a time on a GPU: bounds the temporaries, few launches."""
 
@@ -37,11 +39,10 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     Where each of several ranks holds some rows of the parameters, which then name these `ranks`, it is the norm of all
     rows, and all ranks have to ask for it.
     """
-    known = [p for p in parameters if p.grad is not None]
-    total: Tensor = torch.linalg.vector_norm(
-        torch.stack([torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in known])
-    )
-    ranks = getattr(known[0], "ranks", None)
+    known = [(p, p.grad) for p in parameters if p.grad is not None]
+    norms = torch._foreach_norm([grad for _, grad in known], dtype=torch.float32)
+    total: Tensor = torch.linalg.vector_norm(torch.stack(list(norms)))
+    ranks = getattr(known[0][0], "ranks", None)
     if ranks is None:
         return total
     square = total.square()
@@ -64,38 +65,21 @@ def clip_gradients(parameters: Mapping[str, nn.Parameter], max_norm: float) -> T
     return norm
 
 
-def adam_moments(exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, alphas: tuple[float, float]) -> None:
-    """m <- a1 m + (1 - a1) g, v <- a2 v + (1 - a2) g g (Kingma & Ba 2015, algorithm 1; DECA's half step r + 1/2)."""
-    exp_avg.lerp_(grad, 1 - alphas[0])
-    exp_avg_sq.mul_(alphas[1]).addcmul_(grad, grad, value=1 - alphas[1])
-
-
-def adam_denominator(exp_avg_sq: Tensor, correction: float, eps: float) -> Tensor:
-    """sqrt(v / correction) + eps, with correction = 1 - a2^(r+1)."""
-    return (exp_avg_sq.sqrt() / math.sqrt(correction)).add_(eps)
-
-
-def adam_apply(
-    theta: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    *,
-    lr: float,
-    corrections: tuple[float, float],
-    eps: float,
-    weight_decay: float = 0.0,
+def adam_moments(
+    exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], grads: list[Tensor], alphas: tuple[float, float]
 ) -> None:
-    """theta <- (1 - lr wd) theta - lr mhat / (sqrt(vhat) + eps), in the order of operations of torch's AdamW.
+    """m <- a1 m + (1 - a1) g, v <- a2 v + (1 - a2) g g (Kingma & Ba 2015, algorithm 1; DECA's half step r + 1/2)."""
+    torch._foreach_lerp_(exp_avgs, grads, 1 - alphas[0])
+    torch._foreach_mul_(exp_avg_sqs, alphas[1])
+    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - alphas[1])
 
-    Args:
-        theta: float32 weights, changed in place. All tensors have its shape.
-        exp_avg: m.
-        exp_avg_sq: v.
-        corrections: what m and v are divided by to undo their start at zero: 1 - a1^(r+1), 1 - a2^(r+1).
-    """
-    if weight_decay:
-        theta.mul_(1 - lr * weight_decay)
-    theta.addcdiv_(exp_avg, adam_denominator(exp_avg_sq, corrections[1], eps), value=-lr / corrections[0])
+
+def adam_denominators(exp_avg_sqs: list[Tensor], correction: float, eps: float) -> tuple[Tensor, ...]:
+    """sqrt(v / correction) + eps, with correction = 1 - a2^(r+1)."""
+    found = torch._foreach_sqrt(exp_avg_sqs)
+    torch._foreach_div_(found, math.sqrt(correction))
+    torch._foreach_add_(found, eps)
+    return found
 
 
 def join_bfloat16(high: Tensor, low: Tensor) -> Tensor:
@@ -184,11 +168,21 @@ class Moments:
         return cls(exp_avg, exp_avg_sq)
 
 
+class Piece(NamedTuple):
+    """Of one parameter, as many elements as are updated at a time, or fewer; all of one shape."""
+
+    theta: Tensor
+    low: Tensor | None
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    is_matrix: bool
+
+
 @torch.no_grad()
 def adam_step(
     masters: MasterWeights,
-    name: str,
-    moments: Moments,
+    moments: Mapping[str, Moments],
     *,
     lr: float,
     alphas: tuple[float, float],
@@ -197,31 +191,55 @@ def adam_step(
     weight_decay: float,
     keep_moments: bool = True,
 ) -> None:
-    """One Adam step of one parameter from its `.grad`, chunk by chunk so that temporaries stay small.
+    """theta <- (1 - lr wd) theta - lr mhat / (sqrt(vhat) + eps), in the order of operations of torch's AdamW.
+
+    Every parameter that has `moments` takes one step from its `.grad`; many small ones together, large ones a part at a
+    time, so that calls are few and what is made on the way is small.
 
     Args:
-        corrections: as in `adam_apply`.
+        corrections: what m and v are divided by to undo their start at zero: 1 - a1^(r+1), 1 - a2^(r+1).
         weight_decay: decoupled; applied to matrices only, never to norms and biases.
         keep_moments: False takes the step with the half-step moments but leaves `moments` as they were.
     """
-    parameter = masters.parameters[name]
-    assert parameter.grad is not None
-    split = parameter.dtype == torch.bfloat16
-    flat = [
-        parameter.detach().view(-1),
-        parameter.grad.reshape(-1),
-        moments.exp_avg.view(-1),
-        moments.exp_avg_sq.view(-1),
-    ]
-    if split:
-        flat.append(masters.remainders[name].view(-1))
-    decay = weight_decay if parameter.ndim > 1 else 0.0
-    chunk = CHUNK_CPU if parameter.device.type == "cpu" else CHUNK_GPU
-    for theta, grad, m, v, *low in zip(*(torch.split(t, chunk) for t in flat), strict=True):
+    for pieces in _batches(masters, moments):
+        exp_avgs, exp_avg_sqs = [piece.exp_avg for piece in pieces], [piece.exp_avg_sq for piece in pieces]
         if not keep_moments:
-            m, v = m.clone(), v.clone()
-        adam_moments(m, v, grad.float(), alphas)
-        master = join_bfloat16(theta, low[0]) if split else theta
-        adam_apply(master, m, v, lr=lr, corrections=corrections, eps=eps, weight_decay=decay)
-        if split:
-            split_bfloat16(master, theta, low[0])
+            exp_avgs, exp_avg_sqs = ([t.clone() for t in tensors] for tensors in (exp_avgs, exp_avg_sqs))
+        adam_moments(exp_avgs, exp_avg_sqs, [piece.grad.float() for piece in pieces], alphas)
+        thetas = [p.theta if p.low is None else join_bfloat16(p.theta, p.low) for p in pieces]
+        matrices = [theta for theta, piece in zip(thetas, pieces, strict=True) if piece.is_matrix]
+        if weight_decay and matrices:
+            torch._foreach_mul_(matrices, 1 - lr * weight_decay)
+        denominators = adam_denominators(exp_avg_sqs, corrections[1], eps)
+        torch._foreach_addcdiv_(thetas, exp_avgs, denominators, -lr / corrections[0])
+        for theta, piece in zip(thetas, pieces, strict=True):
+            if piece.low is not None:
+                split_bfloat16(theta, piece.theta, piece.low)
+
+
+def _batches(masters: MasterWeights, moments: Mapping[str, Moments]) -> Iterator[list[Piece]]:
+    """The parameters in pieces; in a list, pieces of one chunk's elements together, or the last one goes beyond."""
+    batch: list[Piece] = []
+    held = 0
+    for name, state in moments.items():
+        parameter, low = masters.parameters[name], None
+        assert parameter.grad is not None
+        if parameter.dtype == torch.bfloat16:
+            low = masters.remainders[name]
+        chunk = CHUNK_CPU if parameter.device.type == "cpu" else CHUNK_GPU
+        whole = Piece(parameter.detach(), low, parameter.grad, state.exp_avg, state.exp_avg_sq, parameter.ndim > 1)
+        for piece in [whole] if parameter.numel() <= chunk else _split(whole, chunk):
+            batch.append(piece)
+            held += piece.theta.numel()
+            if held >= chunk:
+                yield batch
+                batch, held = [], 0
+    if batch:
+        yield batch
+
+
+def _split(whole: Piece, size: int) -> Iterator[Piece]:
+    *tensors, is_matrix = whole
+    parts = [repeat(None) if tensor is None else torch.split(tensor.reshape(-1), size) for tensor in tensors]
+    for theta, low, grad, exp_avg, exp_avg_sq in zip(*parts, strict=False):
+        yield Piece(theta, low, grad, exp_avg, exp_avg_sq, is_matrix)

@@ -25,7 +25,7 @@ from peertune.algorithms.base import Algorithm, LocalReport
 from peertune.algorithms.turns import BlockwiseConfig, Calendar
 from peertune.config import AlgorithmConfig, Decays
 from peertune.exchange import Hop, Inbox, Payload
-from peertune.optim import Moments, adam_denominator, adam_step, clip_gradients, learning_rate
+from peertune.optim import Moments, adam_denominators, adam_step, clip_gradients, learning_rate
 from peertune.peer import Peer
 from peertune.topology import Topology
 
@@ -105,19 +105,18 @@ class Deca(Algorithm):
         (a1, a2), (c1, c2) = self.config.alphas, self.weights
         half = (a1 * c1 + 1 - a1, a2 * c2 + 1 - a2)
         corrections = half if self.tracks_weights else (1 - a1 ** (r + 1), 1 - a2 ** (r + 1))
-        for name in self.active:
-            adam_step(
-                self.masters,
-                name,
-                self.moments[name],
-                lr=lr,
-                alphas=self.config.alphas,
-                corrections=corrections,
-                eps=self.config.eps,
-                weight_decay=self.config.weight_decay,
-                keep_moments=self.discrepancy != "trivial",
-            )
-            self.active[name].grad = None
+        adam_step(
+            self.masters,
+            self.moments,
+            lr=lr,
+            alphas=self.config.alphas,
+            corrections=corrections,
+            eps=self.config.eps,
+            weight_decay=self.config.weight_decay,
+            keep_moments=self.discrepancy != "trivial",
+        )
+        for parameter in self.active.values():
+            parameter.grad = None
         self.corrections = corrections
         if self.discrepancy != "trivial":
             self.weights = half
@@ -168,7 +167,8 @@ class Deca(Algorithm):
         for name in d:
             moments, h = self.moments[name], d[name].mul_(scale)
             if self.discrepancy == "descent_scaled":
-                h.mul_(adam_denominator(moments.exp_avg_sq, self.corrections[1], self.config.eps))
+                (denominator,) = adam_denominators([moments.exp_avg_sq], self.corrections[1], self.config.eps)
+                h.mul_(denominator)
             else:
                 moments.exp_avg_sq.mul_(b2).addcmul_(h, h, value=1 - b2)
             moments.exp_avg.lerp_(h, 1 - b1)

@@ -149,7 +149,7 @@ class Fedavg(LocalSteps):
         c = self.config
         if c.server_optimizer == "adam":
             m, v = (self.server_state(f"{kind}/{name}", before) for kind in ("exp_avg", "exp_avg_sq"))
-            adam_moments(m, v, mean - before, c.server_betas)
+            adam_moments([m], [v], [mean - before], c.server_betas)
             return before.addcdiv(m, v.sqrt().add_(c.server_tau), value=c.server_lr)
         pseudo_gradient = before - mean
         buffer = self.server_state(f"momentum/{name}", before).mul_(c.server_momentum).add_(pseudo_gradient)

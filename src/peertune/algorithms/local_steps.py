@@ -107,12 +107,12 @@ class LocalSteps(Algorithm):
     def step(self, lr: float) -> None:
         """AdamW on the gradients at hand."""
         a1, a2 = self.config.alphas
-        for name, parameter in self.active.items():
-            moments = self.moments[name]
-            count = moments.num_steps + 1
+        by_count: dict[int, dict[str, Moments]] = {}
+        for name in self.active:
+            by_count.setdefault(self.moments[name].num_steps + 1, {})[name] = self.moments[name]
+        for count, moments in by_count.items():
             adam_step(
                 self.masters,
-                name,
                 moments,
                 lr=lr,
                 alphas=self.config.alphas,
@@ -121,9 +121,11 @@ class LocalSteps(Algorithm):
                 weight_decay=self.config.weight_decay,
                 keep_moments=self.feeds_moments,
             )
-            parameter.grad = None
             if self.feeds_moments:
-                moments.num_steps = count
+                for state in moments.values():
+                    state.num_steps = count
+        for parameter in self.active.values():
+            parameter.grad = None
 
     def outgoing(self, hop: Hop) -> Payload:
         return {name: self.masters.snapshot(name) for name in self.common}

@@ -37,5 +37,6 @@ class Qg(LocalSteps):
         norm = torch.nn.utils.get_total_norm(list(moved.values()))
         for name, d in moved.items():
             moments = self.moments[name]
-            adam_moments(moments.exp_avg, moments.exp_avg_sq, d / norm if norm > 0 else d, self.config.alphas)
+            unit = d / norm if norm > 0 else d
+            adam_moments([moments.exp_avg], [moments.exp_avg_sq], [unit], self.config.alphas)
             moments.num_steps += 1
