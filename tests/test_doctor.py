@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -471,6 +472,30 @@ def test_there_is_one_probe_at_a_time() -> None:
 
     context = asyncio.run(second())
     assert context.code is probe.BUSY and not context.given
+
+
+def test_a_member_is_answered_so_many_times_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(probe, "time", SimpleNamespace(monotonic=lambda: now))
+    own = Probe(charter_of(["a", "b", "c"]), "join")
+
+    async def ask(index: int) -> grpc.StatusCode:
+        context = Context([hello()])
+        with suppress(ConnectionAbortedError):
+            await own.answer(index, context)
+        return context.code
+
+    async def play() -> None:
+        nonlocal now
+        for _ in range(probe.PER_MINUTE):
+            assert await ask(1) is grpc.StatusCode.OK
+            now += 1.0
+        assert await ask(1) is probe.BUSY and await ask(2) is grpc.StatusCode.OK
+        now = 1060.0
+        assert await ask(1) is grpc.StatusCode.OK
+        assert await ask(1) is probe.BUSY, "what was refused does not count, what was answered does"
+
+    asyncio.run(play())
 
 
 def test_a_probe_that_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,8 @@ Both begin with HELLO (the parts of the charter, and what each is doing). Then t
     FETCH bytes             answered by CHUNKs
     REPORT rtt, up, down    what was found, in the words of the one who leads, for a site that cannot dial itself
 
-Nothing is kept of what is sent, so a running site answers beside its work. A site takes part in one probe at a time,
-its own included: two at once would measure each other.
+Nothing is kept of what is sent, so a running site answers beside its work, each member a few times a minute. A site
+takes part in one probe at a time, its own included: two at once would measure each other.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import os
 import ssl
 import struct
 import time
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
@@ -44,6 +45,8 @@ DEADLINE_S = 60.0
 """Seconds of a whole probe at most."""
 CONNECT_S = 5.0
 """Seconds a neighbour has to take a connection."""
+PER_MINUTE = 6
+"""Probes a member is answered in any minute, so that nobody takes a running site's line."""
 NUM_PINGS = 5
 MAX_FRAMES = 1024
 MAX_HELLO = 64 << 10
@@ -95,11 +98,17 @@ class Probe:
         self.slot = asyncio.Lock()
         self.visits: dict[int, Measured] = {}
         """Member -> what it reported when it last probed this site."""
+        self._answered: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=PER_MINUTE))
+        """Member -> when its last probes began."""
 
     async def answer(self, index: int, context: Any) -> tuple[int, int]:
         """Answer a member's probe. Returns the bytes it sent, and those it was given."""
         if self.slot.locked():
             await context.abort(BUSY, "one probe at a time")
+        answered, now = self._answered[index], time.monotonic()
+        if len(answered) == PER_MINUTE and now - answered[0] < 60.0:
+            await context.abort(BUSY, f"{PER_MINUTE} probes a minute")
+        answered.append(now)
         async with self.slot:
             try:
                 async with asyncio.timeout(DEADLINE_S):
