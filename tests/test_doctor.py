@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from peertune.algorithms import ALGORITHMS
 from peertune.charter import Charter, Member, read_charter, write_charter
 from peertune.cli import main
-from peertune.consortium import new_charter, site_config
+from peertune.consortium import SiteOptions, new_charter
 from peertune.doctor import Finding, check_charter, check_clock, check_data, check_model, examine, predict
 from peertune.identity import load_identity, make_identity
 from peertune.run import run
@@ -72,19 +72,17 @@ class Two:
         """Start a site's examination. Returns a function that waits for its findings, by check."""
         told = FORK.Queue()
         given = {
+            "charter": self.charter,
             "identity": self.folder / name / "key",
             "train": str(self.folder / f"{name}.jsonl"),
             "test": str(self.folder / "test.jsonl"),
             "out": self.folder / name / "run",
-            "listen": "",
             "model": str(self.model),
-            "overrides": [],
             **options,
         }
-        path = given.pop("path", self.charter)
 
         def play() -> None:
-            told.put(examine(path, **given, wait_s=wait_s))
+            told.put(examine(SiteOptions(**given), wait_s=wait_s))
             told.close()
             told.join_thread()
             os._exit(0)
@@ -203,7 +201,7 @@ def no_members_key(sites: Two) -> dict[str, Any]:
 
 
 def no_charter(sites: Two) -> dict[str, Any]:
-    return {"path": sites.folder / "none.toml"}
+    return {"charter": sites.folder / "none.toml"}
 
 
 def other_base(sites: Two) -> dict[str, Any]:
@@ -343,7 +341,7 @@ def test_another_charter_is_a_problem_on_both_sides(tmp_path: Path, micro_model:
     sites = Two(tmp_path, micro_model)
     other = tmp_path / "other.toml"
     write_charter(sites.signed(read_charter(sites.charter).model_copy(update={"grace_s": 3.0})), other)
-    waiting = [sites.doctor("north"), sites.doctor("south", path=other)]
+    waiting = [sites.doctor("north"), sites.doctor("south", charter=other)]
     for found, name in zip([wait() for wait in waiting], reversed(SITES), strict=True):
         assert problems(found) == [f"line to {name}"]
         assert "its charter is another: grace_s" in found[f"line to {name}"].text
@@ -363,7 +361,7 @@ def test_a_stranger_is_not_answered_and_a_member_still_is(
     forged = forged.signed(load_identity(tmp_path / "north" / "key")).signed(stranger)
     write_charter(forged, tmp_path / "forged.toml")
     with played(good, tmp_path / "north" / "key", sites.ports["north"]) as events:
-        found = sites.doctor("south", 0.0, path=tmp_path / "forged.toml", identity=tmp_path / "stranger")()
+        found = sites.doctor("south", 0.0, charter=tmp_path / "forged.toml", identity=tmp_path / "stranger")()
         line = found["line to north"]
         assert not line.values and line.mark == "warning" and events.empty()  # north would dial
         asked = ask_bare(forged, stranger, 0)
@@ -574,7 +572,14 @@ def test_what_a_round_sends_is_what_a_run_sends(
     members = [Member(name=f"m{i}", id="abcdefg"[i] * 52, samples=n) for i, n in enumerate([*counts, 0][:5])]
     shared = {"members": members, "recipe": tree(tmp_path, micro_model, **sections)}
     charter = charter_of(["a"]).model_copy(update=shared)
-    own = site_config(charter, str(tmp_path / "train.jsonl"), "", tmp_path / "site", str(micro_model), [])
+    options = SiteOptions(
+        charter=tmp_path / "charter.toml",
+        identity=tmp_path / "key",
+        out=tmp_path / "site",
+        train=str(tmp_path / "train.jsonl"),
+        model=str(micro_model),
+    )
+    own = options.config(charter)
     data, _ = check_data(own, charter, tmp_path, 0)
     monkeypatch.setattr("peertune.doctor.check_base", lambda *_: None)
     made, found = check_model(own, charter, tmp_path, 0, torch.device("cpu"), data)

@@ -7,11 +7,14 @@ import json
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from peertune.cli_output import Bars, print_paths, summary_table
+
+if TYPE_CHECKING:
+    from peertune.consortium import SiteOptions
 
 
 def _date(text: str) -> date:
@@ -149,19 +152,20 @@ def _leave(options: argparse.Namespace, console: Console) -> None:
     print(f"{options.run}: leaves at the end of its round; the same `peertune join` command comes back")
 
 
-def _site(options: argparse.Namespace) -> dict[str, Any]:
-    """What `join` and `doctor` are told alike."""
+def _site(options: argparse.Namespace) -> SiteOptions:
+    from peertune.consortium import SiteOptions
     from peertune.identity import default_folder
 
-    return {
-        "identity": Path(options.identity) if options.identity else default_folder(),
-        "train": options.data or "",
-        "test": options.test or "",
-        "out": Path(options.out),
-        "listen": options.listen or "",
-        "model": options.model or "",
-        "overrides": options.set,
-    }
+    return SiteOptions(
+        charter=Path(options.charter),
+        identity=Path(options.identity) if options.identity else default_folder(),
+        out=Path(options.out),
+        train=options.data or "",
+        test=options.test or "",
+        listen=options.listen or "",
+        model=options.model or "",
+        overrides=options.set,
+    )
 
 
 def _doctor(options: argparse.Namespace, console: Console) -> None:
@@ -172,7 +176,7 @@ def _doctor(options: argparse.Namespace, console: Console) -> None:
         if not options.json:
             print(finding, flush=True)
 
-    findings = examine(Path(options.charter), **_site(options), wait_s=options.wait, tell=tell)
+    findings = examine(_site(options), wait_s=options.wait, tell=tell)
     if options.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=1))
     problems = [finding.check for finding in findings if finding.mark == "problem"]
@@ -184,6 +188,6 @@ def _join(options: argparse.Namespace, console: Console) -> None:
     from peertune.consortium import join
 
     with Bars(console) as bars:
-        summary = join(Path(options.charter), **_site(options), progress=bars)
+        summary = join(_site(options), bars)
     Console().print(summary_table(summary))
     print_paths(Path(options.out))

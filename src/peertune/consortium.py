@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -49,6 +50,51 @@ SITE_KEYS = (
     *("data.instruction_field", "data.input_field", "data.output_field", "data.messages_field", "data.tools_field"),
 )
 """Keys a site may set for itself: how its own files and machine are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteOptions:
+    """What a site brings to the run of a charter: its key, its files, how its machine is reached."""
+
+    charter: Path
+    """File of the charter, signed by all."""
+    identity: Path
+    """Folder of this site's key."""
+    out: Path
+    """Folder of the run."""
+    train: str = ""
+    """This site's training data; empty on a server only."""
+    test: str = ""
+    """Its held-out data; empty: nothing is evaluated."""
+    listen: str = ""
+    """HOST:PORT to open; empty: the port of this site's address in the charter, on all interfaces; none without."""
+    model: str = ""
+    """Where the base lies here; empty: as in the recipe."""
+    overrides: Sequence[str] = ()
+    """`section.key=value` of `SITE_KEYS`."""
+
+    def check(self) -> None:
+        """Raises ConfigError where it cannot be what is meant, whatever the charter."""
+        if self.listen and not is_address(self.listen):
+            raise ConfigError(f"--listen: got {self.listen!r}, expected HOST:PORT, such as 0.0.0.0:7000")
+        for text in self.overrides:
+            if text.partition("=")[0].strip() not in SITE_KEYS:
+                raise ConfigError(f"--set {text!r}: the charter fixes this key; a site may set {', '.join(SITE_KEYS)}")
+
+    def config(self, charter: Charter) -> RunConfig:
+        """The charter's recipe with this site's own keys. Raises ConfigError."""
+        tree = charter.config(METHODS).to_dict()
+        tree["data"] |= {"train": self.train, "test": self.test}
+        tree["run"]["out"] = str(self.out)
+        tree["model"]["path"] = self.model or tree["model"]["path"]
+        for text in self.overrides:
+            apply_override(tree, text)
+        return from_dict(tree, METHODS)[0]
+
+    def address(self, charter: Charter, index: int) -> str:
+        """HOST:PORT that this site, the charter's member `index`, opens; empty: none."""
+        port = charter.members[index].address.rpartition(":")[2]
+        return self.listen or (f"[::]:{port}" if port else "")
 
 
 def new_charter(
@@ -111,30 +157,9 @@ def sign_charter(path: Path, identity: Path) -> Charter:
     return charter
 
 
-def join(
-    path: Path,
-    *,
-    identity: Path,
-    train: str,
-    test: str,
-    out: Path,
-    listen: str,
-    model: str,
-    overrides: Sequence[str],
-    progress: Progress,
-) -> dict[str, Any]:
+def join(options: SiteOptions, progress: Progress) -> dict[str, Any]:
     """Take part in the run of a charter; started again, go on from this site's last checkpoint.
 
-    Args:
-        path: the charter, signed by all.
-        identity: folder of this site's key.
-        train: this site's training data; empty on a server only.
-        test: its held-out data; empty: nothing is evaluated.
-        out: folder of the run.
-        listen: HOST:PORT to open; empty: the port of this site's address in the charter, on all interfaces; none
-            without an address.
-        model: where the base lies here; empty: as in the recipe.
-        overrides: `section.key=value` of `SITE_KEYS`.
     Returns:
         The summary, as this site knows it.
     Raises:
@@ -142,15 +167,15 @@ def join(
         RunError: the run had to stop; the same command goes on.
         Left: it was asked to leave (`leave`).
     """
-    check_listen(listen)
-    charter, own = read_charter(path), load_identity(identity)
+    options.check()
+    charter, own, out = read_charter(options.charter), load_identity(options.identity), options.out
     charter.check()
     index = charter.index_of(own.id)
-    config = site_config(charter, train, test, out, model, overrides)
+    config = options.config(charter)
     num_peers = config.run.num_peers
-    if bool(train) != (index < num_peers):
+    if bool(options.train) != (index < num_peers):
         role = "a peer, which trains" if index < num_peers else "the server, which has no data"
-        raise ConfigError(f"--data: got {train!r}, but {charter.members[index].name} is {role}")
+        raise ConfigError(f"--data: got {options.train!r}, but {charter.members[index].name} is {role}")
     audit = AuditLog(out / AUDIT)
 
     def log(event: str, **fields: Any) -> None:
@@ -161,18 +186,18 @@ def join(
         if event not in ("started", "sent", "fetched", "arrived"):
             progress.note(" ".join([event.replace("_", " "), *(f"{key} {value}" for key, value in fields.items())]))
 
-    node = Node(charter, own, listen or own_port(charter, index), log)
+    node = Node(charter, own, options.address(charter, index), log)
     resume = RunFolder(out).holds_run
     counts = [member.samples or 1 for member in charter.members[:num_peers]]
     site = Site(index, counts, partial(check_base, charter, config.model.path))
-    requests = Requests(charter, path, _leave_request(out))
+    requests = Requests(charter, options.charter, _leave_request(out))
     if not is_held(out):
         requests.leave.unlink(missing_ok=True)
     done = left = False
     try:
         summary = run(
             config,
-            base=path.parent,
+            base=options.charter.parent,
             resume=resume,
             progress=progress,
             connect=lambda num_members, link: NetworkGroup(node, requests, is_robust=config.exchange.robust != "none"),
@@ -219,32 +244,6 @@ def eject(path: Path, member: str, identity: Path) -> str:
 
 def _leave_request(out: Path) -> Path:
     return out / "leave"
-
-
-def check_listen(listen: str) -> None:
-    """Raises ConfigError."""
-    if listen and not is_address(listen):
-        raise ConfigError(f"--listen: got {listen!r}, expected HOST:PORT, such as 0.0.0.0:7000")
-
-
-def own_port(charter: Charter, index: int) -> str:
-    """The port of a site's address in the charter, on all interfaces; empty without an address."""
-    port = charter.members[index].address.rpartition(":")[2]
-    return f"[::]:{port}" if port else ""
-
-
-def site_config(charter: Charter, train: str, test: str, out: Path, model: str, overrides: Sequence[str]) -> RunConfig:
-    """The charter's recipe with this site's own keys. Raises ConfigError."""
-    for text in overrides:
-        if text.partition("=")[0].strip() not in SITE_KEYS:
-            raise ConfigError(f"--set {text!r}: the charter fixes this key; a site may set {', '.join(SITE_KEYS)}")
-    tree = charter.config(METHODS).to_dict()
-    tree["data"] |= {"train": train, "test": test}
-    tree["run"]["out"] = str(out)
-    tree["model"]["path"] = model or tree["model"]["path"]
-    for text in overrides:
-        apply_override(tree, text)
-    return from_dict(tree, METHODS)[0]
 
 
 def _is_named(path: str, base: Path) -> bool:

@@ -19,7 +19,7 @@ from peertune.algorithms import ALGORITHMS, METHODS, Algorithm
 from peertune.assemble import make_batches, make_topology
 from peertune.charter import Charter, check_members, read_charter
 from peertune.config import RunConfig
-from peertune.consortium import check_base, check_listen, own_port, site_config
+from peertune.consortium import SiteOptions, check_base
 from peertune.errors import ConfigError, IdentityError, InputError, ModelError
 from peertune.identity import ALWAYS, Identity, load_identity
 from peertune.memory import available_bytes
@@ -68,19 +68,9 @@ class Finding:
 
 
 def examine(
-    path: Path,
-    *,
-    identity: Path,
-    train: str,
-    test: str,
-    out: Path,
-    listen: str,
-    model: str,
-    overrides: Sequence[str],
-    wait_s: float,
-    tell: Callable[[Finding], None] = lambda finding: None,
+    options: SiteOptions, *, wait_s: float, tell: Callable[[Finding], None] = lambda finding: None
 ) -> list[Finding]:
-    """All checks; the arguments are those of `consortium.join`.
+    """All checks of what `consortium.join` would be given.
 
     Args:
         wait_s: seconds to wait for neighbours; 0: ask each once.
@@ -88,7 +78,7 @@ def examine(
     Raises:
         ConfigError: --listen or --set cannot be what is meant.
     """
-    check_listen(listen)
+    options.check()
     findings: list[Finding] = []
 
     def say(found: Sequence[Finding]) -> bool:
@@ -99,9 +89,9 @@ def examine(
         return all(finding.mark != "problem" for finding in found)
 
     available = available_bytes()
-    charter, found = check_charter(path)
+    charter, found = check_charter(options.charter)
     holds = say(found)
-    own, found = check_key(identity, charter)
+    own, found = check_key(options.identity, charter)
     is_member = say(found)
     if charter is None or own is None or not is_member:
         return findings
@@ -111,21 +101,21 @@ def examine(
     except ConfigError as error:
         say([_problem("recipe", error, "get the charter anew from whoever wrote it")])
         return findings
-    config = site_config(charter, train, test, out, model, overrides)
+    config, base = options.config(charter), options.charter.parent
     heard: list[tuple[str, str, str]] = []
 
     def log(event: str, **fields: Any) -> None:
         heard.append((event, str(fields.get("peer", "")), str(fields.get("reason", ""))))
 
-    node = Node(charter, own, listen or own_port(charter, index), log, "doctor") if holds else None
+    node = Node(charter, own, options.address(charter, index), log, "doctor") if holds else None
     try:
         if node is not None:  # from now on neighbours can measure the line
             say([check_port(node)])
         device, found = check_device(config)
         say(found)
-        data, found = check_data(config, charter, path.parent, index)
+        data, found = check_data(config, charter, base, index)
         say(found)
-        algorithm, found = check_model(config, charter, path.parent, index, device, data)
+        algorithm, found = check_model(config, charter, base, index, device, data)
         say(found)
         pairs, found = check_graph(config, charter, algorithm)
         say(found)
