@@ -18,7 +18,7 @@ import torch
 
 from peertune.identity import CERTIFICATE, KEY, load_identity
 from peertune.memory import keep_freed
-from peertune.runtimes.edge import CHUNK_SIZE
+from peertune.runtimes.message import CHUNK_SIZE
 from peertune.runtimes.node import OPTIONS
 
 Ends = tuple[Callable[[Connection, int, int], None], Callable[[Connection, int, int], float]]

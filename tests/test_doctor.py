@@ -34,7 +34,7 @@ from peertune.doctor import Finding, check_charter, check_clock, check_data, che
 from peertune.identity import load_identity, make_identity
 from peertune.run import run
 from peertune.runtimes import probe, survey
-from peertune.runtimes.edge import CHUNK_SIZE
+from peertune.runtimes.message import CHUNK_SIZE
 from peertune.runtimes.node import Node
 from peertune.runtimes.probe import LIMIT, Kind, Measured, Probe
 from peertune.workload import Workload, rehearse

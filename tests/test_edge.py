@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from peertune.exchange import Payload
 from peertune.runtimes import edge as module
-from peertune.runtimes.edge import Edge, Key, Kind, Listener, ProtocolError
+from peertune.runtimes.edge import Edge, Key, Kind, Listener
+from peertune.runtimes.frames import ProtocolError
 from peertune.runtimes.presence import Presence
 
 

@@ -21,7 +21,9 @@ from peertune.exchange import Hop, Payload
 from peertune.identity import Identity, load_identity
 from peertune.runtimes import edge as module
 from peertune.runtimes import node as node_module
-from peertune.runtimes.edge import HASH_SIZE, LAYOUT, STATE, Edge, Key, Kind, Listener, ProtocolError
+from peertune.runtimes.edge import FRAMES, STATE, Edge, Key, Kind, Listener
+from peertune.runtimes.frames import ProtocolError
+from peertune.runtimes.message import HASH_SIZE, hash_of, shapes_hash
 from peertune.runtimes.network import NetworkExchange
 from peertune.runtimes.node import Node
 from tests.test_consortium import free_ports, make_charter
@@ -33,7 +35,7 @@ SIZE = 300_000
 """Float32 numbers of the message that the sites exchange: more than a frame holds."""
 ROUNDS, HOPS = st.sampled_from([0, 1, 2, 7, STATE]), st.sampled_from([0, 1, STATE])
 SIZES = st.one_of(st.sampled_from([0, 1, 4, 16, MESSAGE, 10_000_000_000, 2**64 - 1]), st.integers(0, 2**64 - 1))
-HASHES = st.one_of(st.just(module._hash(module.header(make_payload()))), st.binary(min_size=16, max_size=16))
+HASHES = st.one_of(st.just(shapes_hash(make_payload())), st.binary(min_size=16, max_size=16))
 FIELDS: dict[Kind, st.SearchStrategy[tuple[Any, ...]]] = {
     Kind.HELLO: st.tuples(st.sampled_from([b"a" * 8, b"b" * 8])),
     Kind.OFFER: st.tuples(ROUNDS, HOPS, SIZES, HASHES),
@@ -59,10 +61,10 @@ def valid_frames(draw: st.DrawFn) -> bytes:
     if kind is Kind.CHUNK:
         body = draw(st.binary(max_size=MESSAGE))
         if draw(st.booleans()):
-            fields = (*fields[:3], module._hash(body))
+            fields = (*fields[:3], hash_of(body))
     elif kind is Kind.BEAT:
         body = draw(st.binary(max_size=16))  # ages, and what is none
-    return LAYOUT[kind].pack(kind, *fields) + body
+    return FRAMES.pack(kind, *fields) + body
 
 
 def conversation(payload: Payload, keys: Iterable[Key] = ((0, 0), (1, 0))) -> list[bytes]:
@@ -224,7 +226,7 @@ def test_a_damaged_conversation_that_is_whole_is_delivered(room: list[int]) -> N
 def test_ten_gigabytes_announced_take_no_memory(room: list[int]) -> None:
     """Neither for a message, nor for a state."""
     for key, asks in (((0, 0), False), ((1, STATE), True), ((5, 0), False)):
-        attack([LAYOUT[Kind.OFFER].pack(Kind.OFFER, *key, 10_000_000_000, b"x" * HASH_SIZE)], asks)
+        attack([FRAMES.pack(Kind.OFFER, *key, 10_000_000_000, b"x" * HASH_SIZE)], asks)
     assert not room
 
 
@@ -271,7 +273,7 @@ def test_another_rounds_message_is_not_taken_for_this_ones() -> None:
 def test_that_something_unasked_for_is_gone_changes_nothing() -> None:
     """Or one frame would close all rounds to come."""
     edge = Edge()
-    list(edge.receive(LAYOUT[Kind.GONE].pack(Kind.GONE, STATE, 0)))
+    list(edge.receive(FRAMES.pack(Kind.GONE, STATE, 0)))
     assert edge.closed == (-1, 0)
     still_delivers(edge)
 
@@ -280,8 +282,8 @@ def test_an_old_offer_is_answered_and_takes_nothing(room: list[int]) -> None:
     edge = Edge()
     edge.skip_to(5)
     for round in range(5):
-        frames = list(edge.receive(LAYOUT[Kind.OFFER].pack(Kind.OFFER, round, 0, MESSAGE, b"x" * 16)))
-        assert frames == [LAYOUT[Kind.GOT].pack(Kind.GOT, round, 0)]
+        frames = list(edge.receive(FRAMES.pack(Kind.OFFER, round, 0, MESSAGE, b"x" * 16)))
+        assert frames == [FRAMES.pack(Kind.GOT, round, 0)]
     assert not edge.offers and not edge.inbox and not room
 
 

@@ -38,7 +38,7 @@ from peertune.prepare import (
 )
 from peertune.run_folder import RunFolder, nearest_existing
 from peertune.runtimes import edges
-from peertune.runtimes.edge import CHUNK_SIZE
+from peertune.runtimes.message import CHUNK_SIZE
 from peertune.runtimes.node import Node
 from peertune.runtimes.probe import Measured
 from peertune.runtimes.survey import Survey

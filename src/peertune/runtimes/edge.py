@@ -30,23 +30,15 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import partial
-from typing import Any
-
-import numpy as np
-import torch
-import xxhash
-from torch import Tensor
 
 from peertune.exchange import Payload
-from peertune.memory import room
-from peertune.wire import header, payload_size
+from peertune.runtimes.frames import Frames, ProtocolError
+from peertune.runtimes.message import CHUNK_SIZE, HASH_SIZE, Incoming, Outgoing, hash_of
+from peertune.wire import payload_size
 
 Key = tuple[int, int]
-CHUNK_SIZE = 1 << 20
-HASH_SIZE = 16
 KEPT_BYTES = 1 << 30
 """Bytes kept for one neighbour of messages that it has had, or, while it is away, of any but the newest."""
 STATE = (1 << 32) - 1
@@ -61,52 +53,26 @@ class Kind(IntEnum):
     HELLO, OFFER, WANT, CHUNK, GOT, GONE, SAVED, BEAT, ASK, DONE, LEAVE, MISSED = range(1, 13)
 
 
-LAYOUT = {
-    Kind.HELLO: struct.Struct("<B8s"),
-    Kind.OFFER: struct.Struct(f"<BIIQ{HASH_SIZE}s"),
-    Kind.WANT: struct.Struct("<BIIQ"),
-    Kind.CHUNK: struct.Struct(f"<BIIQ{HASH_SIZE}s"),
-    Kind.GOT: struct.Struct("<BII"),
-    Kind.GONE: struct.Struct("<BII"),
-    Kind.SAVED: struct.Struct("<BI"),
-    Kind.BEAT: struct.Struct("<BI"),
-    Kind.ASK: struct.Struct("<B"),
-    Kind.DONE: struct.Struct("<B"),
-    Kind.LEAVE: struct.Struct("<B"),
-    Kind.MISSED: struct.Struct("<BII"),
-}
-MAX_FRAME = CHUNK_SIZE + LAYOUT[Kind.CHUNK].size
-
-
-class ProtocolError(Exception):
-    """A neighbour sent what no peertune sends; nothing of it is used."""
-
-
-@dataclass
-class Outgoing:
-    """A message to the neighbour; its tensors are snapshots that nobody writes to."""
-
-    parts: list[memoryview]
-    size: int
-    hash: bytes
-
-
-@dataclass
-class Incoming:
-    """A message from the neighbour, in memory of its own."""
-
-    like: Payload
-    size: int
-    hash: bytes
-    done: Callable[[Payload | None], None]
-    """Told the payload when it is whole; None: it will not come."""
-    buffer: Tensor = field(init=False)
-    view: memoryview = field(init=False)
-    offset: int = 0
-
-    def make_room(self) -> None:
-        self.buffer = room(self.size // 4)
-        self.view = _view(self.buffer)
+FRAMES = Frames(
+    Kind,
+    {
+        Kind.HELLO: "8s",
+        Kind.OFFER: f"IIQ{HASH_SIZE}s",
+        Kind.WANT: "IIQ",
+        Kind.CHUNK: f"IIQ{HASH_SIZE}s",
+        Kind.GOT: "II",
+        Kind.GONE: "II",
+        Kind.SAVED: "I",
+        Kind.BEAT: "I",
+        Kind.ASK: "",
+        Kind.DONE: "",
+        Kind.LEAVE: "",
+        Kind.MISSED: "II",
+    },
+    open_ended=(Kind.CHUNK, Kind.BEAT),
+)
+_pack = FRAMES.pack
+MAX_FRAME = CHUNK_SIZE + FRAMES.size(Kind.CHUNK)
 
 
 class Listener:
@@ -188,9 +154,7 @@ class Edge:
 
     def post(self, key: Key, payload: Payload) -> Iterable[bytes]:
         """Make a message ready for the neighbour."""
-        parts = [_view(payload[name].detach().cpu().contiguous().view(-1)) for name in sorted(payload)]
-        message = Outgoing(parts, payload_size(payload), _hash(header(payload)))
-        self.outbox[key] = message
+        self.outbox[key] = message = Outgoing(payload)
         if key in self.peer_missed:
             self._listener.was_missed(key)
         droppable = [old for old in self.outbox if old != key and (self.peer_is_away or old in self.delivered)]
@@ -200,8 +164,7 @@ class Edge:
 
     def expect(self, key: Key, like: Payload, done: Callable[[Payload | None], None]) -> Iterable[bytes]:
         """Ask for a message of given names and shapes; `done` is told when it is there."""
-        incoming = Incoming(like, payload_size(like), _hash(header(like)), done)
-        self.inbox[key] = incoming
+        self.inbox[key] = incoming = Incoming(like, done)
         newer = any(other > key and other[1] != STATE for other in self.offers)
         if key not in self.offers and (newer or self.peer_is_finished):
             self.give_up(key)  # offers come in order: it is not kept any more
@@ -287,7 +250,7 @@ class Edge:
         Raises:
             ProtocolError: it is none of ours, or not in its place.
         """
-        kind, fields, rest = _unpack(frame)
+        kind, fields, rest = FRAMES.unpack(frame)
         if kind is Kind.OFFER:
             return self._offered((fields[0], fields[1]), fields[2], fields[3])
         if kind is Kind.WANT:
@@ -338,15 +301,13 @@ class Edge:
         if key[1] == STATE and self._joining is not None and key not in self.inbox:
             (like, joined), self._joining = self._joining, None
             self.offers[key] = (size, hash)
-            self.inbox[key] = Incoming(like, payload_size(like), _hash(header(like)), partial(joined, key[0]))
+            self.inbox[key] = Incoming(like, partial(joined, key[0]))
             return self._want(key, self.inbox[key])
         for old in [old for old in self.late if old < key and old not in self.offers]:
             del self.late[old]  # offers come in order: it is not kept any more
         mine = self.late.pop(key, None)
         if mine is not None:
-            self.inbox[key] = Incoming(
-                mine, payload_size(mine), _hash(header(mine)), partial(self._came_late, key, mine)
-            )
+            self.inbox[key] = Incoming(mine, partial(self._came_late, key, mine))
         elif (key <= self.closed or key[1] == STATE) and key not in self.inbox:
             return [_pack(Kind.GOT, *key)]
         if len(self.offers) >= MAX_OFFERS:
@@ -396,7 +357,12 @@ class Edge:
         if offset > message.size or offset % CHUNK_SIZE:
             raise ProtocolError(f"asked for byte {offset} of a message of {message.size}")
         self._listener.fetched(key, message.size - offset)
-        return _chunks(key, message, offset)
+        return self._chunks(key, message, offset)
+
+    def _chunks(self, key: Key, message: Outgoing, offset: int) -> Iterator[bytes]:
+        """Frames of a message from an offset on, one copied at a time."""
+        for start, pieces in message.chunks(offset, CHUNK_SIZE):
+            yield b"".join([_pack(Kind.CHUNK, *key, start, hash_of(*pieces)), *pieces])
 
     def _arrived(self, key: Key, offset: int, hash: bytes, data: memoryview) -> Iterable[bytes]:
         incoming = self.inbox.get(key)
@@ -412,12 +378,9 @@ class Edge:
                 f"sent {len(data)} bytes at {offset} of a message of round {key[0]}, expected {expected} at"
                 f" {incoming.offset}"
             )
-        if _hash(data) != hash:
+        if hash_of(data) != hash:
             raise ProtocolError(f"sent bytes at {offset} of a message of round {key[0]} that do not match their hash")
-        incoming.view[offset : offset + len(data)] = data
-        incoming.offset += len(data)
-        # A part at a time, while it lies in the cache; by numpy, as torch would take threads from the training for it.
-        if not np.isfinite(incoming.buffer[offset // 4 : incoming.offset // 4].numpy()).all():
+        if not incoming.take(data):
             self.give_up(key)
             raise ProtocolError(f"sent NaN or infinity in round {key[0]}")
         return self._complete(key, incoming) if incoming.offset == incoming.size else []
@@ -431,63 +394,5 @@ class Edge:
             for old in [old for old in self.offers if old <= key]:
                 del self.offers[old]
             self.closed = max(self.closed, key)
-        incoming.done(_split(incoming.buffer, incoming.like))
+        incoming.done(incoming.payload())
         return [_pack(Kind.GOT, *key)]
-
-
-def _split(flat: Tensor, like: Payload) -> Payload:
-    names = sorted(like)
-    parts = torch.split(flat, [like[name].numel() for name in names])
-    return {name: part.view(like[name].shape) for name, part in zip(names, parts, strict=True)}
-
-
-def _chunks(key: Key, message: Outgoing, offset: int) -> Iterator[bytes]:
-    """Frames of a message from an offset on, one copied at a time."""
-    for start in range(offset, message.size, CHUNK_SIZE):
-        pieces = _cut(message.parts, start, min(CHUNK_SIZE, message.size - start))
-        yield b"".join([_pack(Kind.CHUNK, *key, start, _hash(*pieces)), *pieces])
-
-
-def _cut(parts: list[memoryview], start: int, size: int) -> list[memoryview]:
-    """`size` bytes from `start` on of the parts put together, in pieces."""
-    found = []
-    for part in parts:
-        if start < len(part):
-            piece = part[start : start + size]
-            found.append(piece)
-            size -= len(piece)
-            if not size:
-                break
-        start = max(0, start - len(part))
-    return found
-
-
-def _view(tensor: Tensor) -> memoryview:
-    """The bytes of a flat tensor, shared with it."""
-    flat: Any = tensor.numpy()
-    return memoryview(flat).cast("B") if tensor.numel() else memoryview(b"")
-
-
-def _hash(*pieces: Any) -> bytes:
-    """Against errors, at the speed of memory; against enemies there is the connection's encryption."""
-    digest = xxhash.xxh3_128()
-    for piece in pieces:
-        digest.update(piece)
-    return digest.digest()
-
-
-def _pack(kind: Kind, *fields: Any) -> bytes:
-    return LAYOUT[kind].pack(kind, *fields)
-
-
-def _unpack(frame: bytes) -> tuple[Kind, tuple[Any, ...], memoryview]:
-    try:
-        kind = Kind(frame[0])
-        layout = LAYOUT[kind]
-        fields = layout.unpack_from(frame)
-    except (IndexError, ValueError, struct.error):
-        raise ProtocolError("sent bytes that are no frame") from None
-    rest = memoryview(frame)[layout.size :]
-    if rest and kind not in (Kind.CHUNK, Kind.BEAT):
-        raise ProtocolError(f"sent a frame {kind.name} that is too long")
-    return kind, fields[1:], rest

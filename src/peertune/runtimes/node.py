@@ -23,7 +23,8 @@ from peertune.errors import CharterError, IdentityError
 from peertune.exchange import Payload
 from peertune.identity import Identity, certificate_id
 from peertune.memory import keep_freed
-from peertune.runtimes.edge import MAX_FRAME, MAX_OFFERS, STATE, Edge, Key, Listener, ProtocolError
+from peertune.runtimes.edge import MAX_FRAME, MAX_OFFERS, STATE, Edge, Key, Listener
+from peertune.runtimes.frames import ProtocolError
 from peertune.runtimes.presence import Presence
 from peertune.runtimes.probe import PROBE, Probe
 

@@ -19,7 +19,6 @@ import json
 import math
 import os
 import ssl
-import struct
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator
@@ -32,7 +31,8 @@ import grpc
 from peertune.charter import Charter, difference
 from peertune.errors import IdentityError
 from peertune.identity import certificate_id
-from peertune.runtimes.edge import CHUNK_SIZE, ProtocolError
+from peertune.runtimes.frames import Frames, ProtocolError
+from peertune.runtimes.message import CHUNK_SIZE
 
 PROBE = "/peertune.Peer/Probe"
 LIMIT = 8 << 20
@@ -58,15 +58,20 @@ class Kind(IntEnum):
     HELLO, PING, PONG, CHUNK, COUNT, FETCH, REPORT = range(1, 8)
 
 
-LAYOUT = {
-    Kind.HELLO: struct.Struct("<B"),
-    Kind.PING: struct.Struct("<B"),
-    Kind.PONG: struct.Struct("<Bd"),
-    Kind.CHUNK: struct.Struct("<B"),
-    Kind.COUNT: struct.Struct("<BQ"),
-    Kind.FETCH: struct.Struct("<BQ"),
-    Kind.REPORT: struct.Struct("<Bdddd"),
-}
+FRAMES = Frames(
+    Kind,
+    {
+        Kind.HELLO: "",
+        Kind.PING: "",
+        Kind.PONG: "d",
+        Kind.CHUNK: "",
+        Kind.COUNT: "Q",
+        Kind.FETCH: "Q",
+        Kind.REPORT: "dddd",
+    },
+    open_ended=(Kind.HELLO, Kind.CHUNK),
+)
+_pack = FRAMES.pack
 
 
 @dataclass(frozen=True)
@@ -127,11 +132,11 @@ class Probe:
             frame = await context.read()
             if frame is grpc.aio.EOF:
                 return taken, given
-            kind, fields, size = _unpack(frame)
+            kind, fields, rest = FRAMES.unpack(frame)
             if kind is Kind.PING:
                 await context.write(_pack(Kind.PONG, time.time()))
             elif kind is Kind.CHUNK:
-                taken += size
+                taken += len(rest)
             elif kind is Kind.COUNT:
                 await context.write(_pack(Kind.COUNT, taken))
             elif kind is Kind.FETCH:
@@ -192,9 +197,9 @@ class Probe:
             began, got = time.perf_counter(), 0
             await call.write(_pack(Kind.FETCH, size))
             while got < size:
-                kind, _, more = _unpack(await _next(call))
-                got += more
-                if kind is not Kind.CHUNK or not more or got > size:
+                kind, _, rest = FRAMES.unpack(await _next(call))
+                got += len(rest)
+                if kind is not Kind.CHUNK or not rest or got > size:
                     raise ProtocolError("sent something else than it was asked for")
             fetched += size
             took = time.perf_counter() - began
@@ -210,7 +215,7 @@ class Probe:
 
     def _met(self, frame: Any) -> tuple[str, str]:
         """What another's HELLO says: what it is doing, and in what its charter differs. Raises ProtocolError."""
-        if frame is grpc.aio.EOF or len(frame) > MAX_HELLO or _unpack(frame)[0] is not Kind.HELLO:
+        if frame is grpc.aio.EOF or len(frame) > MAX_HELLO or FRAMES.unpack(frame)[0] is not Kind.HELLO:
             raise ProtocolError("did not begin with HELLO")
         try:
             told = json.loads(frame[1:])
@@ -261,7 +266,7 @@ async def _next(call: Any) -> bytes:
 
 
 async def _expect(call: Any, kind: Kind) -> tuple[Any, ...]:
-    found, fields, _ = _unpack(await _next(call))
+    found, fields, _ = FRAMES.unpack(await _next(call))
     if found is not kind:
         raise ProtocolError(f"sent {found.name}, expected {kind.name}")
     return fields
@@ -272,20 +277,3 @@ def _chunks(size: int) -> Iterator[bytes]:
     noise = _pack(Kind.CHUNK) + os.urandom(min(size, CHUNK_SIZE))
     for start in range(0, size, CHUNK_SIZE):
         yield noise[: 1 + min(CHUNK_SIZE, size - start)]
-
-
-def _pack(kind: Kind, *fields: Any) -> bytes:
-    return LAYOUT[kind].pack(kind, *fields)
-
-
-def _unpack(frame: bytes) -> tuple[Kind, tuple[Any, ...], int]:
-    """A frame's kind, its fields, and the number of bytes behind them. Raises ProtocolError."""
-    try:
-        kind = Kind(frame[0])
-        fields = LAYOUT[kind].unpack_from(frame)
-    except (IndexError, ValueError, struct.error):
-        raise ProtocolError("sent bytes that are no frame") from None
-    rest = len(frame) - LAYOUT[kind].size
-    if rest and kind not in (Kind.CHUNK, Kind.HELLO):
-        raise ProtocolError(f"sent a frame {kind.name} that is too long")
-    return kind, fields[1:], rest

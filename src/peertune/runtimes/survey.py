@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 
 import grpc
 
-from peertune.runtimes.edge import ProtocolError
+from peertune.runtimes.frames import ProtocolError
 from peertune.runtimes.node import Node
 from peertune.runtimes.probe import BUSY, CONNECT_S, Measured, diagnose
 

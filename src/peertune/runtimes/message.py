@@ -1,0 +1,100 @@
+"""One message on its way: a payload cut into chunks, and put together again in memory that was taken for it.
+
+Nothing here knows of keys, rounds or frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from peertune.exchange import Payload
+from peertune.memory import room
+from peertune.wire import header, payload_size
+
+CHUNK_SIZE = 1 << 20
+HASH_SIZE = 16
+
+
+class Outgoing:
+    """A message to a neighbour; its tensors are snapshots that nobody writes to."""
+
+    def __init__(self, payload: Payload) -> None:
+        self.parts = [_view(payload[name].detach().cpu().contiguous().view(-1)) for name in sorted(payload)]
+        self.size, self.hash = payload_size(payload), shapes_hash(payload)
+
+    def chunks(self, offset: int, size: int) -> Iterator[tuple[int, list[memoryview]]]:
+        """From an offset on: where a chunk of at most `size` bytes begins, and its bytes, in pieces."""
+        for start in range(offset, self.size, size):
+            yield start, self._cut(start, min(size, self.size - start))
+
+    def _cut(self, start: int, size: int) -> list[memoryview]:
+        found = []
+        for part in self.parts:
+            if start < len(part):
+                piece = part[start : start + size]
+                found.append(piece)
+                size -= len(piece)
+                if not size:
+                    break
+            start = max(0, start - len(part))
+        return found
+
+
+@dataclass
+class Incoming:
+    """A message from a neighbour, in memory of its own, once there is room."""
+
+    like: Payload
+    """The names and shapes that are expected."""
+    done: Callable[[Payload | None], None]
+    """Told the payload when it is whole; None: it will not come."""
+    offset: int = 0
+    """Bytes that are there."""
+    _buffer: Tensor = field(init=False)
+    _bytes: memoryview = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.size, self.hash = payload_size(self.like), shapes_hash(self.like)
+
+    def make_room(self) -> None:
+        self._buffer = room(self.size // 4)
+        self._bytes = _view(self._buffer)
+
+    def take(self, data: memoryview) -> bool:
+        """Take the next bytes in. Returns whether they are finite numbers, all of them."""
+        start, self.offset = self.offset, self.offset + len(data)
+        self._bytes[start : self.offset] = data
+        # A part at a time, while it lies in the cache; by numpy, as torch would take threads from the training for it.
+        return bool(np.isfinite(self._buffer[start // 4 : self.offset // 4].numpy()).all())
+
+    def payload(self) -> Payload:
+        """What has arrived, when all has; it shares the message's memory."""
+        names = sorted(self.like)
+        parts = torch.split(self._buffer, [self.like[name].numel() for name in names])
+        return {name: part.view(self.like[name].shape) for name, part in zip(names, parts, strict=True)}
+
+
+def shapes_hash(payload: Payload) -> bytes:
+    """Of names, types and shapes, not of values."""
+    return hash_of(header(payload))
+
+
+def hash_of(*pieces: Any) -> bytes:
+    """Against errors, at the speed of memory; against enemies there is the connection's encryption."""
+    digest = xxhash.xxh3_128()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.digest()
+
+
+def _view(tensor: Tensor) -> memoryview:
+    """The bytes of a flat tensor, shared with it."""
+    flat: Any = tensor.numpy()
+    return memoryview(flat).cast("B") if tensor.numel() else memoryview(b"")
