@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 HUGE_PAGE = 2 << 20
-MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
+MMAP_THRESHOLD, TRIM_THRESHOLD, ARENA_MAX = -3, -1, -8
 """What glibc's mallopt calls them."""
 KEPT_BLOCK, KEPT_BYTES = 32 << 20, 64 << 20
 """The most that glibc comes to by itself, once a block of that size has been freed."""
@@ -30,15 +30,20 @@ def release() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def keep_freed() -> None:
+def keep_freed(*, shared: bool = False) -> None:
     """Have freed blocks of up to `KEPT_BLOCK` bytes at hand for the next ones, up to `KEPT_BYTES` of them (glibc).
 
     Else a megabyte that is freed may go back to the system and has to be taken anew, a page fault for each 4 KB of it.
+
+    Args:
+        shared: threads that start from now on share one store of such blocks; with one each, each keeps as much.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(MMAP_THRESHOLD, KEPT_BLOCK)
         libc.mallopt(TRIM_THRESHOLD, KEPT_BYTES)
+        if shared:
+            libc.mallopt(ARENA_MAX, 1)
 
 
 def room(num_floats: int) -> Tensor:

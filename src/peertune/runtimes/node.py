@@ -239,7 +239,7 @@ class Node:
         """
         others = sorted({i + j - self.index for i, j in edges if self.index in (i, j)})
         self.neighbors = {i: Neighbor(i, self.charter, self.presence, self.log) for i in others}
-        keep_freed()
+        keep_freed(shared=True)
         self._thread.start()
         self.call(self._start())
 
