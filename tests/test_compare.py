@@ -115,6 +115,22 @@ def test_a_grid_is_run_once_and_written_in_every_form(
         make(overrides=["algorithm.lr=0.02"])
 
 
+def test_graphs_and_partitions_are_contestants_too(
+    make: Callable[..., tuple[Comparison, Quiet]], tmp_path: Path
+) -> None:
+    names = ["deca", "deca:topology.kind=complete", "deca:data.partition.kind=iid:lr=0.02"]
+    found, _ = make(algorithms=",".join(names), seeds="0")
+    configs = [
+        summary_of(tmp_path / "compared" / "cells" / slug / "seed-0")["config"]
+        for slug in ("deca", "deca-topology.kind-complete", "deca-data.partition.kind-iid-lr-0.02")
+    ]
+    assert [config["topology"]["kind"] for config in configs] == ["ring", "complete", "ring"]
+    assert [config["data"]["partition"]["kind"] == "iid" for config in configs] == [False, False, True]
+    lambda2 = [row.lambda2 for row in found.rows]
+    assert lambda2[0] == lambda2[2] == pytest.approx(1 / 3) and lambda2[1] == pytest.approx(0.0, abs=1e-9)
+    assert "| λ2 |" in found.files["markdown"].read_text() and "λ2" in found.files["page"].read_text()
+
+
 def test_methods_in_which_few_train_at_a_time_get_as_many_samples(
     make: Callable[..., tuple[Comparison, Quiet]],
 ) -> None:
@@ -337,6 +353,10 @@ BAD = {
     "one contestant": (ONE, ["two or more"]),
     "a name twice": ([*ONE, "--algorithms", "deca,deca"], ["--algorithms", "deca twice"]),
     "unknown setting": ([*ONE, "--algorithms", "deca,local:discrepancy=none"], ["local has no key 'discrepancy'"]),
+    "another section's setting": (
+        [*ONE, "--algorithms", "deca,deca:data.batch_size=1"], ["data.batch_size", "topology., data.partition."]
+    ),
+    "bad graph": ([*ONE, "--algorithms", "deca,deca:topology.kind=line"], ["topology.kind", "line"]),
     "setting without value": ([*ONE, "--algorithms", "deca,deca:lr"], ["'lr'", "key=value"]),
     "bad setting": ([*ONE, "--algorithms", "deca,deca:discrepancy=nil"], ["algorithm.discrepancy", "nil"]),
     "seeds no numbers": ([*ONE, "--algorithms", "deca,local", "--seeds", "0,x"], ["--seeds", "0,x"]),

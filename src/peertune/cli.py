@@ -239,7 +239,7 @@ def _parser() -> argparse.ArgumentParser:
         "recipes", nargs="+", metavar="RECIPE.toml", help="each a contestant, or one with --algorithms"
     )
     compare.add_argument(
-        "--algorithms", metavar="A,B,...", help="methods, each name or name:key=value, such as deca:discrepancy=none"
+        "--algorithms", metavar="A,B,...", help="each name or name:key=value, such as deca:topology.kind=ring"
     )
     compare.add_argument("--seeds", default="0,1,2", metavar="S,S,...", help="run.seed of the cells; default: 0,1,2")
     compare.add_argument(

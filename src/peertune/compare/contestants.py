@@ -1,4 +1,4 @@
-"""Who is compared: recipes that differ in [algorithm] only, or one recipe with several methods."""
+"""Who is compared: recipes that differ in [algorithm] only, or one recipe with several methods, or graphs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from peertune.config import RunConfig, load_recipe
 from peertune.errors import ConfigError
 from peertune.run_folder import flatten
 
+AXES = ("topology.", "data.partition.", "exchange.", "link.", "model.quantization")
+"""How the keys begin that a contestant may set for itself, beside those of [algorithm]."""
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
 
@@ -54,18 +56,18 @@ def read_contestants(options: Options) -> tuple[list[Contestant], list[str]]:
             config, remarks = load_recipe(path, options.overrides, METHODS)
             contestants.append(Contestant(name=path.stem, config=config))
             notes += [f"{path.stem}: {remark}" for remark in remarks]
+        _require_agreement(contestants)
     if len(contestants) < 2:
         raise ConfigError(
             f"compare: got one contestant, {contestants[0].name!r}, expected two or more; name several recipes, or one"
             " with --algorithms a,b"
         )
     _require_distinct(contestants)
-    _require_agreement(contestants)
     return contestants, notes
 
 
 def _item_overrides(item: str) -> list[str]:
-    """`name:key=value` as overrides of a recipe; its keys must be the method's own."""
+    """`name:key=value` as overrides of a recipe; its keys are the method's own, or of one of the `AXES`."""
     name, *settings = split_outside_brackets(item, ":")
     overrides = [f"algorithm.name={json.dumps(name, ensure_ascii=False)}"]
     for setting in settings:
@@ -73,9 +75,13 @@ def _item_overrides(item: str) -> list[str]:
         key = key.strip().removeprefix("algorithm.")
         if not key or not equals or not value.strip():
             raise ConfigError(f"--algorithms {item!r}: got {setting!r}, expected key=value")
+        if key.startswith(AXES):
+            overrides.append(f"{key}={value.strip()}")
+            continue
         if name in METHODS and key not in METHODS[name].model_fields:
             raise ConfigError(
-                f"--algorithms {item!r}: {name} has no key {key!r}; it has {', '.join(METHODS[name].model_fields)}"
+                f"--algorithms {item!r}: {name} has no key {key!r}; it has {', '.join(METHODS[name].model_fields)};"
+                f" others that may differ begin with {', '.join(AXES)}"
             )
         overrides.append(f"algorithm.{key}={value.strip()}")
     return overrides

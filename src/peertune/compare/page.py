@@ -101,8 +101,8 @@ _PEERS_LEAD = (
     "Dots: each peer's own model before agreement, all seeds. Tick: what the contestant ends with, mean over seeds."
 )
 _PAIRS_LEAD = (
-    "Runs of one seed share partition, graph and batches, so differences are taken seed by seed; the interval is"
-    " Student's t over them."
+    "Runs of one seed share partition, graph and batches, but for what a name sets, so differences are taken seed by"
+    " seed; the interval is Student's t over them."
 )
 _TUNING_LEAD = "On rows kept back from the training data, first seed; the test rows are not read for it."
 
@@ -233,7 +233,7 @@ def _fairness(options: Options, cells: Cells) -> str:
     }[options.budget]
     items = [
         f"Seeds {', '.join(map(str, options.seeds))}: with one seed all have the same partition, graph and order of"
-        " batches.",
+        " batches, but for what a name sets.",
         budget + " The table says what each really used.",
         f"{count(kept)} rows kept back from training, for all." if kept else "No rows kept back from training.",
         f"Simulated time: {number(link['bandwidth_mbit'])} Mbit/s and {number(link['latency_ms'])} ms a link; each"

@@ -15,7 +15,7 @@ from peertune.compare.cells import Cell, is_better, shown
 from peertune.compare.grid import Tuned
 from peertune.compare.stats import LEVEL, Pair, mean, spread
 from peertune.report.results import Metric
-from peertune.report.text import NONE, count, duration, memory, percent, plural, traffic
+from peertune.report.text import NONE, count, duration, memory, number, percent, plural, traffic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,8 @@ class Row:
     cpu_s: float
     """CPU seconds of a peer's training."""
     simulated_s: float
+    lambda2: float | None
+    """Second eigenvalue of W, mean over seeds; None where the method has no W."""
     tuned: str
     """The chosen setting; empty where none was tuned."""
 
@@ -56,6 +58,7 @@ HEAD = {
     "peak_memory_bytes": "memory",
     "cpu_s": "CPU",
     "simulated_s": "sim. time",
+    "lambda2": "λ2",
     "tuned": "tuned",
 }
 """Titles of the columns; samples, bytes and CPU time are a peer's. The metric's own title stands for the empty one."""
@@ -64,6 +67,7 @@ HEAD = {
 def row(contestant: str, cells: Sequence[Cell], tuned: Tuned | None) -> Row:
     """One contestant's cells as a row."""
     qualities = [cell.quality for cell in cells]
+    lambda2 = [cell.summary["lambda2"] for cell in cells]
     f1 = [cell.f1 for cell in cells if cell.f1 is not None]
     return Row(
         contestant=contestant,
@@ -78,6 +82,7 @@ def row(contestant: str, cells: Sequence[Cell], tuned: Tuned | None) -> Row:
         peak_memory_bytes=max(int(cell.summary["peak_memory_bytes"]) for cell in cells),
         cpu_s=mean([cell.cpu_s for cell in cells]),
         simulated_s=mean([float(cell.summary["simulated_s"]) for cell in cells]),
+        lambda2=None if None in lambda2 else mean(lambda2),
         tuned="" if tuned is None else f"{tuned.key} = {tuned.best:g}" + (" (edge)" if tuned.is_at_edge else ""),
     )
 
@@ -95,6 +100,7 @@ def cells_of(row: Row, keys: Sequence[str]) -> list[str]:
         "peak_memory_bytes": memory(row.peak_memory_bytes),
         "cpu_s": duration(row.cpu_s),
         "simulated_s": duration(row.simulated_s),
+        "lambda2": NONE if row.lambda2 is None else number(row.lambda2, 2),
         "tuned": row.tuned,
     }
     return [texts[key] for key in keys]
@@ -116,6 +122,8 @@ def heads(rows: Sequence[Row]) -> list[str]:
 def columns(rows: Sequence[Row]) -> list[str]:
     """Keys of the columns that are shown: the same for all rows of a comparison."""
     without = {key for key in ("macro_f1", "tuned") if not any(getattr(row, key) not in (None, "") for row in rows)}
+    if not any(":topology." in row.contestant for row in rows):
+        without.add("lambda2")
     return [key for key in HEAD if key not in without]
 
 
