@@ -79,6 +79,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["--version"], peertune.__version__),
         (["--help"], "examples:"),
         (["run", "--help"], "inner_steps = 48"),
+        (["run", "--help"], "[diloco: 500; noloco: 50]"),
     ):
         with pytest.raises(SystemExit) as stopped:
             main(arguments)

@@ -460,40 +460,33 @@ def test_a_report_is_seen_from_the_other_side() -> None:
 
 
 def test_there_is_one_probe_at_a_time() -> None:
-    async def second() -> Context:
+    async def second() -> Any:
         own = Probe(charter_of(["a", "b"]), "join")
-        context = Context([hello()])
         async with own.slot:
-            with pytest.raises(ConnectionAbortedError):
-                await own.answer(1, context)
-        return context
+            return own.refusal(1)
 
-    context = asyncio.run(second())
-    assert context.code is probe.BUSY and not context.given
+    assert asyncio.run(second()) == (probe.BUSY, "one probe at a time")
 
 
-def test_a_member_is_answered_so_many_times_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_member_is_answered_a_part_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr(probe, "time", SimpleNamespace(monotonic=lambda: now))
     own = Probe(charter_of(["a", "b", "c"]), "join")
 
-    async def ask(index: int) -> grpc.StatusCode:
-        context = Context([hello()])
-        with suppress(ConnectionAbortedError):
-            await own.answer(index, context)
-        return context.code
+    class Slow(Context):
+        async def read(self) -> Any:
+            nonlocal now
+            now += 25.0
+            return await super().read()
 
-    async def play() -> None:
-        nonlocal now
-        for _ in range(probe.PER_MINUTE):
-            assert await ask(1) is grpc.StatusCode.OK
-            now += 1.0
-        assert await ask(1) is probe.BUSY and await ask(2) is grpc.StatusCode.OK
-        now = 1060.0
-        assert await ask(1) is grpc.StatusCode.OK
-        assert await ask(1) is probe.BUSY, "what was refused does not count, what was answered does"
-
-    asyncio.run(play())
+    for _ in range(2):  # 50 s each, of the 60 that are granted and what comes back meanwhile
+        assert own.refusal(1) is None
+        asyncio.run(own.answer(1, Slow([hello()])))
+    code, reason = own.refusal(1) or (None, "")
+    assert code is probe.TOO_OFTEN and "ask again in 201 s" in reason
+    assert own.refusal(2) is None
+    now += 201.0
+    assert own.refusal(1) is None
 
 
 def test_a_probe_that_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,8 @@ import gc
 import mmap
 import multiprocessing
 import resource
+import tempfile
+import threading
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -85,3 +87,44 @@ def test_what_is_freed_is_at_hand_again() -> None:
     anew, kept = near.recv()
     process.join()
     assert kept < anew / 4
+
+
+def stores() -> int:
+    """Stores of freed memory that this process's threads have."""
+    libc = ctypes.CDLL(None)
+    libc.fopen.restype = ctypes.c_void_p
+    with tempfile.NamedTemporaryFile() as told:
+        file = ctypes.c_void_p(libc.fopen(told.name.encode(), b"w"))
+        libc.malloc_info(0, file)
+        libc.fclose(file)
+        return Path(told.name).read_text().count("<heap nr=")
+
+
+def play_threads(pipe: Connection, shared: bool) -> None:
+    keep_freed(shared=shared)
+    before, together = stores(), threading.Barrier(6)
+
+    def take() -> None:
+        held = bytes(1 << 20)
+        together.wait(60)
+        del held
+
+    threads = [threading.Thread(target=take) for _ in range(together.parties)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    pipe.send(stores() - before)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="mallopt is glibc's")
+def test_threads_share_a_store_where_they_are_told_to() -> None:
+    grown = {}
+    for shared in (False, True):
+        near, far = multiprocessing.get_context("spawn").Pipe()
+        process = multiprocessing.get_context("spawn").Process(target=play_threads, args=(far, shared))
+        process.start()
+        assert near.poll(120)
+        grown[shared] = near.recv()
+        process.join()
+    assert grown[True] == 0 < grown[False]

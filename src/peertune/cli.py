@@ -157,11 +157,24 @@ def _keys_help() -> str:
     from peertune.algorithms import METHODS
     from peertune.config import RunConfig, Section
 
-    lines = ["keys of a recipe (set in the TOML file or with --set):"]
+    lines = ["keys of a recipe (set in the TOML file or with --set); in brackets, methods with another default:"]
 
-    def line(name: str, field: Any, remark: str = "") -> None:
-        default = json.dumps(field.default, default=str)
-        lines.append(f"    {name} = {default}".ljust(38) + remark + " ".join((field.description or "").split()))
+    def shown(field: Any) -> str:
+        return json.dumps(field.default, default=str)
+
+    def line(name: str, field: Any, remark: str = "", after: str = "") -> None:
+        meaning = " ".join((field.description or "").split())
+        lines.append(f"    {name} = {shown(field)}".ljust(38) + remark + meaning + after)
+
+    def elsewhere(key: str, method: str) -> str:
+        """Other methods' defaults of a key, where they are not this one's."""
+        found: dict[str, list[str]] = {}
+        for other, config in METHODS.items():
+            if key in config.model_fields:
+                found.setdefault(shown(config.model_fields[key]), []).append(other)
+        found.pop(shown(METHODS[method].model_fields[key]))
+        told = "; ".join(f"{', '.join(methods)}: {default}" for default, methods in found.items())
+        return f" [{told}]" if told else ""
 
     def show(section: type[Section], prefix: str) -> None:
         lines.append(f"\n  [{prefix}]")
@@ -171,7 +184,7 @@ def _keys_help() -> str:
             if isinstance(kind, type) and issubclass(kind, Section):
                 inner.append((name, kind))
                 continue
-            line(name, field)
+            line(name, field, after=elsewhere(name, "deca") if prefix == "algorithm" else "")
         for name, kind in inner:
             show(kind, f"{prefix}.{name}")
 
@@ -182,7 +195,8 @@ def _keys_help() -> str:
             known = METHODS["deca"].model_fields.keys()
             for key in sorted({key for m in METHODS.values() for key in m.model_fields} - known):
                 users = [method for method, m in METHODS.items() if key in m.model_fields]
-                line(key, METHODS[users[0]].model_fields[key], f"({', '.join(users)}) ")
+                remark = f"({', '.join(users)}) "
+                line(key, METHODS[users[0]].model_fields[key], remark, elsewhere(key, users[0]))
         elif isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             show(field.annotation, name)
     return "\n".join(lines)

@@ -89,7 +89,7 @@ def add_consortium(commands: Any) -> None:
     doctor = commands.add_parser("doctor", help="what stands between this site and a join", allow_abbrev=False)
     site(doctor)
     doctor.add_argument(
-        "--wait", type=_wait, default=60.0, metavar="S", help="so long for neighbours; 0: not at all; default: 60"
+        "--wait", type=_wait, default=60.0, metavar="S", help="so long for neighbours; 0: ask each once; default: 60"
     )
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     doctor.set_defaults(command=_doctor)

@@ -32,6 +32,7 @@ from peertune.ejection import ejection_path, needed, sign_ejection
 from peertune.errors import CharterError, CheckpointError, ConfigError, Left, StorageError
 from peertune.identity import load_identity
 from peertune.lock import is_held
+from peertune.memory import keep_freed
 from peertune.model.language_model import LanguageModel
 from peertune.model.load import TINY, resolve_path
 from peertune.peer import Peer
@@ -54,7 +55,11 @@ SITE_KEYS = (
 
 @dataclass(frozen=True, kw_only=True)
 class SiteOptions:
-    """What a site brings to the run of a charter: its key, its files, how its machine is reached."""
+    """What a site brings to the run of a charter: its key, its files, how its machine is reached.
+
+    Raises:
+        ConfigError: `listen` or `overrides` cannot be what is meant, whatever the charter.
+    """
 
     charter: Path
     """File of the charter, signed by all."""
@@ -73,8 +78,7 @@ class SiteOptions:
     overrides: Sequence[str] = ()
     """`section.key=value` of `SITE_KEYS`."""
 
-    def check(self) -> None:
-        """Raises ConfigError where it cannot be what is meant, whatever the charter."""
+    def __post_init__(self) -> None:
         if self.listen and not is_address(self.listen):
             raise ConfigError(f"--listen: got {self.listen!r}, expected HOST:PORT, such as 0.0.0.0:7000")
         for text in self.overrides:
@@ -167,7 +171,7 @@ def join(options: SiteOptions, progress: Progress) -> dict[str, Any]:
         RunError: the run had to stop; the same command goes on.
         Left: it was asked to leave (`leave`).
     """
-    options.check()
+    keep_freed(shared=True)  # before the tokenizer's threads, each with a store of its own
     charter, own, out = read_charter(options.charter), load_identity(options.identity), options.out
     charter.check()
     index = charter.index_of(own.id)

@@ -75,10 +75,7 @@ def examine(
     Args:
         wait_s: seconds to wait for neighbours; 0: ask each once.
         tell: told each finding when it is there.
-    Raises:
-        ConfigError: --listen or --set cannot be what is meant.
     """
-    options.check()
     findings: list[Finding] = []
 
     def say(found: Sequence[Finding]) -> bool:

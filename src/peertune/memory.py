@@ -50,7 +50,8 @@ def room(num_floats: int) -> Tensor:
     """An uninitialised float32 vector; a large one in huge pages where the system has them (Linux).
 
     A page fault takes longer than decrypting the page does; of huge pages there are 512 times fewer. The pages of a
-    large one that is not used any more serve the next one of its size; until then the system may have them back.
+    large one that is not used any more serve the next one of its size. Until then the system may have them back, and
+    until it takes them they count as this process's memory.
     """
     size = 4 * num_floats
     if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
@@ -66,7 +67,7 @@ def room(num_floats: int) -> Tensor:
 
 
 def _free_room(size: int) -> mmap.mmap | None:
-    """A room of that size that nobody uses. Those of other sizes are let go: they were of another block's turn."""
+    """A large room of that size that nobody uses. Others are let go: they were of another block's turn."""
     fitting = []
     with contextlib.suppress(IndexError):  # popped, not looked at: another thread may be here as well
         while True:
@@ -79,7 +80,7 @@ def _free_room(size: int) -> mmap.mmap | None:
 
 
 def _leave(pages: mmap.mmap) -> None:
-    with contextlib.suppress(OSError):  # a kernel that takes no such hint
+    with contextlib.suppress(OSError, AttributeError):  # a system that takes no such hint
         pages.madvise(mmap.MADV_FREE)
     _free_rooms.append(pages)
 

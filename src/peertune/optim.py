@@ -218,7 +218,7 @@ def adam_step(
 
 
 def _batches(masters: MasterWeights, moments: Mapping[str, Moments]) -> Iterator[list[Piece]]:
-    """The parameters in pieces; in a list, pieces of one chunk's elements together, or the last one goes beyond."""
+    """The parameters in pieces; those of a list have at most a chunk's elements together."""
     batch: list[Piece] = []
     held = 0
     for name, state in moments.items():
@@ -229,17 +229,17 @@ def _batches(masters: MasterWeights, moments: Mapping[str, Moments]) -> Iterator
         chunk = CHUNK_CPU if parameter.device.type == "cpu" else CHUNK_GPU
         whole = Piece(parameter.detach(), low, parameter.grad, state.exp_avg, state.exp_avg_sq, parameter.ndim > 1)
         for piece in [whole] if parameter.numel() <= chunk else _split(whole, chunk):
-            batch.append(piece)
-            held += piece.theta.numel()
-            if held >= chunk:
+            if batch and held + piece.theta.numel() > chunk:
                 yield batch
                 batch, held = [], 0
+            batch.append(piece)
+            held += piece.theta.numel()
     if batch:
         yield batch
 
 
 def _split(whole: Piece, size: int) -> Iterator[Piece]:
-    *tensors, is_matrix = whole
-    parts = [repeat(None) if tensor is None else torch.split(tensor.reshape(-1), size) for tensor in tensors]
-    for theta, low, grad, exp_avg, exp_avg_sq in zip(*parts, strict=False):
-        yield Piece(theta, low, grad, exp_avg, exp_avg_sq, is_matrix)
+    flat = [whole.theta.view(-1), whole.grad.reshape(-1), whole.exp_avg.view(-1), whole.exp_avg_sq.view(-1)]
+    low = repeat(None) if whole.low is None else torch.split(whole.low.view(-1), size)
+    for theta, grad, exp_avg, exp_avg_sq, rest in zip(*(torch.split(t, size) for t in flat), low, strict=False):
+        yield Piece(theta, rest, grad, exp_avg, exp_avg_sq, whole.is_matrix)

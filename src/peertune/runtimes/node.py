@@ -382,6 +382,8 @@ class Node:
     async def _probed(self, _: Any, context: Any) -> None:
         """Let a member measure the line."""
         index = await self._member(context)
+        if refusal := self.probe.refusal(index):
+            await context.abort(*refusal)
         received = sent = 0
         try:
             received, sent = await self.probe.answer(index, context)

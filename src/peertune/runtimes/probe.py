@@ -8,7 +8,7 @@ Both begin with HELLO (the parts of the charter, and what each is doing). Then t
     FETCH bytes             answered by CHUNKs
     REPORT rtt, up, down    what was found, in the words of the one who leads, for a site that cannot dial itself
 
-Nothing is kept of what is sent, so a running site answers beside its work, each member a few times a minute. A site
+Nothing is kept of what is sent, so a running site answers beside its work, each member a part of the time. A site
 takes part in one probe at a time, its own included: two at once would measure each other.
 """
 
@@ -20,7 +20,6 @@ import math
 import os
 import ssl
 import time
-from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
@@ -45,12 +44,12 @@ DEADLINE_S = 60.0
 """Seconds of a whole probe at most."""
 CONNECT_S = 5.0
 """Seconds a neighbour has to take a connection."""
-PER_MINUTE = 6
-"""Probes a member is answered in any minute, so that nobody takes a running site's line."""
+SHARE = 0.2
+"""Of the time in which a member is answered, in the long run, so that nobody takes a running site's line."""
 NUM_PINGS = 5
 MAX_FRAMES = 1024
 MAX_HELLO = 64 << 10
-BUSY = grpc.StatusCode.RESOURCE_EXHAUSTED
+BUSY, TOO_OFTEN = grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.FAILED_PRECONDITION
 DOINGS = ("join", "doctor")
 
 
@@ -103,18 +102,27 @@ class Probe:
         self.slot = asyncio.Lock()
         self.visits: dict[int, Measured] = {}
         """Member -> what it reported when it last probed this site."""
-        self._answered: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=PER_MINUTE))
-        """Member -> when its last probes began."""
+        self._left: dict[int, tuple[float, float]] = {}
+        """Member -> seconds that its probes might still take, and when that was."""
+
+    def refusal(self, index: int) -> tuple[grpc.StatusCode, str] | None:
+        """Why a member is not answered now; None: it is."""
+        if self.slot.locked():
+            return BUSY, "one probe at a time"
+        left = self._allowance(index)
+        if left <= 0:
+            return TOO_OFTEN, f"it was measured too often; ask again in {math.ceil(-left / SHARE) + 1} s"
+        return None
+
+    def _allowance(self, index: int) -> float:
+        """Seconds that a member's probes may take: at first and at most as long as one has."""
+        left, since = self._left.get(index, (DEADLINE_S, 0.0))
+        return min(DEADLINE_S, left + SHARE * (time.monotonic() - since))
 
     async def answer(self, index: int, context: Any) -> tuple[int, int]:
-        """Answer a member's probe. Returns the bytes it sent, and those it was given."""
-        if self.slot.locked():
-            await context.abort(BUSY, "one probe at a time")
-        answered, now = self._answered[index], time.monotonic()
-        if len(answered) == PER_MINUTE and now - answered[0] < 60.0:
-            await context.abort(BUSY, f"{PER_MINUTE} probes a minute")
-        answered.append(now)
+        """Answer a member's probe, where there is no `refusal`. Returns the bytes it sent, and those it was given."""
         async with self.slot:
+            left, began = self._allowance(index), time.monotonic()
             try:
                 async with asyncio.timeout(DEADLINE_S):
                     return await self._answer(index, context)
@@ -122,6 +130,9 @@ class Probe:
                 await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"a probe has {DEADLINE_S:g} s")
             except ProtocolError as error:
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            finally:
+                now = time.monotonic()
+                self._left[index] = (left - (now - began), now)
         raise AssertionError("abort raises")
 
     async def _answer(self, index: int, context: Any) -> tuple[int, int]:
