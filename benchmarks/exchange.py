@@ -142,6 +142,8 @@ def ends(folder: Path, every: float = 0.0) -> tuple[Callable[..., None], Callabl
         made = node(1, port)
         exchange, own = NetworkExchange(made), {"block": torch.zeros(size // 4)}
         rounds = iter(range(1000))
+        while not made.neighbors[0].is_connected:  # sites connect before they train
+            time.sleep(0.01)
 
         def fetch() -> float:
             round = next(rounds)
