@@ -233,7 +233,7 @@ def _fairness(options: Options, cells: Cells) -> str:
     }[options.budget]
     items = [
         f"Seeds {', '.join(map(str, options.seeds))}: with one seed all have the same partition, graph and order of"
-        " batches, but for what a name sets.",
+        " batches. What a contestant's name sets is its own.",
         budget + " The table says what each really used.",
         f"{count(kept)} rows kept back from training, for all." if kept else "No rows kept back from training.",
         f"Simulated time: {number(link['bandwidth_mbit'])} Mbit/s and {number(link['latency_ms'])} ms a link; each"
