@@ -118,7 +118,7 @@ def test_a_grid_is_run_once_and_written_in_every_form(
 def test_graphs_and_partitions_are_contestants_too(
     make: Callable[..., tuple[Comparison, Quiet]], tmp_path: Path
 ) -> None:
-    names = ["deca", "deca:topology.kind=complete", "deca:data.partition.kind=iid:lr=0.02"]
+    names = ["deca", "deca: topology.kind=complete", "deca:data.partition.kind=iid:lr=0.02"]
     found, _ = make(algorithms=",".join(names), seeds="0")
     configs = [
         summary_of(tmp_path / "compared" / "cells" / slug / "seed-0")["config"]

@@ -489,6 +489,17 @@ def test_a_member_is_answered_a_part_of_the_time(monkeypatch: pytest.MonkeyPatch
     assert own.refusal(1) is None
 
 
+def test_a_site_that_was_measured_too_often_is_named_and_no_problem(
+    tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Probe, "_allowance", lambda self, index: -1.0)
+    sites = Two(tmp_path, micro_model)
+    waiting = [sites.doctor(name, 5.0) for name in SITES]
+    for found in [wait() for wait in waiting]:
+        (line,) = (finding for check, finding in found.items() if check.startswith("line to"))
+        assert line.mark == "warning" and "it was measured too often; ask again in 6 s" in line.text, line
+
+
 def test_a_probe_that_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "DEADLINE_S", 0.01)
 

@@ -75,6 +75,8 @@ def examine(
     Args:
         wait_s: seconds to wait for neighbours; 0: ask each once.
         tell: told each finding when it is there.
+    Raises:
+        ConfigError: an override's value cannot be.
     """
     findings: list[Finding] = []
 
@@ -319,7 +321,9 @@ def check_line(survey: Survey, index: int) -> Finding:
         return Finding(check, "problem", f"{who}; it cannot be reached: {failure}", advice)
     together, waited = "run `peertune doctor` there at the same time", f"within {survey.wait_s:g} s"
     if measured is None:
-        if dials:
+        if index in survey.postponed:
+            text = f"{who}; {survey.postponed[index]}"
+        elif dials:
             text = f"{who}; it is busy with others' measurements"
         elif came:
             text = f"{who}; its run has reached it, but only it can measure the line"

@@ -62,7 +62,7 @@ def room(num_floats: int) -> Tensor:
         with contextlib.suppress(OSError):  # a kernel without them
             pages.madvise(mmap.MADV_HUGEPAGE)
     view = memoryview(pages)  # lives as long as the tensor's storage
-    weakref.finalize(view, _leave, pages).atexit = False
+    weakref.finalize(view, _vacate, pages).atexit = False
     return torch.frombuffer(view, dtype=torch.float32)
 
 
@@ -79,7 +79,7 @@ def _free_room(size: int) -> mmap.mmap | None:
     return found
 
 
-def _leave(pages: mmap.mmap) -> None:
+def _vacate(pages: mmap.mmap) -> None:
     with contextlib.suppress(OSError, AttributeError):  # a system that takes no such hint
         pages.madvise(mmap.MADV_FREE)
     _free_rooms.append(pages)

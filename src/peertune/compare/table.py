@@ -122,7 +122,7 @@ def heads(rows: Sequence[Row]) -> list[str]:
 def columns(rows: Sequence[Row]) -> list[str]:
     """Keys of the columns that are shown: the same for all rows of a comparison."""
     without = {key for key in ("macro_f1", "tuned") if not any(getattr(row, key) not in (None, "") for row in rows)}
-    if not any(":topology." in row.contestant for row in rows):
+    if not any(":topology." in row.contestant.replace(" ", "") for row in rows):
         without.add("lambda2")
     return [key for key in HEAD if key not in without]
 

@@ -1,4 +1,7 @@
-"""What two sites say to each other, in bytes: a kind, fields of a fixed size, and behind some kinds any bytes."""
+"""What two sites say to each other, in bytes: a kind, fields of a fixed size, and behind some kinds any bytes.
+
+Which kinds there are, and what they mean, each protocol says for itself (edge, probe).
+"""
 
 from __future__ import annotations
 

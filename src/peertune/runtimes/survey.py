@@ -13,7 +13,7 @@ import grpc
 
 from peertune.runtimes.frames import ProtocolError
 from peertune.runtimes.node import Node
-from peertune.runtimes.probe import BUSY, CONNECT_S, Measured, diagnose
+from peertune.runtimes.probe import BUSY, CONNECT_S, TOO_OFTEN, Measured, diagnose
 
 
 class Survey:
@@ -28,6 +28,8 @@ class Survey:
         self.measured: dict[int, Measured] = {}
         self.failures: dict[int, str] = {}
         """Neighbour -> why this site could not reach it."""
+        self.postponed: dict[int, str] = {}
+        """Neighbour that was reached -> why it does not let itself be measured now."""
 
     async def ask_all(self) -> None:
         """Measure each neighbour who can be dialled, and let the others come."""
@@ -54,6 +56,9 @@ class Survey:
                     code, is_busy = error.code(), error.code() is BUSY
                     if code is grpc.StatusCode.UNIMPLEMENTED:
                         self.failures[index] = "it runs another peertune, which cannot be measured"
+                        return
+                    if code is TOO_OFTEN:
+                        self.postponed[index] = str(error.details())
                         return
                     if code not in (BUSY, grpc.StatusCode.UNAVAILABLE):
                         self.failures[index] = f"it refuses: {error.details()}"
