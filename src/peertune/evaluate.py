@@ -82,7 +82,8 @@ def label_scores(
         row[: sample.prompt_length] = torch.as_tensor(sample.input_ids[: sample.prompt_length].astype(np.int64))
     many = any(len(label) > 1 for label in labels)
     mask = (torch.arange(prompts.shape[1]) < lengths[:, None]).long()
-    hidden, past = model.hidden(prompts.to(device), mask.to(device), use_cache=many)
+    # No mask yet: padding comes after all that counts, and the fast causal attention applies.
+    hidden, past = model.hidden(prompts.to(device), use_cache=many)
     first = _logits(model, hidden[torch.arange(len(samples)), lengths - 1])
     scores = torch.stack([first[:, label[0]] for label in labels], 1)
     for j, label in enumerate(labels):

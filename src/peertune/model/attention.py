@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peertune.config import ModelSection
@@ -23,6 +24,9 @@ SCORES_BYTES = 1 << 20
 """Scores made at a time: more would leave the cache, fewer make the threads wait for each other."""
 MAX_LENGTH = 512
 """Longer sequences outgrow the cache; the fused kernel takes them."""
+COLUMNS = 32
+"""Keys are filled up to a multiple of this: a softmax over a row that is no whole number of bfloat16 vectors takes three
+times as long."""
 
 
 def register() -> str:
@@ -80,6 +84,7 @@ def attention_forward(
     ):
         groups = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (key, value))
+        key, value = (F.pad(x, (0, 0, 0, -length % COLUMNS)) for x in (key, value))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         out: Tensor = _ShortAttention.apply(query * scale, key, value)  # type: ignore[no-untyped-call]
         return out.transpose(1, 2).contiguous(), None
@@ -92,12 +97,13 @@ def attention_forward(
 
 
 class _ShortAttention(torch.autograd.Function):
-    """softmax(q k' + causal mask) v, for q, k, v [batch, heads, length, head size], q already scaled."""
+    """softmax(q k' + causal mask) v, for q [batch, heads, length, head size], already scaled, and k, v of as many or
+    more places; those behind are seen by none."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ctx.save_for_backward(q, k, v)
-        mask = _causal_mask(q)
+        mask = _causal_mask(q, k)
         out = torch.empty(q.shape, dtype=q.dtype)
         for q_, k_, v_, out_ in _chunks(q, k, v, out):
             torch.bmm(_probabilities(q_, k_, mask), v_, out=out_)
@@ -106,7 +112,7 @@ class _ShortAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = ctx.saved_tensors
-        mask = _causal_mask(q)
+        mask = _causal_mask(q, k)
         grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
         for q_, k_, v_, grad, gq, gk, gv in _chunks(q, k, v, *grads, grad_q, grad_k, grad_v):
             p = _probabilities(q_, k_, mask)
@@ -119,18 +125,17 @@ class _ShortAttention(torch.autograd.Function):
 
 
 def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors [batch, heads, length, head size] as [some sequences x heads, length, head size]."""
+    """q, k and others [batch, heads, their length, head size] as [some sequences x heads, their length, head size]."""
     _, heads, length, _ = tensors[0].shape
-    size = max(1, SCORES_BYTES // (2 * heads * length * length))
+    size = max(1, SCORES_BYTES // (2 * heads * length * tensors[1].shape[2]))
     for parts in zip(*(torch.split(x, size) for x in tensors), strict=True):
         yield tuple(x.flatten(0, 1) for x in parts)
 
 
-def _causal_mask(q: Tensor) -> Tensor:
-    length = q.shape[2]
-    return torch.full((length, length), float("-inf"), dtype=q.dtype).triu_(1)
+def _causal_mask(q: Tensor, k: Tensor) -> Tensor:
+    return torch.full((q.shape[2], k.shape[2]), float("-inf"), dtype=q.dtype).triu_(1)
 
 
 def _probabilities(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
-    """[n, length, length] of q, k [n, length, head size]."""
+    """[n, length, places] of q [n, length, head size] and k [n, places, head size]."""
     return torch.baddbmm(mask, q, k.transpose(1, 2)).softmax(-1)
