@@ -164,10 +164,10 @@ def test_dec_lora_on_a_complete_graph_is_fedit() -> None:
     np.testing.assert_array_equal(weights_of(gossip), weights_of(fedit)[:NUM_PEERS])
 
 
-@pytest.mark.parametrize("nesterov", [True, False])
-def test_noloco_is_the_numpy_reference(nesterov: bool) -> None:
+@pytest.mark.parametrize(("nesterov", "gamma"), [(True, 0.7), (False, 0.7), (True, 0.3)])
+def test_noloco_is_the_numpy_reference(nesterov: bool, gamma: float) -> None:
     topology = graph("erdos_renyi")
-    config = NolocoConfig(**SHORT, nesterov=nesterov)
+    config = NolocoConfig(**SHORT, nesterov=nesterov, gamma=gamma)
     phi, buffer = np.tile(start(), (NUM_PEERS, 1)), np.zeros((NUM_PEERS, 2 * SIZE))
     adams = [Adam() for _ in range(NUM_PEERS)]
     for t in range(ROUNDS):
@@ -178,9 +178,13 @@ def test_noloco_is_the_numpy_reference(nesterov: bool) -> None:
         for i, j in groups:
             mix[np.ix_([i, j], [i, j])] = 0.5
         change = mix @ (np.array([descend(i, phi[i], adams[i], t * K) for i in range(NUM_PEERS)]) - phi)
+        change += gamma / 0.7 * (mix @ phi - phi)
         buffer = 0.5 * buffer + change
-        phi = phi + 0.7 * (change + 0.5 * buffer if nesterov else buffer) + 0.7 * (mix @ phi - phi)
+        phi = phi + 0.7 * (change + 0.5 * buffer if nesterov else buffer)
         np.testing.assert_allclose(weights_of(members), phi, atol=5e-5)
+    sent = [m.exchange.sent.payload_bytes for m in members]
+    paired = [sum(i in g for t in range(ROUNDS) for g in m.algorithm.groups(t)) for i, m in enumerate(members)]  # type: ignore[attr-defined]
+    assert sent == [count * 2 * SIZE * 4 for count in paired]  # one tensor of the model's size, not two
 
 
 def test_noloco_with_one_group_is_diloco() -> None:

@@ -1,13 +1,16 @@
 """NoLoCo (arXiv 2506.10911): DiLoCo without the all-reduce; outer steps within small random groups.
 
-phi_i are the slow weights, Delta_i = theta_i - phi_i the change of H inner steps, bars are means over i's group:
+phi_i are the slow weights, theta_i what H inner steps made of them, Delta_i = theta_i - phi_i; bars are means over i's
+group:
 
-    b_i   <- mu b_i + Delta_bar
-    phi_i <- phi_i + lr (Delta_bar + mu b_i) + gamma (phi_bar - phi_i)
+    g_i   =  Delta_bar + gamma / lr (phi_bar - phi_i)
+    b_i   <- mu b_i + g_i
+    phi_i <- phi_i + lr (g_i + mu b_i)          Nesterov; heavy ball (nesterov = false): phi_i + lr b_i
 
-The last term pulls a group's slow weights together; where all are equal (one group of all peers) it vanishes, and this
-is DiLoCo. The authors' code (jkolehm/noloco, sparse_optimizer_c.py) has heavy-ball momentum, phi <- phi + lr b, and
-passes the pull through it; `nesterov = false` gives the former, and the pull outside of the momentum is ours.
+The second term of g pulls a group's slow weights together; where all are equal (one group of all peers) it vanishes, and
+this is DiLoCo. The authors' code (jkolehm/noloco, sparse_optimizer_c.py) is the heavy ball with gamma = lr; it sends
+both Delta_i and phi_i. Both enter g by one weighted sum, so here a peer sends that alone, half of the bytes: theta_i +
+(gamma / lr - 1) phi_i, which with gamma = lr is theta_i itself.
 
 A group of two is an edge: a random matching of the graph, so that a firewall's graph is respected; on a complete graph
 these are the paper's random pairs. Larger groups need a complete graph.
@@ -31,8 +34,6 @@ from peertune.peer import Peer
 from peertune.seeds import numpy_rng
 from peertune.topology import Topology
 
-CHANGE = "change/"
-
 
 class NolocoConfig(LocalStepsConfig):
     local_steps: Positive = 50
@@ -48,7 +49,7 @@ class NolocoConfig(LocalStepsConfig):
     nesterov: bool = True
     """Nesterov's form of the outer momentum, as DiLoCo; false: heavy ball."""
     gamma: Annotated[float, Field(ge=0, le=1)] = 0.7
-    """Pull of slow weights towards their group's mean."""
+    """Pull of slow weights towards their group's mean. Default: the outer learning rate, as the authors' code."""
 
 
 class Noloco(LocalSteps):
@@ -90,21 +91,25 @@ class Noloco(LocalSteps):
         self.slow = {name: self.masters.snapshot(name) for name in self.common}
         return super().local(round)
 
+    @property
+    def pull(self) -> float:
+        """gamma / lr: weight of the slow weights beside their changes."""
+        return self.config.gamma / self.config.outer_lr
+
+    @torch.no_grad()
     def outgoing(self, hop: Hop) -> Payload:
-        change = {CHANGE + name: self.masters.snapshot(name).sub_(slow) for name, slow in self.slow.items()}
-        return {**change, **self.slow}
+        return {name: self.masters.snapshot(name).add_(slow, alpha=self.pull - 1) for name, slow in self.slow.items()}
 
     @torch.no_grad()
     def mix(self, hop: Hop, inbox: Inbox) -> None:
         mu, lr = self.config.outer_momentum, self.config.outer_lr
         for name, slow in self.slow.items():
-            change = inbox.mean(CHANGE + name)
+            gradient = inbox.mean(name).sub_(slow, alpha=self.pull)
             if name not in self.momentum:
                 self.momentum[name] = torch.zeros_like(slow)
-            buffer = self.momentum[name].mul_(mu).add_(change)
-            step = change.add_(buffer, alpha=mu) if self.config.nesterov else buffer
-            pull = inbox.mean(name).sub_(slow)
-            self.masters.write(name, slow + step * lr + pull * self.config.gamma)
+            buffer = self.momentum[name].mul_(mu).add_(gradient)
+            step = gradient.add_(buffer, alpha=mu) if self.config.nesterov else buffer
+            self.masters.write(name, slow + step * lr)
 
     def extra_tensors(self) -> Mapping[str, Tensor]:
         return self.momentum
