@@ -29,10 +29,12 @@ def inputs(key_heads: int = 4, length: int = 17) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("chunk", [1 << 20, 1])
-@pytest.mark.parametrize("key_heads", [4, 2, 1])
-def test_it_is_causal_attention_and_its_gradient(key_heads: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("key_heads", "length"), [(4, 17), (2, 17), (1, 17), (4, 32)])
+def test_it_is_causal_attention_and_its_gradient(
+    key_heads: int, length: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(attention, "SCORES_BYTES", chunk)
-    q, k, v = inputs(key_heads)
+    q, k, v = inputs(key_heads, length)
     out, _ = attention.attention_forward(Site(), q, k, v, None, scaling=0.3)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
     found = torch.autograd.grad(out, (q, k, v), grad)
@@ -79,12 +81,20 @@ def test_models_in_bfloat16_on_a_cpu_use_it(name: str) -> None:
     assert F.cosine_similarity(grads[0], grads[1], 0) > 0.99
 
 
-def test_a_recipes_own_choice_and_other_types_are_left_alone() -> None:
+def test_a_recipes_own_choice_and_other_devices_are_left_alone() -> None:
     model = make_model("llama")
     before = model.config._attn_implementation
-    choose_attention(model, ModelSection(dtype="float32"), CPU)
-    choose_attention(model, ModelSection(dtype="bfloat16", attention="sdpa"), CPU)
+    choose_attention(model, ModelSection(), torch.device("cuda"))
+    choose_attention(model, ModelSection(attention="sdpa"), CPU)
     assert model.config._attn_implementation == before != NAME
+
+
+def test_in_float32_it_is_transformers_own_bitwise() -> None:
+    ids = torch.randint(0, VOCABULARY, (2, 15), generator=torch.Generator().manual_seed(0))
+    model, ours = make_model("llama"), make_model("llama")
+    choose_attention(ours, ModelSection(), CPU)
+    assert ours.config._attn_implementation == NAME
+    assert torch.equal(model(input_ids=ids).logits, ours(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])

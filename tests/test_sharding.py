@@ -134,7 +134,7 @@ def compare_gradients(rank: int, port: int, found: Any) -> None:
             own = [n for n, _ in module.named_parameters() if ".2." in n]
             whole = LanguageModel(copy.deepcopy(module), ModelSection())
             model = ShardedModel(clone_model(module, set(own)), ModelSection(), mesh, own)
-            other = ShardedModel(module, ModelSection(), mesh, own, has_plain_head=True, like=model)
+            other = ShardedModel(module, ModelSection(), mesh, own, like=model)
             rows, expected = (each.activate(Block(0, "", tuple(own), 2)) for each in (model, whole))
             wrong = {"loss": float((model.backward(batch, 2) - whole.backward(batch, 2)).abs())}
             wrong["evaluation"] = float((other.loss_sum(batch)[0] - whole.loss_sum(batch)[0]).detach().abs())

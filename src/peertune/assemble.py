@@ -12,6 +12,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from peertune.algorithms import Algorithm
+from peertune.algorithms.together import Together
 from peertune.config import ModelSection, RunConfig
 from peertune.data.batches import Batches, UnionBatches
 from peertune.errors import ConfigError
@@ -19,7 +20,7 @@ from peertune.model.language_model import LanguageModel
 from peertune.model.layers import has_dropout
 from peertune.model.sharding import ShardedModel
 from peertune.prepare import Prepared, prepare_model
-from peertune.runtimes import thread_pool
+from peertune.runtimes import Member, thread_pool
 from peertune.seeds import derive_seed
 from peertune.topology import Topology, build_topology
 
@@ -73,6 +74,20 @@ def make_pool(config: RunConfig, module: torch.nn.Module, device: torch.device) 
     return thread_pool(section.parallel_peers)
 
 
+def make_together(config: RunConfig, peers: Sequence[Member]) -> list[Together]:
+    """The peers in groups whose local steps are one call, where the recipe asks for that. Raises ConfigError."""
+    size = config.run.batched_peers
+    if size == 1 or len(peers) == 1:
+        return []
+    if has_dropout(peers[0].algorithm.peer.model.module):
+        raise ConfigError(
+            f"run.batched_peers: got {size} with a model with dropout, whose draws are each peer's own; set"
+            " run.batched_peers = 1"
+        )
+    algorithms = [member.algorithm for member in peers]
+    return [Together(algorithms[start : start + size]) for start in range(0, len(algorithms), size)]
+
+
 def wrap_model(
     module: torch.nn.Module,
     config: ModelSection,
@@ -88,11 +103,10 @@ def wrap_model(
         trained: names of the parameters that are trained.
         like: another instance of the same model, where there is one.
     """
-    plain = None if like is None else like.has_plain_head
     if ranks is None:
-        return LanguageModel(module, config, has_plain_head=plain)
+        return LanguageModel(module, config, like=like)
     assert like is None or isinstance(like, ShardedModel)
-    return ShardedModel(module, config, ranks, trained, has_plain_head=plain, like=like)
+    return ShardedModel(module, config, ranks, trained, like=like)
 
 
 @torch.no_grad()

@@ -49,6 +49,9 @@ class RunSection(Section):
     CPUs only."""
     parallel_peers: Annotated[int, Field(ge=1, le=1024)] = 1
     """Simulated peers that train at the same time on a CPU, a thread each; results are those of threads = 1."""
+    batched_peers: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Simulated peers whose local steps are one batched call, where LoRA on a frozen base is trained: faster for small
+    batches, and weights differ by rounding from those of one peer after the other."""
     checkpoint_every: NonNegative = 0
     """Rounds between checkpoints; 0: at the end of each block's turn."""
     log_every: Positive = 1

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peertune.data.batches import Batches, UnionBatches
+from peertune.data.batches import Batch, Batches, UnionBatches
 from peertune.model.blocks import Block
 from peertune.model.language_model import LanguageModel
 from peertune.seeds import derive_seed
@@ -35,13 +35,17 @@ class Peer:
         Returns:
             The mean loss in nats a target token, a float32 scalar on the model's device.
         """
-        assert self.batches is not None
         total = torch.zeros((), device=self.model.device)
         with torch.random.fork_rng(devices=[d for d in [self.model.device] if d.type == "cuda"]):
             torch.manual_seed(derive_seed(self.seed, self.index, "dropout", step))
             for _ in range(num_batches):
-                total += self.model.backward(self.batches.next(), num_batches)
+                total += self.model.backward(self.next_batch(), num_batches)
         return total
+
+    def next_batch(self) -> Batch:
+        """The next batch of its own data."""
+        assert self.batches is not None
+        return self.batches.next()
 
     def num_steps(self, epochs: int) -> int:
         """Batches in so many passes over the peer's own samples, the last one filled up."""

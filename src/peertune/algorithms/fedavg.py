@@ -23,7 +23,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from peertune.algorithms.base import LocalReport
 from peertune.algorithms.local_steps import LocalSteps, LocalStepsConfig
 from peertune.config import AlgorithmConfig, Decays, NonNegative, TopologySection
 from peertune.exchange import Hop, Inbox
@@ -110,11 +109,11 @@ class Fedavg(LocalSteps):
             return self.config.local_steps
         return self.peer.num_steps(self.config.local_epochs)
 
-    def local(self, round: int) -> LocalReport | None:
+    def begin(self, round: int) -> int:
         serves = self.config.server_optimizer != "average" and not self.topology.has_hub
         if self.config.proximal or serves:
             self.anchor = {name: self.masters.snapshot(name) for name in self.common}
-        return super().local(round)
+        return super().begin(round)
 
     def adjust_gradients(self) -> None:
         """grad += mu (x_i - x)."""

@@ -20,7 +20,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from peertune.algorithms.base import LocalReport
 from peertune.algorithms.local_steps import LocalSteps
 from peertune.exchange import Hop, Inbox, Payload
 
@@ -33,11 +32,11 @@ class Gt(LocalSteps):
     tracked: dict[str, Tensor]
     """z_i of the round at hand, float32."""
 
-    def local(self, round: int) -> LocalReport | None:
+    def begin(self, round: int) -> int:
         if round == 0:
             self.correction = {name: self.masters.snapshot(name).zero_() for name in self.common}
         self.tracked = {name: torch.zeros_like(c) for name, c in self.correction.items()}
-        return super().local(round)
+        return super().begin(round)
 
     def adjust_gradients(self) -> None:
         """g_i -> s_i = g_i + c_i."""

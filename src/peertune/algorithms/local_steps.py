@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
 import torch
 from pydantic import Field
@@ -40,6 +40,22 @@ class LocalStepsConfig(AlgorithmConfig):
         return self.model_copy(update={"rounds": max(1, steps // self.local_steps)})
 
 
+class Taken(NamedTuple):
+    """What a local step tells: loss and gradient norm, float32 scalars, and the rate."""
+
+    loss: Tensor
+    norm: Tensor
+    lr: float
+
+
+def report_of(taken: Sequence[Taken]) -> LocalReport | None:
+    """What a round's steps tell together; None for none."""
+    if not taken:
+        return None
+    losses, norms, rates = zip(*taken, strict=True)
+    return LocalReport(torch.stack(losses).mean(), torch.stack(norms).mean(), rates[-1])
+
+
 class LocalSteps(Algorithm):
     """x_{i,t+1} = sum_j w_ij (x_j after K AdamW steps on F_j). Subclasses say what is sent and how it is mixed."""
 
@@ -73,20 +89,29 @@ class LocalSteps(Algorithm):
 
     def local(self, round: int) -> LocalReport | None:
         """K AdamW steps."""
+        count = self.begin(round)
+        taken = [self.take_step(round, n, count, self.backward()) for n in range(count)]
+        return report_of(taken)
+
+    def begin(self, round: int) -> int:
+        """Make ready for the steps of a round. Returns how many there are; 0: this peer has no part in it."""
         count = self.num_local_steps(round)
-        if not count:
-            return None
-        self.activate(round)
-        total = self.num_rounds * count
-        losses, norms = [], []
-        for n in range(count):
-            losses.append(self.peer.backward(self.num_taken, self.config.grad_accumulation))
-            self.adjust_gradients()
-            norms.append(clip_gradients(self.active, self.config.max_grad_norm))
-            lr = learning_rate(self.config, round * count + n, total)
-            self.step(lr)
-            self.num_taken += 1
-        return LocalReport(torch.stack(losses).mean(), torch.stack(norms).mean(), lr)
+        if count:
+            self.activate(round)
+        return count
+
+    def backward(self) -> Tensor:
+        """The gradient of the step to come. Returns the mean loss, a float32 scalar."""
+        return self.peer.backward(self.num_taken, self.config.grad_accumulation)
+
+    def take_step(self, round: int, n: int, count: int, loss: Tensor) -> Taken:
+        """Step `n` of a round's `count`, by the gradients at hand; `loss` is what they are of."""
+        self.adjust_gradients()
+        norm = clip_gradients(self.active, self.config.max_grad_norm)
+        lr = learning_rate(self.config, round * count + n, self.num_rounds * count)
+        self.step(lr)
+        self.num_taken += 1
+        return Taken(loss, norm, lr)
 
     def activate(self, round: int) -> None:
         """Let gradients reach what the round trains, and have moments for it."""

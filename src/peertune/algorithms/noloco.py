@@ -25,7 +25,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from peertune.algorithms.base import LocalReport
 from peertune.algorithms.local_steps import LocalSteps, LocalStepsConfig
 from peertune.config import AlgorithmConfig, Positive
 from peertune.errors import ConfigError
@@ -87,9 +86,9 @@ class Noloco(LocalSteps):
         alone = [[i] for i in set(range(self.topology.num_peers)).difference(*groups)]
         return (Hop("gossip", {(i, j): 1 / len(g) for g in groups + alone for i in g for j in g}),)
 
-    def local(self, round: int) -> LocalReport | None:
+    def begin(self, round: int) -> int:
         self.slow = {name: self.masters.snapshot(name) for name in self.common}
-        return super().local(round)
+        return super().begin(round)
 
     @property
     def pull(self) -> float:

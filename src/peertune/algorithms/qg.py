@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import torch
 
-from peertune.algorithms.base import LocalReport
 from peertune.algorithms.local_steps import LocalSteps
 from peertune.exchange import Hop, Inbox
 from peertune.optim import adam_moments
@@ -26,9 +25,9 @@ class Qg(LocalSteps):
     feeds_moments = False
     elementwise = False
 
-    def local(self, round: int) -> LocalReport | None:
+    def begin(self, round: int) -> int:
         self.anchor = {name: self.masters.snapshot(name) for name in self.common}
-        return super().local(round)
+        return super().begin(round)
 
     @torch.no_grad()
     def mix(self, hop: Hop, inbox: Inbox) -> None:

@@ -1,9 +1,10 @@
-"""Causal attention for short sequences in bfloat16 on a CPU, by batched matrix products, a few sequences at a time.
+"""Attention on a CPU: our own for short sequences in bfloat16, else transformers'; of packed tokens, by sequence.
 
-Their scores [heads, length, length] stay in the processor's cache, the products run on its matrix units, and the
-backward pass makes the probabilities anew from q and k, so nothing of size length^2 is kept. PyTorch's fused kernel
-for CPUs takes several times as long at 100 tokens, and somewhat longer at 256. Numerics are those of transformers'
-"eager" attention: scores and probabilities in bfloat16, the softmax's sums in float32.
+Ours is causal, by batched matrix products, a few sequences at a time. Their scores [heads, length, length] stay in the
+processor's cache, the products run on its matrix units, and the backward pass makes the probabilities anew from q and
+k, so nothing of size length^2 is kept. PyTorch's fused kernel for CPUs takes several times as long at 100 tokens, and
+somewhat longer at 256. Numerics are those of transformers' "eager" attention: scores and probabilities in bfloat16, the
+softmax's sums in float32.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peertune.config import ModelSection
+from peertune.model import packing
 
 NAME = "peertune_short"
 """What transformers knows it by, as `attn_implementation`."""
@@ -25,8 +27,8 @@ SCORES_BYTES = 1 << 20
 MAX_LENGTH = 512
 """Longer sequences outgrow the cache; the fused kernel takes them."""
 COLUMNS = 32
-"""Keys are filled up to a multiple of this: a softmax over a row that is no whole number of bfloat16 vectors takes three
-times as long."""
+"""Keys are filled up to a multiple of this: over rows that are no whole number of bfloat16 vectors a softmax takes
+three times as long."""
 
 
 def register() -> str:
@@ -34,18 +36,21 @@ def register() -> str:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+    def mask(*args: Any, **kwargs: Any) -> Tensor | None:
+        return sdpa_mask(*args, **kwargs) if packing.current() is None else None
+
     AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, mask)
     return NAME
 
 
 def choose_attention(model: Any, config: ModelSection, device: torch.device) -> None:
-    """Where the recipe leaves attention to us, take this one if the model is in bfloat16 on a CPU and can have it.
+    """Where the recipe leaves attention to us, take this one if the model is on a CPU and can have it.
 
     It stands in for "sdpa" only: a model that transformers gives another attention needs something that one lacks,
     such as sinks or capped scores.
     """
-    wanted = config.attention == "auto" and config.dtype == "bfloat16" and device.type == "cpu"
+    wanted = config.attention == "auto" and device.type == "cpu"
     replaceable = getattr(model, "_supports_attention_backend", False) and model.config._attn_implementation == "sdpa"
     if wanted and replaceable:
         model.set_attn_implementation(register())
@@ -65,11 +70,17 @@ def attention_forward(
     """An attention function as transformers calls it; whatever is not plain and short goes to its "sdpa".
 
     Args:
-        query: [batch, heads, length, head size].
-        key, value: [batch, key heads, length, head size].
+        query: [batch, heads, length, head size], or packed, [groups, heads, places, head size].
+        key, value: [batch, key heads, length, head size], or packed likewise.
     Returns:
-        [batch, length, heads, head size], and None for the weights.
+        [batch, length, heads, head size] or [groups, places, heads, head size], and None for the weights.
     """
+    tokens = packing.current()
+    if tokens is not None:
+        query, key, value = (tokens.unpack(x) for x in (query, key, value))
+        with packing.packed(None):
+            out, _ = attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
+        return tokens.pack(out), None
     plain = all(kwargs.get(key) is None for key in ("softcap", "position_bias", "cache"))
     length = query.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -86,8 +97,8 @@ def attention_forward(
         key, value = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (key, value))
         key, value = (F.pad(x, (0, 0, 0, -length % COLUMNS)) for x in (key, value))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        out: Tensor = _ShortAttention.apply(query * scale, key, value)  # type: ignore[no-untyped-call]
-        return out.transpose(1, 2).contiguous(), None
+        short: Tensor = _ShortAttention.apply(query * scale, key, value)  # type: ignore[no-untyped-call]
+        return short.transpose(1, 2).contiguous(), None
     # By name: that the module stands in the package is not for type checkers to know.
     sdpa = importlib.import_module("transformers.integrations.sdpa_attention").sdpa_attention_forward
     found: tuple[Tensor, None] = sdpa(

@@ -11,25 +11,27 @@ from torch import Tensor, nn
 from peertune.config import ModelSection
 from peertune.data.batches import Batch
 from peertune.errors import ModelError
+from peertune.model import attention
 from peertune.model.adapters import core_of
 from peertune.model.blocks import Block, find_layers
 from peertune.model.layers import LayerStack, has_dropout
 from peertune.model.lora import take_over
 from peertune.model.loss import chunked_cross_entropy
+from peertune.model.packing import Packing, is_worth_packing, pack, packed
 
 
 class LanguageModel:
     """Wraps a transformers model, with or without an adapter; it takes over the forward passes of its layers.
 
     Sequences are right-padded and attention is causal, so no mask is passed: padding comes after everything it could
-    disturb, and the fast causal attention applies.
+    disturb, and the fast causal attention applies. Where our own attention is at work, padding is left out (`packing`).
     """
 
-    def __init__(self, module: nn.Module, config: ModelSection, *, has_plain_head: bool | None = None) -> None:
+    def __init__(self, module: nn.Module, config: ModelSection, *, like: LanguageModel | None = None) -> None:
         """
         Args:
             module: the model.
-            has_plain_head: what another instance of the same model found; None: find out.
+            like: another instance of the same model, which knows what has to be tried out.
         """
         self.module: Any = module
         take_over(module)
@@ -49,7 +51,13 @@ class LanguageModel:
             compile=config.compile,
             has_dropout=dropout,
         )
-        self.has_plain_head = self._check_plain_head() if has_plain_head is None else has_plain_head
+        self.has_plain_head: bool = self._check_plain_head() if like is None else like.has_plain_head
+        if like is not None:
+            self.packs: bool = like.packs
+            """Whether batches that are worth it run without padding."""
+        else:
+            special = config.prefix_cache or config.compile or config.activation_budget_mb
+            self.packs = self.has_plain_head and not special and self._check_packing(config.max_length)
 
     @property
     def device(self) -> torch.device:
@@ -97,6 +105,10 @@ class LanguageModel:
             remember: let the prefix cache, where there is one, serve and store these samples.
         """
         self.stack.begin_batch(batch.sample_ids if remember else None)
+        if self.packs and is_worth_packing(batch):
+            tokens = pack([batch], self.device)
+            targets = tokens.input_ids[tokens.targets]
+            return self.head_loss(self.hidden_before_targets(tokens)[0], targets), targets.numel()
         rows = batch.loss_mask[:, 1:].to(self.device)
         input_ids = batch.input_ids.to(self.device)
         targets = input_ids[:, 1:][rows]
@@ -105,6 +117,13 @@ class LanguageModel:
         else:
             loss = F.cross_entropy(self.all_logits(input_ids)[:, :-1][rows].float(), targets, reduction="sum")
         return loss, targets.numel()
+
+    def hidden_before_targets(self, tokens: Packing) -> list[Tensor]:
+        """Last hidden states at the places before the targets: by row of `tokens`, [its targets, hidden]."""
+        with packed(tokens):
+            out = self.core.base_model(input_ids=tokens.input_ids, position_ids=tokens.positions, use_cache=False)
+        # A sequence's first token is never a target, so the place before is of the same sequence.
+        return [own[:-1][is_target[1:]] for own, is_target in zip(out.last_hidden_state, tokens.targets, strict=True)]
 
     def hidden(
         self, input_ids: Tensor, mask: Tensor | None = None, *, use_cache: bool = False, past: Any = None
@@ -167,3 +186,28 @@ class LanguageModel:
         same = torch.equal(head(self.hidden(ids)[0]), self.all_logits(ids))
         self.module.train(mode)
         return same
+
+    @torch.no_grad()
+    def _check_packing(self, longest: int) -> bool:
+        """Whether packed sequences come out as they do alone; not where layers look further back than a token's
+        sequence, or not as far, other than through our attention."""
+        config = self.core.config
+        if self.num_virtual or config._attn_implementation != attention.NAME:
+            return False
+        if any(0 < (getattr(config, key, None) or 0) < longest for key in ("sliding_window", "attention_chunk_size")):
+            return False
+        mode = self.module.training
+        self.module.eval()
+        ids = torch.arange(1, 15).view(2, 7) % self.core.get_input_embeddings().weight.shape[0]
+        mask = torch.ones_like(ids)
+        mask[0, 4:] = 0
+        batch = Batch(ids, mask, mask.bool() & (torch.arange(7) > 0), (0, 1))
+        apart = self.hidden(ids.to(self.device))[0][:, :-1][batch.loss_mask[:, 1:]].float()
+        try:
+            [together] = self.hidden_before_targets(pack([batch], self.device))
+        except (TypeError, ValueError, AttributeError, RuntimeError):  # it knows no positions
+            return False
+        finally:
+            self.module.train(mode)
+        tolerance = 0.05 if apart.dtype != self.core.dtype else 1e-4
+        return bool((together.float() - apart).norm() <= tolerance * apart.norm())

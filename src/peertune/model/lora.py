@@ -2,10 +2,15 @@
 
 The layers, their parameters and their files are peft's; only the arithmetic of a plain one is taken over. peft's own
 forward pass goes to float32 and back around the factors, which in bfloat16 on a CPU takes longer than what LoRA saves.
+
+A layer may stand in for those of several models with one base (`stacked`): the rows of a batch are then theirs in
+turn, the base's product is one for all, and each model's factors see its own rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,16 +20,23 @@ from torch import Tensor, nn
 
 from peertune.model.adapters import is_peft
 
+STACKED = "stacked_with"
+"""Attribute of a layer: those of the models for which it computes, its own first."""
+
 
 def take_over(module: nn.Module) -> None:
     """Let the LoRA layers of a model, if it has any, compute as `forward` does."""
+    for layer in plain_layers(module):
+        layer.forward = partial(forward, layer)
+
+
+def plain_layers(module: nn.Module) -> list[Any]:
+    """peft's LoRA layers around plain linear layers, in the order of the model."""
     if not is_peft(module):  # else every run would wait for peft to be imported
-        return
+        return []
     from peft.tuners.lora import Linear
 
-    for layer in module.modules():
-        if type(layer) is Linear and type(layer.base_layer) is nn.Linear:
-            layer.forward = partial(forward, layer)
+    return [m for m in module.modules() if type(m) is Linear and type(m.base_layer) is nn.Linear]
 
 
 def forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -36,49 +48,84 @@ def forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     Returns:
         [..., outputs], in the type of x.
     """
-    active = layer.active_adapters
-    plain = len(active) == 1 and active[0] in layer.lora_A and active[0] not in layer.lora_variant
-    if (
-        not plain
-        or args
-        or kwargs
-        or layer.disable_adapters
-        or layer.merged
-        or type(layer.lora_dropout[active[0]]) is not nn.Identity
-        or layer.lora_B[active[0]].bias is not None
-        or x.dtype != layer.base_layer.weight.dtype
-    ):
+    base = layer.base_layer
+    if not is_plain(layer) or args or kwargs or x.dtype != base.weight.dtype:
         return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
-    base, (name,) = layer.base_layer, active
-    down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+    (name,) = layer.active_adapters
+    layers = getattr(layer, STACKED, None) or [layer]
+    downs, ups = ([getattr(own, factor)[name].weight for own in layers] for factor in ("lora_A", "lora_B"))
+    down, up = (factors[0] if len(layers) == 1 else torch.stack(factors) for factors in (downs, ups))
     return _LowRank.apply(x, base.weight, base.bias, down, up, layer.scaling[name])  # type: ignore[no-any-return, no-untyped-call]
 
 
+def is_plain(layer: Any) -> bool:
+    """Whether a layer's one adapter is at work and is nothing but two factors."""
+    active = layer.active_adapters
+    return (
+        len(active) == 1
+        and active[0] in layer.lora_A
+        and active[0] not in layer.lora_variant
+        and not layer.disable_adapters
+        and not layer.merged
+        and type(layer.lora_dropout[active[0]]) is nn.Identity
+        and layer.lora_B[active[0]].bias is None
+    )
+
+
+@contextmanager
+def stacked(layers: Sequence[Sequence[Any]]) -> Iterator[None]:
+    """Let the first model's layers compute for all models.
+
+    Args:
+        layers: by model, its `plain_layers`.
+    """
+    for alike in zip(*layers, strict=True):
+        setattr(alike[0], STACKED, alike)
+    try:
+        yield
+    finally:
+        for layer in layers[0]:
+            delattr(layer, STACKED)
+
+
 class _LowRank(torch.autograd.Function):
-    """x [..., inputs], a frozen weight [outputs, inputs] and bias, A [rank, inputs], B [outputs, rank], s."""
+    """x [..., inputs], a frozen weight [outputs, inputs] and bias, A [rank, inputs], B [outputs, rank], s.
+
+    Or A [G, rank, inputs] and B [G, outputs, rank] of G models; then the first of G equal parts of x is the first's.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
     ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
+        rows = _rows(x, down)
         down, up = down.to(x.dtype), up.to(x.dtype) * scale
-        low = rows @ down.t()
+        low = rows @ down.mT
         ctx.save_for_backward(rows, weight, down, up, low)
         ctx.scale, ctx.shape = scale, x.shape
-        return F.linear(rows, weight, bias).addmm_(low, up.t()).view(*x.shape[:-1], -1)
+        return _add_product(F.linear(rows, weight, bias), low, up.mT).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, down, up, low = ctx.saved_tensors
         need_x, _, _, need_down, need_up, _ = ctx.needs_input_grad
-        grad = grads[0].reshape(-1, weight.shape[0])
+        grad = _rows(grads[0], down)
         grad_low = grad @ up if need_x or need_down else None
         grad_x = grad_down = grad_up = None
         if need_x and grad_low is not None:
-            grad_x = (grad @ weight).addmm_(grad_low, down).view(ctx.shape)
+            grad_x = _add_product(grad @ weight, grad_low, down).view(ctx.shape)
         if need_down and grad_low is not None:
-            grad_down = (grad_low.t() @ rows).float()
+            grad_down = (grad_low.mT @ rows).float()
         if need_up:
-            grad_up = (grad.t() @ low).float().mul_(ctx.scale)
+            grad_up = (grad.mT @ low).float().mul_(ctx.scale)
         return grad_x, None, None, grad_down, grad_up, None
+
+
+def _rows(x: Tensor, down: Tensor) -> Tensor:
+    """x [..., size] as [rows, size], or with G models' factors as [G, rows, size]."""
+    return x.reshape(*down.shape[:-2], -1, x.shape[-1])
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """total + a b in place; all of one model, or all of G."""
+    return total.addmm_(a, b) if total.ndim == 2 else total.baddbmm_(a, b)

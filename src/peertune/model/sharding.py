@@ -41,7 +41,6 @@ class ShardedModel(LanguageModel):
         mesh: DeviceMesh,
         trained: Collection[str],
         *,
-        has_plain_head: bool | None = None,
         like: ShardedModel | None = None,
     ) -> None:
         """
@@ -49,9 +48,7 @@ class ShardedModel(LanguageModel):
             module: the whole model, on any device; changed in place, and moved to the mesh's.
             mesh: the peer's ranks, of one dimension.
             trained: names of the parameters that are trained.
-            has_plain_head: as for `LanguageModel`.
-            like: another instance of the same model, which shares with this one what is not trained and can be split
-                evenly.
+            like: as for `LanguageModel`; it shares with this one what is not trained and can be split evenly.
         Raises:
             ConfigError, ModelError: as `check_shardable`; also where a trained parameter stands outside of the layers,
                 the embedding and the head.
@@ -67,7 +64,7 @@ class ShardedModel(LanguageModel):
         if like is not None:
             others = like.module.named_parameters()
             module.load_state_dict({n: p.detach() for n, p in others if n not in trained}, strict=False, assign=True)
-        super().__init__(module, config, has_plain_head=has_plain_head)
+        super().__init__(module, config, like=like)
         if self.has_plain_head:
             head = self.core.get_output_embeddings()
             head.forward = _with_loss(head, head.forward)

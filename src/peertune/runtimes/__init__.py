@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from peertune.algorithms.base import Algorithm, LocalReport
+from peertune.algorithms.together import Alone, Together
 from peertune.config import ExchangeSection
 from peertune.errors import PeerLostError
 from peertune.exchange import ROLL, Exchange, Hop, Inbox, Payload
@@ -140,24 +141,27 @@ class Member:
         return self.algorithm.peer.batches is None
 
 
-def play_round(round: int, members: Sequence[Member], pool: Executor | None = None) -> list[LocalReport | None]:
+def play_round(
+    round: int, members: Sequence[Member], pool: Executor | None = None, together: Sequence[Together] = ()
+) -> list[LocalReport | None]:
     """One round of every hosted peer: the local phase, then each hop.
 
     Args:
         pool: threads that play several peers' local phases at the same time; None: one peer after the other.
+        together: the peers, in their order, in groups whose steps are one call; none: each for itself.
     Returns:
         By hosted peer, the hub left out, what the local phase says; None where a peer had no part in the round.
     """
-    peers = [member for member in members if not member.is_hub]
+    parts: Sequence[Together | Alone] = together or [Alone(m.algorithm) for m in members if not m.is_hub]
     if pool is None:
-        reports = [_timed_local(round, member, time.process_time) for member in peers]
+        reports = [_timed_local(round, part, time.process_time) for part in parts]
     else:
         # Each has a thread, and no threads of its own operators'; the process's clock would count all peers.
-        reports = list(pool.map(lambda member: _timed_local(round, member, time.thread_time), peers))
+        reports = list(pool.map(lambda part: _timed_local(round, part, time.thread_time), parts))
     for hop in members[0].algorithm.hops(round):
         for member, inbox in _carry(round, hop, members, lambda member, hop: member.algorithm.outgoing(hop)):
             member.algorithm.mix(hop, robust(member.rule, member.index, inbox))
-    return reports
+    return [report for part in reports for report in part]
 
 
 def thread_pool(num_peers: int) -> ThreadPoolExecutor:
@@ -165,10 +169,12 @@ def thread_pool(num_peers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(num_peers, "peer", initializer=torch.set_num_threads, initargs=(1,))
 
 
-def _timed_local(round: int, member: Member, clock: Callable[[], float]) -> LocalReport | None:
+def _timed_local(round: int, part: Together | Alone, clock: Callable[[], float]) -> list[LocalReport | None]:
+    """A local phase, whose time is shared out alike over the peers that had a part in it."""
     start = clock()
-    report = member.algorithm.local(round)
-    return None if report is None else replace(report, cpu_s=clock() - start)
+    reports = part.local(round)
+    each = (clock() - start) / max(1, sum(report is not None for report in reports))
+    return [None if report is None else replace(report, cpu_s=each) for report in reports]
 
 
 def agree(round: int, members: Sequence[Member], may_lose: bool = False) -> tuple[int, list[int]]:
