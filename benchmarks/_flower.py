@@ -43,7 +43,7 @@ class Workplace:
         self.torch = torch
         self.spec = json.loads(Path(spec_path).read_text(encoding="utf-8"))
         self.data = dict(np.load(self.spec["arrays"]))
-        base = AutoModelForCausalLM.from_pretrained(self.spec["model"], dtype=torch.float32)
+        base = AutoModelForCausalLM.from_pretrained(self.spec["model"], dtype=self.spec["dtype"])
         base.config.use_cache = False
         lora = LoraConfig(
             r=self.spec["rank"],

@@ -11,6 +11,7 @@ peertune writes a checkpoint, are not counted. Memory is measured in runs of its
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -50,6 +51,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, default=SHARED / "data" / "agnews.jsonl.gz", help="rows with a text field")
     parser.add_argument("--clients", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--local-steps", type=int, nargs="+", default=[1, 20])
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--batched", type=int, default=4, help="peertune's run.batched_peers in bfloat16; 1: none")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--length", type=int, default=64, help="tokens of a sequence; rows are packed")
     parser.add_argument("--cores", type=int, default=os.cpu_count(), help="peertune's peers at a time; Flower's actors")
@@ -85,10 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "repeats": options.repeats,
         "settings": [],
     }
-    for clients in options.clients:
-        for local_steps in options.local_steps:
-            counted = max(1, min(options.max_rounds, -(-options.work // (clients * local_steps))))
-            figures["settings"].append(measure(options, sides, clients, local_steps, counted, figures))
+    for dtype, clients, local_steps in itertools.product(options.dtype, options.clients, options.local_steps):
+        counted = max(1, min(options.max_rounds, -(-options.work // (clients * local_steps))))
+        figures["settings"].append(measure(options, sides, dtype, clients, local_steps, counted, figures))
     finish("simulate", figures, options.results)
 
 
@@ -109,22 +111,31 @@ def require_flower(python: str) -> None:
 
 
 def measure(
-    options: argparse.Namespace, sides: dict[str, list[str]], clients: int, local_steps: int, counted: int, figures: Any
+    options: argparse.Namespace,
+    sides: dict[str, list[str]],
+    dtype: str,
+    clients: int,
+    local_steps: int,
+    counted: int,
+    figures: Any,
 ) -> dict[str, Any]:
-    """Figures of one number of clients and local steps, the sides taking turns."""
-    found: dict[str, Any] = {"clients": clients, "local_steps": local_steps, "rounds": counted}
+    """Figures of one type, number of clients and local steps, the sides taking turns."""
+    # In float32 a step is nearly all matrix products, of which a batched call has as many.
+    batched = options.batched if dtype == "bfloat16" and options.method == "fedavg" else 1
+    found: dict[str, Any] = {"dtype": dtype, "clients": clients, "local_steps": local_steps, "rounds": counted}
+    found["batched_peers"] = batched
+    setting = {"dtype": dtype, "batched": batched, "clients": clients, "local_steps": local_steps}
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     with tempfile.TemporaryDirectory() as scratch:
-        spec = write_spec(options, Path(scratch), clients, local_steps, counted + MARGIN)
+        spec = write_spec(options, Path(scratch), setting, counted + MARGIN)
         for repeat in range(options.repeats):
             for side, command in sides.items():
                 runs[side].append(carry_out([*command, str(spec)], Path(scratch) / f"{side}-{repeat}"))
                 rate = rounds_per_s(runs[side][-1])
-                print(
-                    f"{clients} clients, {local_steps} steps, {side}: {rate:.3f} rounds/s", file=sys.stderr, flush=True
-                )
+                label = f"{dtype}, {clients} clients, {local_steps} steps, {side}"
+                print(f"{label}: {rate:.3f} rounds/s", file=sys.stderr, flush=True)
         if not options.no_memory:
-            spec = write_spec(options, Path(scratch), clients, local_steps, MARGIN)
+            spec = write_spec(options, Path(scratch), setting, MARGIN)
             for side, command in sides.items():
                 runs[side][0] |= carry_out([*command, str(spec)], Path(scratch) / f"{side}-memory", memory=True)
     for side, several in runs.items():
@@ -221,7 +232,7 @@ class Peak:
         return total
 
 
-def write_spec(options: argparse.Namespace, scratch: Path, clients: int, local_steps: int, rounds: int) -> Path:
+def write_spec(options: argparse.Namespace, scratch: Path, setting: dict[str, Any], rounds: int) -> Path:
     """What a side is to do, as JSON, and the arrays it is to do it on, so that both do the same.
 
     The .npz holds samples [samples, length], filled up with -100; draws [clients, rounds x steps, batch] of their
@@ -231,8 +242,7 @@ def write_spec(options: argparse.Namespace, scratch: Path, clients: int, local_s
         "method": options.method,
         "model": str(options.model.resolve()),
         "data": str(options.data.resolve()),
-        "clients": clients,
-        "local_steps": local_steps,
+        **setting,
         "rounds": rounds,
         "batch_size": options.batch_size,
         "length": options.length,
@@ -257,7 +267,7 @@ def write_spec(options: argparse.Namespace, scratch: Path, clients: int, local_s
             pad_id=data.tokenizer.pad_token_id,
         )
         offset = len(samples)
-        draws.append([[offset + i for i in batches.draw()] for _ in range(rounds * local_steps)])
+        draws.append([[offset + i for i in batches.draw()] for _ in range(rounds * setting["local_steps"])])
         samples += [sample.input_ids for sample in held.samples]
     # Packed text: only a client's last sequence is shorter than the others.
     padded = np.full((len(samples), max(map(len, samples))), -100)
@@ -295,10 +305,12 @@ def recipe(spec: dict[str, Any], out: Path) -> RunConfig:
         f"run.num_peers={spec['clients']}",
         "run.threads=1",
         f"run.parallel_peers={spec['cores']}",
+        f"run.batched_peers={spec['batched']}",
         "run.device=cpu",
         f"run.checkpoint_every={never}",
         f"run.log_every={never}",
         f"model.path={spec['model']!r}",
+        f"model.dtype={spec['dtype']}",
         f"model.max_length={spec['length']}",
         f"data.train={spec['data']!r}",
         "data.task=text",

@@ -172,6 +172,7 @@ def toy(tmp_path: Path, micro_model: Path) -> list[str]:
     values = {
         "model": micro_model, "data": tmp_path / "rows.jsonl", "clients": 3, "local-steps": 2, "batch-size": 2,
         "length": 32, "cores": 1, "work": 12, "repeats": 1, "method": "dpsgd", "results": tmp_path / "results",
+        "dtype": "float32",
     }  # fmt: skip
     return [part for key, value in values.items() for part in (f"--{key}", str(value))]
 
@@ -207,7 +208,8 @@ def test_both_sides_of_a_simulation_get_the_same_batches(simulate: ModuleType, t
 
     options = simulate.parser().parse_args(toy)
     options.clients = 3
-    spec = json.loads(simulate.write_spec(options, tmp_path, 3, 2, 4).read_text())
+    setting = {"dtype": "float32", "batched": 1, "clients": 3, "local_steps": 2}
+    spec = json.loads(simulate.write_spec(options, tmp_path, setting, 4).read_text())
     with np.load(spec["arrays"]) as file:
         arrays = dict(file)
     config = simulate.recipe(spec, tmp_path / "out")

@@ -7,10 +7,10 @@ group:
     b_i   <- mu b_i + g_i
     phi_i <- phi_i + lr (g_i + mu b_i)          Nesterov; heavy ball (nesterov = false): phi_i + lr b_i
 
-The second term of g pulls a group's slow weights together; where all are equal (one group of all peers) it vanishes, and
-this is DiLoCo. The authors' code (jkolehm/noloco, sparse_optimizer_c.py) is the heavy ball with gamma = lr; it sends
-both Delta_i and phi_i. Both enter g by one weighted sum, so here a peer sends that alone, half of the bytes: theta_i +
-(gamma / lr - 1) phi_i, which with gamma = lr is theta_i itself.
+The second term of g pulls a group's slow weights together; where all are equal (one group of all peers) it vanishes,
+and this is DiLoCo. The authors' code (jkolehm/noloco, sparse_optimizer_c.py) is the heavy ball with gamma = lr, and
+sends both Delta_i and phi_i. Both enter g by one weighted sum, so a peer sends that alone here, half of the bytes:
+theta_i + (gamma / lr - 1) phi_i, which with gamma = lr is theta_i itself.
 
 A group of two is an edge: a random matching of the graph, so that a firewall's graph is respected; on a complete graph
 these are the paper's random pairs. Larger groups need a complete graph.
