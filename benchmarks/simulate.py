@@ -52,10 +52,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--clients", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--local-steps", type=int, nargs="+", default=[1, 20])
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
-    parser.add_argument("--batched", type=int, default=4, help="peertune's run.batched_peers in bfloat16; 1: none")
+    parser.add_argument("--batched", type=int, default=8, help="peertune's run.batched_peers; 1: a thread a peer")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--length", type=int, default=64, help="tokens of a sequence; rows are packed")
-    parser.add_argument("--cores", type=int, default=os.cpu_count(), help="peertune's peers at a time; Flower's actors")
+    parser.add_argument("--cores", type=int, default=os.cpu_count(), help="peertune's threads; Flower's actors")
     parser.add_argument("--work", type=int, default=480, help="client steps a measurement has at least")
     parser.add_argument("--max-rounds", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=3)
@@ -120,11 +120,9 @@ def measure(
     figures: Any,
 ) -> dict[str, Any]:
     """Figures of one type, number of clients and local steps, the sides taking turns."""
-    # In float32 a step is nearly all matrix products, of which a batched call has as many.
-    batched = options.batched if dtype == "bfloat16" and options.method == "fedavg" else 1
-    found: dict[str, Any] = {"dtype": dtype, "clients": clients, "local_steps": local_steps, "rounds": counted}
-    found["batched_peers"] = batched
-    setting = {"dtype": dtype, "batched": batched, "clients": clients, "local_steps": local_steps}
+    batched = options.batched if options.method == "fedavg" else 1
+    setting = {"dtype": dtype, "batched_peers": batched, "clients": clients, "local_steps": local_steps}
+    found: dict[str, Any] = {**setting, "rounds": counted}
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     with tempfile.TemporaryDirectory() as scratch:
         spec = write_spec(options, Path(scratch), setting, counted + MARGIN)
@@ -300,12 +298,14 @@ def first_adapter(config: RunConfig, spec: dict[str, Any]) -> list[Any]:
 def recipe(spec: dict[str, Any], out: Path) -> RunConfig:
     """peertune's recipe of a spec: nothing evaluated, and neither logged nor stored but after the last round."""
     never = spec["rounds"] + 1
+    if spec["batched_peers"] > 1:
+        cores = [f"run.batched_peers={spec['batched_peers']}", f"run.threads={spec['cores']}"]
+    else:
+        cores = [f"run.parallel_peers={spec['cores']}", "run.threads=1"]
     settings = [
         f"run.out={str(out)!r}",
         f"run.num_peers={spec['clients']}",
-        "run.threads=1",
-        f"run.parallel_peers={spec['cores']}",
-        f"run.batched_peers={spec['batched']}",
+        *cores,
         "run.device=cpu",
         f"run.checkpoint_every={never}",
         f"run.log_every={never}",

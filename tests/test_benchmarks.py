@@ -208,7 +208,7 @@ def test_both_sides_of_a_simulation_get_the_same_batches(simulate: ModuleType, t
 
     options = simulate.parser().parse_args(toy)
     options.clients = 3
-    setting = {"dtype": "float32", "batched": 1, "clients": 3, "local_steps": 2}
+    setting = {"dtype": "float32", "batched_peers": 1, "clients": 3, "local_steps": 2}
     spec = json.loads(simulate.write_spec(options, tmp_path, setting, 4).read_text())
     with np.load(spec["arrays"]) as file:
         arrays = dict(file)
