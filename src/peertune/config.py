@@ -68,7 +68,8 @@ class ModelSection(Section):
     quantization: Literal["none", "4bit"] = "none"
     """Hold the base's linear layers in 4 bits (NF4), under a method that trains an adapter; needs bitsandbytes."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
-    """Attention kernels; "auto" is transformers' choice, but on a CPU in bfloat16 our own for up to 512 tokens."""
+    """Attention kernels; "auto" is transformers' choice, but on a CPU batches run without padding, and in bfloat16
+    sequences of up to 512 tokens have a kernel of our own."""
     max_length: Annotated[int, Field(ge=8)] = 256
     """Longest sequence, tokens; longer text is cut or packed."""
     trust_remote_code: bool = False
