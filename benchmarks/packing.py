@@ -48,6 +48,7 @@ def main() -> None:
         section = ModelSection(path=str(options.model), dtype=dtype, max_length=96)
         for kind in ("full", "lora"):
             model = LanguageModel(trained(section, kind), section)
+            assert not model.no_packing, model.no_packing
             for name, several in batches.items():
                 figures[f"{dtype}, {kind}, {name}"] = packed_over_padded(model, several, options.repeats)
         figures[f"{dtype}, {PEERS} peers"] = together_over_in_turn(section, options.repeats)
@@ -79,7 +80,7 @@ def packed_over_padded(model: LanguageModel, batches: list[Batch], repeats: int)
 
 
 def steps(model: LanguageModel, batches: list[Batch], packs: bool) -> None:
-    model.packs = packs
+    model.no_packing = "" if packs else "to compare"
     for batch in batches:
         model.module.zero_grad()
         model.backward(batch, 1)

@@ -12,7 +12,8 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from peertune.algorithms import Algorithm
-from peertune.algorithms.together import Together
+from peertune.algorithms.local_steps import LocalSteps
+from peertune.algorithms.together import Alone, Together
 from peertune.config import ModelSection, RunConfig
 from peertune.data.batches import Batches, UnionBatches
 from peertune.errors import ConfigError
@@ -74,18 +75,19 @@ def make_pool(config: RunConfig, module: torch.nn.Module, device: torch.device) 
     return thread_pool(section.parallel_peers)
 
 
-def make_together(config: RunConfig, peers: Sequence[Member]) -> list[Together]:
-    """The peers in groups whose local steps are one call, where the recipe asks for that. Raises ConfigError."""
-    size = config.run.batched_peers
+def make_parts(config: RunConfig, peers: Sequence[Member]) -> list[Alone | Together]:
+    """The peers, in order, as they train: each alone, or in groups whose steps are one call. Raises ConfigError."""
+    algorithms, size = [member.algorithm for member in peers], config.run.batched_peers
     if size == 1 or len(peers) == 1:
-        return []
-    if has_dropout(peers[0].algorithm.peer.model.module):
-        raise ConfigError(
-            f"run.batched_peers: got {size} with a model with dropout, whose draws are each peer's own; set"
-            " run.batched_peers = 1"
-        )
-    algorithms = [member.algorithm for member in peers]
-    return [Together(algorithms[start : start + size]) for start in range(0, len(algorithms), size)]
+        return [Alone(algorithm) for algorithm in algorithms]
+    local_steps = [algorithm for algorithm in algorithms if isinstance(algorithm, LocalSteps)]
+    for reason, applies in (
+        (f"{config.algorithm.name}, which has no rounds of local AdamW steps", len(local_steps) < len(algorithms)),
+        ("a model with dropout, whose draws are each peer's own", has_dropout(peers[0].algorithm.peer.model.module)),
+    ):
+        if applies:
+            raise ConfigError(f"run.batched_peers: got {size} with {reason}; set run.batched_peers = 1")
+    return [Together(local_steps[start : start + size]) for start in range(0, len(local_steps), size)]
 
 
 def wrap_model(

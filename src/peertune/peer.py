@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -36,11 +38,17 @@ class Peer:
             The mean loss in nats a target token, a float32 scalar on the model's device.
         """
         total = torch.zeros((), device=self.model.device)
-        with torch.random.fork_rng(devices=[d for d in [self.model.device] if d.type == "cuda"]):
-            torch.manual_seed(derive_seed(self.seed, self.index, "dropout", step))
+        with self.drawing(step):
             for _ in range(num_batches):
                 total += self.model.backward(self.next_batch(), num_batches)
         return total
+
+    @contextmanager
+    def drawing(self, step: int) -> Iterator[None]:
+        """What a model draws inside, such as dropout, follows from the peer and the step alone."""
+        with torch.random.fork_rng(devices=[d for d in [self.model.device] if d.type == "cuda"]):
+            torch.manual_seed(derive_seed(self.seed, self.index, "dropout", step))
+            yield
 
     def next_batch(self) -> Batch:
         """The next batch of its own data."""

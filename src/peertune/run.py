@@ -19,7 +19,7 @@ import torch
 
 from peertune.algorithms import ALGORITHMS
 from peertune.algorithms.base import Algorithm
-from peertune.assemble import make_batches, make_pool, make_together, make_topology, whole_module, wrap_model
+from peertune.assemble import make_batches, make_parts, make_pool, make_topology, whole_module, wrap_model
 from peertune.average import Average
 from peertune.checkpoint import CheckpointStore, newest_common
 from peertune.config import LinkSection, RunConfig
@@ -228,7 +228,7 @@ class Run:
         self.group.open(self.method)
         self.store = CheckpointStore(folder.checkpoints, self.num_members, num_shards, shard)
         self.pool = make_pool(config, module, self.device)
-        self.together = make_together(config, self.peers)
+        self.parts = make_parts(config, self.peers)
         self.cpu_s = dict.fromkeys(self.group.hosted, 0.0)
         """Hosted member -> process CPU seconds of its local phases."""
         self.before = Measured({})
@@ -272,7 +272,7 @@ class Run:
             self.folder.event("resume", round=done)
 
     def _round(self, round: int) -> None:
-        reports = play_round(round, self.members, self.pool, self.together)
+        reports = play_round(round, self.members, self.pool, self.parts)
         last = round + 1 == self.method.num_rounds
         for member, report in zip(self.peers, reports, strict=True):
             if report is not None:

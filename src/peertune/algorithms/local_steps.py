@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from pydantic import Field
@@ -40,16 +40,8 @@ class LocalStepsConfig(AlgorithmConfig):
         return self.model_copy(update={"rounds": max(1, steps // self.local_steps)})
 
 
-class Taken(NamedTuple):
-    """What a local step tells: loss and gradient norm, float32 scalars, and the rate."""
-
-    loss: Tensor
-    norm: Tensor
-    lr: float
-
-
-def report_of(taken: Sequence[Taken]) -> LocalReport | None:
-    """What a round's steps tell together; None for none."""
+def report_of(taken: Sequence[tuple[Tensor, Tensor, float]]) -> LocalReport | None:
+    """What a round's steps tell together, of each step's loss, gradient norm and rate; None for no steps."""
     if not taken:
         return None
     losses, norms, rates = zip(*taken, strict=True)
@@ -89,8 +81,10 @@ class LocalSteps(Algorithm):
 
     def local(self, round: int) -> LocalReport | None:
         """K AdamW steps."""
-        count = self.begin(round)
-        taken = [self.take_step(round, n, count, self.backward()) for n in range(count)]
+        count, taken = self.begin(round), []
+        for n in range(count):
+            loss = self.peer.backward(self.num_taken, self.config.grad_accumulation)
+            taken.append((loss, *self.take_step(round, n, count)))
         return report_of(taken)
 
     def begin(self, round: int) -> int:
@@ -100,18 +94,14 @@ class LocalSteps(Algorithm):
             self.activate(round)
         return count
 
-    def backward(self) -> Tensor:
-        """The gradient of the step to come. Returns the mean loss, a float32 scalar."""
-        return self.peer.backward(self.num_taken, self.config.grad_accumulation)
-
-    def take_step(self, round: int, n: int, count: int, loss: Tensor) -> Taken:
-        """Step `n` of a round's `count`, by the gradients at hand; `loss` is what they are of."""
+    def take_step(self, round: int, n: int, count: int) -> tuple[Tensor, float]:
+        """Step `n` of a round's `count`, by the gradients at hand; their L2 norm before clipping, and the rate."""
         self.adjust_gradients()
         norm = clip_gradients(self.active, self.config.max_grad_norm)
         lr = learning_rate(self.config, round * count + n, self.num_rounds * count)
         self.step(lr)
         self.num_taken += 1
-        return Taken(loss, norm, lr)
+        return norm, lr
 
     def activate(self, round: int) -> None:
         """Let gradients reach what the round trains, and have moments for it."""

@@ -48,7 +48,7 @@ class NolocoConfig(LocalStepsConfig):
     nesterov: bool = True
     """Nesterov's form of the outer momentum, as DiLoCo; false: heavy ball."""
     gamma: Annotated[float, Field(ge=0, le=1)] = 0.7
-    """Pull of slow weights towards their group's mean. Default: the outer learning rate, as the authors' code."""
+    """Pull of slow weights towards their group's mean. Default: that of outer_lr, as in the authors' code."""
 
 
 class Noloco(LocalSteps):

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from peertune.algorithms.base import Algorithm, LocalReport
-from peertune.algorithms.local_steps import LocalSteps, Taken, report_of
-from peertune.errors import ConfigError
+from peertune.algorithms.local_steps import LocalSteps, report_of
 from peertune.model.stacked import StackedModels
 
 
@@ -27,33 +27,30 @@ class Together:
     """Peers of one method on one base. Between two gradients each does its own part, as `LocalSteps.local` does.
 
     Raises:
-        ConfigError: their steps cannot be batched.
+        ConfigError, ModelError: as `StackedModels`.
     """
 
-    def __init__(self, algorithms: Sequence[Algorithm]) -> None:
-        self.algorithms: list[LocalSteps] = [a for a in algorithms if isinstance(a, LocalSteps)]
-        if len(self.algorithms) < len(algorithms):
-            raise ConfigError(
-                f"run.batched_peers: got {len(algorithms)} with a method that trains block by block, expected one that"
-                " takes local steps on a LoRA adapter, such as dec_lora; set run.batched_peers = 1"
-            )
+    def __init__(self, algorithms: Sequence[LocalSteps]) -> None:
+        self.algorithms = list(algorithms)
         self._stack = StackedModels([algorithm.peer.model for algorithm in algorithms])
 
     def local(self, round: int) -> list[LocalReport | None]:
         """The local phase of a round; by peer, as `Algorithm.local`."""
         counts = [algorithm.begin(round) for algorithm in self.algorithms]
-        taken: list[list[Taken]] = [[] for _ in counts]
+        taken: list[list[tuple[Tensor, Tensor, float]]] = [[] for _ in counts]
         for n in range(max(counts)):
             members = [i for i, count in enumerate(counts) if n < count]
             for i, loss in zip(members, self._backward(members), strict=True):
-                taken[i].append(self.algorithms[i].take_step(round, n, counts[i], loss))
+                taken[i].append((loss, *self.algorithms[i].take_step(round, n, counts[i])))
         return [report_of(steps) for steps in taken]
 
-    def _backward(self, members: Sequence[int]) -> torch.Tensor:
+    def _backward(self, members: Sequence[int]) -> Tensor:
         """Gradients of the members' steps to come; their losses, float32 [members]."""
+        peers = [self.algorithms[i].peer for i in members]
         accumulation = self.algorithms[0].config.grad_accumulation
-        total = torch.zeros(len(members), device=self._stack.models[0].device)
-        for _ in range(accumulation):
-            batches = [self.algorithms[i].peer.next_batch() for i in members]
-            total += torch.stack(self._stack.backward(members, batches, accumulation))
+        total = torch.zeros(len(members), device=peers[0].model.device)
+        with peers[0].drawing(self.algorithms[members[0]].num_taken):
+            for _ in range(accumulation):
+                batches = [peer.next_batch() for peer in peers]
+                total += torch.stack(self._stack.backward(members, batches, accumulation))
         return total

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from peertune.config import ModelSection
 from peertune.model import packing
 
-NAME = "peertune_short"
+NAME = "peertune_cpu"
 """What transformers knows it by, as `attn_implementation`."""
 SCORES_BYTES = 1 << 20
 """Scores made at a time: more would leave the cache, fewer make the threads wait for each other."""
@@ -37,7 +37,13 @@ def register() -> str:
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
     def mask(*args: Any, **kwargs: Any) -> Tensor | None:
-        return sdpa_mask(*args, **kwargs) if packing.current() is None else None
+        tokens = packing.current()
+        if tokens is None:
+            found: Tensor | None = sdpa_mask(*args, **kwargs)
+            return found
+        window = kwargs.get("local_size")
+        assert window is None or tokens.length <= window, "a window that no key of the model's config told of"
+        return None  # each sequence is causal by itself
 
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, mask)
@@ -48,11 +54,13 @@ def choose_attention(model: Any, config: ModelSection, device: torch.device) -> 
     """Where the recipe leaves attention to us, take this one if the model is on a CPU and can have it.
 
     It stands in for "sdpa" only: a model that transformers gives another attention needs something that one lacks,
-    such as sinks or capped scores.
+    such as sinks or capped scores. Models that choose which tokens to look at do so for attentions that they know by
+    name, and torch.compile cannot look into ours.
     """
-    wanted = config.attention == "auto" and device.type == "cpu"
+    wanted = config.attention == "auto" and device.type == "cpu" and not config.compile
     replaceable = getattr(model, "_supports_attention_backend", False) and model.config._attn_implementation == "sdpa"
-    if wanted and replaceable:
+    chooses = any(key.startswith("index_topk") for key in vars(model.config.get_text_config()))
+    if wanted and replaceable and not chooses:
         model.set_attn_implementation(register())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ class LanguageModel:
     """Wraps a transformers model, with or without an adapter; it takes over the forward passes of its layers.
 
     Sequences are right-padded and attention is causal, so no mask is passed: padding comes after everything it could
-    disturb, and the fast causal attention applies. Where our own attention is at work, padding is left out (`packing`).
+    disturb, and the fast causal attention applies. Where the model allows it, padding is left out (`packing`).
     """
 
     def __init__(self, module: nn.Module, config: ModelSection, *, like: LanguageModel | None = None) -> None:
@@ -52,12 +53,8 @@ class LanguageModel:
             has_dropout=dropout,
         )
         self.has_plain_head: bool = self._check_plain_head() if like is None else like.has_plain_head
-        if like is not None:
-            self.packs: bool = like.packs
-            """Whether batches that are worth it run without padding."""
-        else:
-            special = config.prefix_cache or config.compile or config.activation_budget_mb
-            self.packs = self.has_plain_head and not special and self._check_packing(config.max_length)
+        self.no_packing: str = self._try_packing(config) if like is None else like.no_packing
+        """Why batches of this model cannot run without padding; empty: they can."""
 
     @property
     def device(self) -> torch.device:
@@ -105,7 +102,7 @@ class LanguageModel:
             remember: let the prefix cache, where there is one, serve and store these samples.
         """
         self.stack.begin_batch(batch.sample_ids if remember else None)
-        if self.packs and is_worth_packing(batch):
+        if self.packs(batch) and is_worth_packing(batch):
             tokens = pack([batch], self.device)
             targets = tokens.input_ids[tokens.targets]
             return self.head_loss(self.hidden_before_targets(tokens)[0], targets), targets.numel()
@@ -117,6 +114,10 @@ class LanguageModel:
         else:
             loss = F.cross_entropy(self.all_logits(input_ids)[:, :-1][rows].float(), targets, reduction="sum")
         return loss, targets.numel()
+
+    def packs(self, batch: Batch) -> bool:
+        """Whether a batch can run without padding: no layer's window may be shorter than a sequence."""
+        return not self.no_packing and batch.input_ids.shape[1] <= self._window()
 
     def hidden_before_targets(self, tokens: Packing) -> list[Tensor]:
         """Last hidden states at the places before the targets: by row of `tokens`, [its targets, hidden]."""
@@ -187,27 +188,42 @@ class LanguageModel:
         self.module.train(mode)
         return same
 
+    def _window(self) -> float:
+        """How far back, in tokens, the layers that look back least do."""
+        config = self.core.config.get_text_config()
+        keys = ("sliding_window", "attention_chunk_size")
+        return min((w for key in keys if (w := getattr(config, key, None))), default=math.inf)
+
     @torch.no_grad()
-    def _check_packing(self, longest: int) -> bool:
-        """Whether packed sequences come out as they do alone; not where layers look further back than a token's
-        sequence, or not as far, other than through our attention."""
-        config = self.core.config
-        if self.num_virtual or config._attn_implementation != attention.NAME:
-            return False
-        if any(0 < (getattr(config, key, None) or 0) < longest for key in ("sliding_window", "attention_chunk_size")):
-            return False
+    def _try_packing(self, config: ModelSection) -> str:
+        """As `no_packing`: tries whether packed sequences come out as padded ones do, and none sees another."""
+        for key in ("prefix_cache", "compile", "activation_budget_mb"):
+            if getattr(config, key):
+                return f"model.{key} is set"
+        if self.num_virtual:
+            return "it has virtual tokens"
+        if not self.has_plain_head:
+            return "its head scales or caps its output"
+        if self.device.type != "cpu" or self.core.config._attn_implementation != attention.NAME:
+            return "its attention is not ours, which is for CPUs, model.attention = 'auto' and models that can have it"
         mode = self.module.training
         self.module.eval()
         ids = torch.arange(1, 15).view(2, 7) % self.core.get_input_embeddings().weight.shape[0]
         mask = torch.ones_like(ids)
         mask[0, 4:] = 0
         batch = Batch(ids, mask, mask.bool() & (torch.arange(7) > 0), (0, 1))
-        apart = self.hidden(ids.to(self.device))[0][:, :-1][batch.loss_mask[:, 1:]].float()
+        changed = Batch(torch.stack([ids[0].flip(0), ids[1]]), mask, batch.loss_mask, (0, 1))
+        padded = self.hidden(ids)[0][:, :-1][batch.loss_mask[:, 1:]]
         try:
-            [together] = self.hidden_before_targets(pack([batch], self.device))
-        except (TypeError, ValueError, AttributeError, RuntimeError):  # it knows no positions
-            return False
+            [packed_], [beside_another] = (self.hidden_before_targets(pack([b], self.device)) for b in (batch, changed))
+        except (TypeError, ValueError) as error:
+            return f"it takes no positions: {error}"
         finally:
             self.module.train(mode)
-        tolerance = 0.05 if apart.dtype != self.core.dtype else 1e-4
-        return bool((together.float() - apart).norm() <= tolerance * apart.norm())
+        second = slice(3, None)  # the first has three targets
+        if not torch.equal(packed_[second], beside_another[second]):
+            return "its layers look from one sequence to the next"
+        tolerance = 1e-4 if padded.dtype == torch.float32 else 0.05
+        if (packed_ - padded).float().norm() > tolerance * padded.float().norm():
+            return "packed sequences come out otherwise than padded ones"
+        return ""

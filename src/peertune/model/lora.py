@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peertune.errors import ModelError
+from peertune.model import packing
 from peertune.model.adapters import is_peft
 
 STACKED = "stacked_with"
@@ -48,11 +50,17 @@ def forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     Returns:
         [..., outputs], in the type of x.
     """
-    base = layer.base_layer
-    if not is_plain(layer) or args or kwargs or x.dtype != base.weight.dtype:
+    base, layers = layer.base_layer, getattr(layer, STACKED, None) or [layer]
+    is_ours = is_plain(layer) and not args and not kwargs and x.dtype == base.weight.dtype
+    tokens = packing.current()
+    if len(layers) > 1 and not (is_ours and tokens is not None and x.shape[:-1] == tokens.input_ids.shape):
+        raise ModelError(
+            "run.batched_peers: got a LoRA layer that is not called with all tokens of a batch, as an expert's are not;"
+            " leave it out of algorithm.target_modules, or set run.batched_peers = 1"
+        )
+    if not is_ours:
         return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
     (name,) = layer.active_adapters
-    layers = getattr(layer, STACKED, None) or [layer]
     downs, ups = ([getattr(own, factor)[name].weight for own in layers] for factor in ("lora_A", "lora_B"))
     down, up = (factors[0] if len(layers) == 1 else torch.stack(factors) for factors in (downs, ups))
     return _LowRank.apply(x, base.weight, base.bias, down, up, layer.scaling[name])  # type: ignore[no-any-return, no-untyped-call]
@@ -103,7 +111,7 @@ class _LowRank(torch.autograd.Function):
         low = rows @ down.mT
         ctx.save_for_backward(rows, weight, down, up, low)
         ctx.scale, ctx.shape = scale, x.shape
-        return _add_product(F.linear(rows, weight, bias), low, up.mT).view(*x.shape[:-1], -1)
+        return _add_product(F.linear(rows, weight, bias), low, up.mT).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -123,7 +131,8 @@ class _LowRank(torch.autograd.Function):
 
 def _rows(x: Tensor, down: Tensor) -> Tensor:
     """x [..., size] as [rows, size], or with G models' factors as [G, rows, size]."""
-    return x.reshape(*down.shape[:-2], -1, x.shape[-1])
+    num_rows = x.shape[:-1].numel() // down.shape[:-2].numel()  # an expert may get none
+    return x.reshape(*down.shape[:-2], num_rows, x.shape[-1])
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -30,11 +30,11 @@ class Packing:
     """int64 [groups, places]; a group's tokens, and zeros behind those of all but the longest."""
     positions: Tensor
     """int64 [groups, places]; of each token within its sequence."""
-    places: Tensor
+    token_places: Tensor
     """int64 [tokens]: of each token among the flattened rows."""
-    slots: Tensor
+    token_slots: Tensor
     """int64 [tokens]: of each token among the flattened sequences."""
-    batch: int
+    num_sequences: int
     """Sequences."""
     length: int
     """Of the longest sequence."""
@@ -44,12 +44,12 @@ class Packing:
     def unpack(self, x: Tensor) -> Tensor:
         """[groups, heads, places, size] -> [batch, heads, length, size], zeros where there is no token."""
         rows = x.transpose(1, 2).flatten(0, 1)
-        spread = _Move.apply(rows, self.places, self.slots, self.batch * self.length)  # type: ignore[no-untyped-call]
-        return spread.unflatten(0, (self.batch, self.length)).transpose(1, 2)  # type: ignore[no-any-return]
+        spread = _Move.apply(rows, self.token_places, self.token_slots, self.num_sequences * self.length)  # type: ignore[no-untyped-call]
+        return spread.unflatten(0, (self.num_sequences, self.length)).transpose(1, 2)  # type: ignore[no-any-return]
 
     def pack(self, x: Tensor) -> Tensor:
         """[batch, length, heads, size] -> [groups, places, heads, size]."""
-        rows = _Move.apply(x.flatten(0, 1), self.slots, self.places, self.input_ids.numel())  # type: ignore[no-untyped-call]
+        rows = _Move.apply(x.flatten(0, 1), self.token_slots, self.token_places, self.input_ids.numel())  # type: ignore[no-untyped-call]
         return rows.unflatten(0, self.input_ids.shape)  # type: ignore[no-any-return]
 
 

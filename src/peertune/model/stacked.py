@@ -12,37 +12,43 @@ import torch
 from torch import Tensor
 
 from peertune.data.batches import Batch
-from peertune.errors import ConfigError
+from peertune.errors import ConfigError, ModelError
 from peertune.model.language_model import LanguageModel
 from peertune.model.lora import is_plain, plain_layers, stacked
 from peertune.model.packing import pack
 
 
 class StackedModels:
-    """Models that share every parameter but the factors of plain LoRA layers.
+    """Models with one base and plain LoRA layers of their own, on all of which the same happens.
 
+    Args:
+        models: instances that `clone_model` made of one.
     Raises:
-        ConfigError: they are not of that kind.
+        ConfigError: they cannot run as one.
+        ModelError: a LoRA layer is not called with all tokens.
     """
 
     def __init__(self, models: Sequence[LanguageModel]) -> None:
         self.models = list(models)
         self._layers = [plain_layers(model.module) for model in models]
         first = models[0]
-        factors = {id(p) for layer in self._layers[0] for n, p in layer.named_parameters() if "lora_" in n}
-        adapter = {id(p) for n, p in first.module.named_parameters() if "lora_" in n}
-        plain = all(is_plain(layer) for layer in self._layers[0])
-        if not adapter or adapter != factors or not plain:
+        plain = {id(p) for layer in self._layers[0] if is_plain(layer) for p in layer.parameters()}
+        other = [n for n, p in first.module.named_parameters() if p.requires_grad and id(p) not in plain]
+        if other or not plain:
             raise ConfigError(
-                "run.batched_peers: expected plain LoRA without dropout, on linear layers that are not quantised; set"
+                "run.batched_peers: expected LoRA without dropout on linear layers in full precision to be all that is"
+                f" trained, got {other[0] if other else 'none'}; name other algorithm.target_modules, or set"
                 " run.batched_peers = 1"
             )
-        if not first.packs:
+        if first.no_packing:
             raise ConfigError(
-                "run.batched_peers: got a model, or keys of [model], with which sequences cannot be packed; it takes a"
-                ' CPU, model.attention = "auto", causal attention of transformers\' own, and neither prefix_cache,'
-                " compile nor activation_budget_mb; else set run.batched_peers = 1"
+                f"run.batched_peers: this model's sequences cannot be packed: {first.no_packing}; set"
+                " run.batched_peers = 1"
             )
+        ids = torch.zeros(1, 2, dtype=torch.int64)
+        trial = Batch(ids, torch.ones_like(ids), ids.bool(), (0,))
+        with torch.no_grad(), stacked(self._layers):
+            first.hidden_before_targets(pack([trial] * len(models), first.device))
 
     def backward(self, members: Sequence[int], batches: Sequence[Batch], num_batches: int) -> list[Tensor]:
         """As each member's `LanguageModel.backward`, for one batch of each.
@@ -54,6 +60,11 @@ class StackedModels:
             By member its mean loss a target token over `num_batches`, a float32 scalar without gradient.
         """
         first = self.models[members[0]]
+        if not all(first.packs(batch) for batch in batches):
+            raise ModelError(
+                "run.batched_peers: got sequences longer than the window of some of the model's layers; lower"
+                " model.max_length, or set run.batched_peers = 1"
+            )
         first.stack.begin_batch(None)
         tokens = pack(batches, first.device)
         with stacked([self._layers[i] for i in members]):

@@ -142,17 +142,17 @@ class Member:
 
 
 def play_round(
-    round: int, members: Sequence[Member], pool: Executor | None = None, together: Sequence[Together] = ()
+    round: int, members: Sequence[Member], pool: Executor | None = None, parts: Sequence[Alone | Together] = ()
 ) -> list[LocalReport | None]:
     """One round of every hosted peer: the local phase, then each hop.
 
     Args:
         pool: threads that play several peers' local phases at the same time; None: one peer after the other.
-        together: the peers, in their order, in groups whose steps are one call; none: each for itself.
+        parts: the hosted peers, in their order, as they train; none: each alone.
     Returns:
         By hosted peer, the hub left out, what the local phase says; None where a peer had no part in the round.
     """
-    parts: Sequence[Together | Alone] = together or [Alone(m.algorithm) for m in members if not m.is_hub]
+    parts = parts or [Alone(member.algorithm) for member in members if not member.is_hub]
     if pool is None:
         reports = [_timed_local(round, part, time.process_time) for part in parts]
     else:
@@ -169,7 +169,7 @@ def thread_pool(num_peers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(num_peers, "peer", initializer=torch.set_num_threads, initargs=(1,))
 
 
-def _timed_local(round: int, part: Together | Alone, clock: Callable[[], float]) -> list[LocalReport | None]:
+def _timed_local(round: int, part: Alone | Together, clock: Callable[[], float]) -> list[LocalReport | None]:
     """A local phase, whose time is shared out alike over the peers that had a part in it."""
     start = clock()
     reports = part.local(round)
