@@ -27,7 +27,8 @@ from peertune.exchange import ROLL, Hop, Inbox, Payload
 from peertune.link import Clock
 from peertune.runtimes import edges
 from peertune.runtimes.edge import STATE, Key
-from peertune.runtimes.node import Neighbor, Node
+from peertune.runtimes.neighbor import Neighbor
+from peertune.runtimes.node import Node
 from peertune.runtimes.requests import Requests
 from peertune.wire import Traffic
 

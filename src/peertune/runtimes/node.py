@@ -1,8 +1,8 @@
 """A site's end of its connections: gRPC with mutual TLS, in a thread of its own, and nobody answered but members.
 
 An edge is dialled by one of its ends and both directions use that connection, so a site behind a firewall needs no open
-port. What is said is `edge`'s; here streams are opened, ended when nothing has come for `stall_s`, and dialled anew.
-Nothing here knows of methods or rounds of training.
+port. Here streams are opened, by dialling and by answering, and handed to the `neighbor` at their other end; what is
+said over them is `edge`'s. Nothing here knows of methods or rounds of training.
 """
 
 from __future__ import annotations
@@ -11,20 +11,17 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
-from functools import partial
-from queue import SimpleQueue
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 import grpc
 
 from peertune.charter import Charter, difference
 from peertune.errors import CharterError, IdentityError
-from peertune.exchange import Payload
 from peertune.identity import Identity, certificate_id
 from peertune.memory import keep_freed
-from peertune.runtimes.edge import MAX_FRAME, MAX_OFFERS, STATE, Edge, Key, Listener
-from peertune.runtimes.frames import ProtocolError
+from peertune.runtimes.edge import MAX_FRAME
+from peertune.runtimes.neighbor import Neighbor
 from peertune.runtimes.presence import Presence
 from peertune.runtimes.probe import PROBE, Probe
 
@@ -34,169 +31,8 @@ CHARTER_KEY = "peertune-charter"
 OPTIONS = [("grpc.max_receive_message_length", MAX_FRAME), ("grpc.max_send_message_length", MAX_FRAME)]
 HANDSHAKE_S = 10.0
 """Seconds after which one who dialled and has not shown a member's key is let go of; gRPC's own choice is 120."""
-BEAT_S = 1.0
-"""Seconds after which a silent connection says that it is alive."""
 REDIAL_S = (0.2, 10.0)
 """Seconds between attempts to reach a neighbour: first, and at most; doubled in between."""
-
-
-class Neighbor(Listener):
-    """One edge's connection: streams come and go, `edge` stays."""
-
-    def __init__(self, index: int, charter: Charter, presence: Presence, log: Callable[..., None]) -> None:
-        self.index, self.name, self.charter, self.presence = index, charter.members[index].name, charter, presence
-        self.edge, self.log = Edge(self), log
-        self.last_heard = self.last_heard_on_stream = time.monotonic()
-        self.is_connected = self.was_seen = self.is_ejected = False
-        self.late: SimpleQueue[tuple[Key, Payload, Payload]] = SimpleQueue()
-        """Messages that came after their rounds: key, the neighbour's, this site's own."""
-        self._queue: asyncio.Queue[Iterable[bytes]] = asyncio.Queue()
-        self._talk: asyncio.Task[Any] | None = None
-        self._ended: asyncio.Task[Any] | None = None
-        self._coming: dict[Key, tuple[int, float]] = {}
-        """Bytes of each message that is being fetched, and since when."""
-
-    def fetched(self, key: Key, size: int) -> None:
-        self.log("fetched", peer=self.name, round=key[0], hop="state" if key[1] == STATE else key[1], bytes=size)
-
-    def asked(self, key: Key, size: int) -> None:
-        if size > self._coming.get(key, (0, 0.0))[0]:  # not where a transfer goes on after a break
-            self._coming[key] = (size, time.monotonic())
-
-    def arrived(self, key: Key) -> None:
-        size, began = self._coming.pop(key)
-        self._coming = {other: begun for other, begun in self._coming.items() if other in self.edge.inbox}
-        what, seconds = "state" if key[1] == STATE else key[1], round(time.monotonic() - began, 4)
-        self.log("arrived", peer=self.name, round=key[0], hop=what, bytes=size, seconds=seconds)
-
-    def came_late(self, key: Key, theirs: Payload, mine: Payload) -> None:
-        self.late.put((key, theirs, mine))
-
-    def was_missed(self, key: Key) -> None:
-        self.log("was_missed", peer=self.name, round=key[0])
-
-    def ages(self) -> Sequence[float]:
-        return self.presence.ages(time.monotonic())
-
-    def told(self, ages: Sequence[float]) -> None:
-        self.presence.told(ages, time.monotonic())
-
-    def say(self, frames: Iterable[bytes]) -> None:
-        if self._talk is not None and frames != []:  # a chunk is answered by nothing, and there are many
-            self._queue.put_nowait(frames)
-
-    def try_to_say(self, frames: Callable[[], Iterable[bytes]]) -> None:
-        """Say what a call of the edge gives; end the stream where the edge finds the neighbour's messages wrong."""
-        try:
-            self.say(frames())
-        except ProtocolError as error:
-            self.log("refused", peer=self.name, reason=str(error))
-            self.end()
-
-    def end(self) -> None:
-        """End the stream that is open, if any; it is dialled anew."""
-        if self._talk is not None:
-            self._ended = self._talk
-            self._talk.cancel()
-
-    @property
-    def is_out_of_reach(self) -> bool:
-        """For the grace, or since it was left out for that, or since it left; or for good."""
-        if self.is_ejected:
-            return True
-        late = time.monotonic() - self.last_heard > self.charter.grace_s
-        return not self.is_connected and (late or self.edge.peer_is_away or self.edge.peer_has_left)
-
-    def is_gone(self, round: int) -> bool:
-        """Whether to go on with a round without it: out of reach for the grace, or still behind after that."""
-        behind = self.edge.peer_round < round - 1
-        away = self.is_out_of_reach or (self.edge.peer_is_away and behind)
-        self.edge.peer_is_away = away
-        return away
-
-    def post(self, key: Key, payload: Payload) -> None:
-        self.edge.peer_is_away |= self.is_out_of_reach
-        self.say(self.edge.post(key, payload))
-
-    def ask(self, like: Payload, done: Callable[[int, Payload | None], None]) -> None:
-        self.try_to_say(partial(self.edge.ask, like, done))
-
-    def expect(self, key: Key, like: Payload, done: Callable[[Payload | None], None]) -> None:
-        self.try_to_say(partial(self.edge.expect, key, like, done))
-
-    def miss(self, key: Key) -> None:
-        self.say(self.edge.miss(key))
-
-    def checkpointed(self, round: int) -> None:
-        self.say(self.edge.checkpointed(round))
-
-    def skip_to(self, round: int) -> None:
-        self.edge.skip_to(round)
-        self.edge.round = round
-        self.say([self.edge.beat()])
-
-    async def talk(self, read: Callable[[], Awaitable[Any]], write: Callable[[bytes], Awaitable[None]]) -> None:
-        """Carry the edge over one stream until it ends, or the next one begins."""
-        if self._talk is not None:
-            self._talk.cancel()  # the other end is back before this one saw it go
-        self._talk = this = asyncio.current_task()
-        self._queue = asyncio.Queue()
-        self._queue.put_nowait(self.edge.connected())
-        self.last_heard_on_stream = time.monotonic()
-        writer = asyncio.create_task(self._write(write, self._queue))
-        watch = asyncio.create_task(self._watch(this))
-        try:
-            while (frame := await read()) is not grpc.aio.EOF:
-                self.last_heard = self.last_heard_on_stream = time.monotonic()
-                if not self.is_connected:  # only now: a refused stream opens too
-                    self.is_connected = self.was_seen = True
-                    self.log("connected", peer=self.name)
-                self.presence.heard(self.index, self.last_heard)
-                self.say(self.edge.receive(frame))
-                if self.edge.peer_is_finished:
-                    self.presence.finished(self.index)
-                if self._queue.qsize() > MAX_OFFERS:
-                    raise ProtocolError("asks for more than it reads")
-        except asyncio.CancelledError:
-            if self._ended is not this:
-                raise
-            self._ended = None  # whoever dials is this task again, and may be cancelled for good next time
-        except ProtocolError as error:
-            self.log("refused", peer=self.name, reason=str(error))
-        except grpc.RpcError:
-            pass  # it is gone; whoever dials tries again
-        finally:
-            writer.cancel()
-            watch.cancel()
-            if self._talk is this:
-                self._talk = None
-                if self.is_connected:
-                    self.is_connected = False
-                    self.log("disconnected", peer=self.name)
-
-    async def _watch(self, talk: asyncio.Task[Any] | None) -> None:
-        """End a stream on which nothing comes any more."""
-        while (left := self.last_heard_on_stream + self.charter.stall_s - time.monotonic()) > 0:
-            await asyncio.sleep(left)
-        if self._talk is talk:
-            self.log("stalled", peer=self.name, seconds=self.charter.stall_s)
-            self.end()
-
-    async def _write(self, write: Callable[[bytes], Awaitable[None]], queue: asyncio.Queue[Iterable[bytes]]) -> None:
-        try:
-            while True:
-                try:
-                    async with asyncio.timeout(BEAT_S):  # wait_for may lose a cancellation that comes with a frame
-                        frames = await queue.get()
-                except TimeoutError:
-                    frames = [self.edge.beat()]
-                for frame in frames:
-                    await write(frame)
-        except (grpc.RpcError, asyncio.InvalidStateError):
-            pass  # the reader sees it too
-        except Exception as error:
-            self.log("failed", peer=self.name, reason=f"{type(error).__name__}: {error}")
-            self.end()
 
 
 class Node:
