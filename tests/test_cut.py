@@ -12,7 +12,7 @@ import torch
 
 from peertune.exchange import Hop, Inbox
 from peertune.identity import load_identity
-from peertune.runtimes import network, node
+from peertune.runtimes import neighbor, network, node
 from peertune.runtimes.network import NetworkExchange
 from peertune.runtimes.node import Node
 from tests.test_consortium import make_charter, wait_for
@@ -107,7 +107,7 @@ class Pair:
 @pytest.fixture
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], Pair]]:
     clock, made = Clock(), list[Pair]()
-    for module in (node, network):
+    for module in (neighbor, node, network):
         monkeypatch.setattr(module, "time", clock)
 
     def make(grace_s: float) -> Pair:
