@@ -3,6 +3,8 @@
 import contextlib
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +36,18 @@ def test_run_prints_a_table_and_how_to_load_the_model(finished: Path, capsys: py
     loading = next(line for line in printed.splitlines() if line.startswith("load it with: "))
     path = loading.partition("from_pretrained('")[2].removesuffix("')")
     assert AutoModelForCausalLM.from_pretrained(path).config.vocab_size > 0
+
+
+def test_libraries_draw_no_bars_of_their_own(tmp_path: Path, micro_model: Path) -> None:
+    """In no process that the command starts."""
+    path = tmp_path / "recipe.toml"
+    write_toml(tree(tmp_path, micro_model), path)
+    command = [sys.executable, "-m", "peertune", "compare", str(path), "--out", str(tmp_path / "compared")]
+    options = ["--algorithms", "local,pooled", "--seeds", "0", "--workers", "2"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 0 and [line for line in lines if "pooled, seed 0: done" in line], done.stderr
+    assert all(line.startswith("note: ") for line in lines), lines
 
 
 def test_set_values_are_toml_and_bare_words_are_strings(tmp_path: Path, micro_model: Path) -> None:

@@ -31,15 +31,23 @@ examples:
   peertune eval runs/first/model --data test.jsonl --task classification
 """
 
+ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",  # it warns at each fork
+    # Our own bars and messages replace those of the libraries below us, in processes that we start as well.
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # transformers' too
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+"""What those libraries read when they are imported, where the user has not set it."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     options = _parser().parse_args(arguments)
     console = Console(stderr=True)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     try:
-        if not getattr(options, "is_light", False):
-            _quiet_libraries()
         return int(options.command(options, console) or 0)
     except PeertuneError as error:
         rank = f" rank {os.environ['RANK']}" if "RANK" in os.environ else ""  # under torchrun
@@ -140,16 +148,6 @@ def _eval(options: argparse.Namespace, console: Console) -> None:
         trust_remote_code=options.trust_remote_code,
     ):
         print(json.dumps(line), flush=True)
-
-
-def _quiet_libraries() -> None:
-    """Our own bars and messages replace those of the libraries below us."""
-    from datasets.utils.logging import disable_progress_bar
-    from transformers.utils import logging
-
-    disable_progress_bar()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def _keys_help() -> str:

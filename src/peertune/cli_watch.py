@@ -26,12 +26,12 @@ def add_watch(commands: Any) -> None:
     watch.add_argument("folder", metavar="DIR")
     watch.add_argument("--port", type=_port, default=PORT, metavar="N", help=f"default: {PORT}; 0: any that is free")
     watch.add_argument("--open", action="store_true", help="open it in the browser")
-    watch.set_defaults(command=_watch, is_light=True)
+    watch.set_defaults(command=_watch)
 
     status = commands.add_parser("status", help="how a run is getting on; exit code 1 where its process is gone")
     status.add_argument("folder", metavar="DIR")
     status.add_argument("--json", action="store_true", help="all that is known, as JSON")
-    status.set_defaults(command=_status, is_light=True)
+    status.set_defaults(command=_status)
 
 
 def _watch(options: argparse.Namespace, console: Console) -> None:
