@@ -2,12 +2,14 @@
 
     python benchmarks/lora.py [--threads 1] [--repeats 25] [--model FOLDER]
 
-"full" is a step of the same model without an adapter. Forward and backward of one batch, every token a target.
+"full" is a step of the same model without an adapter; "in 4 bits" is the base. Forward and backward of one batch, every
+token a target.
 """
 
 from __future__ import annotations
 
 import argparse
+import operator
 import os
 from functools import partial
 from pathlib import Path
@@ -26,6 +28,7 @@ from peertune.model.load import load_model
 SHARED = Path(os.environ.get("PEERTUNE_TEST_DATA") or Path(__file__).parents[2] / "shared")
 BATCHES = {"8 x 96 tokens": (8, 96), "4 x 64 tokens": (4, 64)}
 CPU = torch.device("cpu")
+IN_4_BITS = ("ours, in 4 bits", "peft, in 4 bits")
 
 
 def main() -> None:
@@ -38,7 +41,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     figures: dict[str, Any] = {**vars(options), "model": options.model.name}
     for dtype in ("bfloat16", "float32"):
-        models = {name: make(options, dtype, name) for name in ("full", "peft", "ours")}
+        models = {name: make(options, dtype, name) for name in ("full", "peft", "ours", *IN_4_BITS)}
         for label, shape in BATCHES.items():
             ids = torch.randint(5, 1000, shape, generator=torch.Generator().manual_seed(0))
             mask = torch.ones_like(ids)
@@ -51,17 +54,20 @@ def main() -> None:
                 **times,
                 "ours_over_peft_cpu": times["ours"]["cpu_s"] / times["peft"]["cpu_s"],
                 "ours_over_full_cpu": times["ours"]["cpu_s"] / times["full"]["cpu_s"],
+                "ours_over_peft_in_4_bits_cpu": operator.truediv(*(times[name]["cpu_s"] for name in IN_4_BITS)),
             }
     finish("lora", figures)
 
 
 def make(options: argparse.Namespace, dtype: Any, name: str) -> LanguageModel:
-    section = ModelSection(path=str(options.model), dtype=dtype)
-    module: Any = load_model(section, CPU).requires_grad_(True)
-    if name != "full":
-        module = add_adapter(module.requires_grad_(False), AlgorithmConfig(adapter="lora", rank=options.rank), 0)
+    section = ModelSection(path=str(options.model), dtype=dtype, quantization="4bit" if name in IN_4_BITS else "none")
+    module: Any = load_model(section, CPU)
+    if name == "full":
+        module.requires_grad_(True)
+    else:
+        module = add_adapter(module, AlgorithmConfig(adapter="lora", rank=options.rank), 0)
     taking_over = language_model.take_over
-    if name == "peft":
+    if name.startswith("peft"):
         language_model.take_over = lambda module: None
     try:
         return LanguageModel(module, section)

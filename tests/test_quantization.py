@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, BlipVisionConfig
 
@@ -21,6 +22,7 @@ from peertune.model.adapters import merge_adapter
 from peertune.model.blocks import block_table, partition_blocks
 from peertune.model.language_model import LanguageModel
 from peertune.model.load import clone_model, load_full_model, load_model
+from peertune.model.lora import plain_layers, take_over
 from peertune.model.quantization import is_quantized, num_weights, quantization_states
 from peertune.prepare import base_print
 from peertune.run import run
@@ -160,8 +162,10 @@ def test_gradients_reach_the_adapter_and_nothing_else(name: str, tmp_path: Path)
 
 
 @needs_package
+@pytest.mark.parametrize("is_ours", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_gradients_are_those_of_the_dequantised_base(dtype: Any, folder: Path) -> None:
+def test_gradients_are_those_of_the_dequantised_base(dtype: Any, is_ours: bool, folder: Path) -> None:
+    """By peft's layers, and by our arithmetic in them."""
     from bitsandbytes.functional import dequantize_4bit
 
     module = load_model(section(folder, dtype=dtype), CPU)
@@ -171,7 +175,14 @@ def test_gradients_are_those_of_the_dequantised_base(dtype: Any, folder: Path) -
             if is_quantized(parameter):
                 value = dequantize_4bit(parameter.data, parameter.quant_state)  # type: ignore[attr-defined]
                 plain.get_parameter(name).copy_(value)
-    got, expected = step(adapt(module), ids()), step(adapt(plain), ids())
+    adapted = adapt(module)
+    if is_ours:
+        take_over(adapted)
+        quantized = [layer for layer in plain_layers(adapted) if is_quantized(layer.base_layer.weight)]
+        assert len(quantized) == 28
+        for layer in quantized:
+            layer.base_layer.forward = None  # nobody else computes
+    got, expected = step(adapted, ids()), step(adapt(plain), ids())
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
         error = torch.linalg.vector_norm((got[name] - tensor).float())
@@ -271,6 +282,27 @@ def test_any_method_trains_an_adapter_on_it(name: str, tmp_path: Path, micro_mod
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
     assert getattr(merged.config, "quantization_config", None) is None
     assert not any(is_quantized(p) for p in merged.parameters())
+
+
+@needs_package
+def test_peers_on_it_are_batched(tmp_path: Path, micro_model: Path) -> None:
+    wide("llama", vocabulary=300).save_pretrained(tmp_path / "wide")
+    AutoTokenizer.from_pretrained(micro_model).save_pretrained(tmp_path / "wide")
+    found = []
+    for size in (1, 3):
+        config = recipe(
+            tmp_path,
+            tmp_path / "wide",
+            run={"out": str(tmp_path / f"out-{size}"), "batched_peers": size},
+            model={"quantization": "4bit"},
+            algorithm={"name": "dec_lora", "rounds": 3, "local_steps": 2, "rank": 2},
+        )
+        run(config)
+        found.append(load_file(tmp_path / f"out-{size}" / "adapter" / "adapter_model.safetensors"))
+    moved = max(float(t.abs().max()) for n, t in found[0].items() if "lora_B" in n)  # from zero
+    assert moved > 1e-2
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(tensor, found[1][name], rtol=0, atol=0.02 * moved)
 
 
 def test_a_missing_package_is_said_in_one_line(

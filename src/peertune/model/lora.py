@@ -2,6 +2,7 @@
 
 The layers, their parameters and their files are peft's; only the arithmetic of a plain one is taken over. peft's own
 forward pass goes to float32 and back around the factors, which in bfloat16 on a CPU takes longer than what LoRA saves.
+A base in 4 bits is restored for each product, forward and backward, and not kept between them.
 
 A layer may stand in for those of several models with one base (`stacked`): the rows of a batch are then theirs in
 turn, the base's product is one for all, and each model's factors see its own rows.
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from peertune.errors import ModelError
 from peertune.model import packing
 from peertune.model.adapters import is_peft
+from peertune.model.quantization import is_quantized, restored, weight_dtype
 
 STACKED = "stacked_with"
 """Attribute of a layer: those of the models for which it computes, its own first."""
@@ -33,12 +35,17 @@ def take_over(module: nn.Module) -> None:
 
 
 def plain_layers(module: nn.Module) -> list[Any]:
-    """peft's LoRA layers around plain linear layers, in the order of the model."""
+    """peft's LoRA layers around plain linear layers, in full precision or 4 bits, in the order of the model."""
     if not is_peft(module):  # else every run would wait for peft to be imported
         return []
-    from peft.tuners.lora import Linear
+    from peft.tuners.lora import Linear, LoraLayer
 
-    return [m for m in module.modules() if type(m) is Linear and type(m.base_layer) is nn.Linear]
+    def is_linear(layer: LoraLayer) -> bool:
+        if is_quantized(layer.base_layer.weight):
+            return isinstance(layer.base_layer, nn.Linear)  # bitsandbytes' own, which peft's layer of 4 bits is around
+        return type(layer) is Linear and type(layer.base_layer) is nn.Linear
+
+    return [m for m in module.modules() if isinstance(m, LoraLayer) and is_linear(m)]
 
 
 def forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -51,7 +58,7 @@ def forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         [..., outputs], in the type of x.
     """
     base, layers = layer.base_layer, getattr(layer, STACKED, None) or [layer]
-    is_ours = is_plain(layer) and not args and not kwargs and x.dtype == base.weight.dtype
+    is_ours = is_plain(layer) and not args and not kwargs and x.dtype == weight_dtype(base.weight)
     tokens = packing.current()
     if len(layers) > 1 and not (is_ours and tokens is not None and x.shape[:-1] == tokens.input_ids.shape):
         raise ModelError(
@@ -99,7 +106,8 @@ def stacked(layers: Sequence[Sequence[Any]]) -> Iterator[None]:
 class _LowRank(torch.autograd.Function):
     """x [..., inputs], a frozen weight [outputs, inputs] and bias, A [rank, inputs], B [outputs, rank], s.
 
-    Or A [G, rank, inputs] and B [G, outputs, rank] of G models; then the first of G equal parts of x is the first's.
+    The weight may be in 4 bits. Or A [G, rank, inputs] and B [G, outputs, rank] of G models; then the first of G equal
+    parts of x is the first's.
     """
 
     @staticmethod
@@ -111,7 +119,7 @@ class _LowRank(torch.autograd.Function):
         low = rows @ down.mT
         ctx.save_for_backward(rows, weight, down, up, low)
         ctx.scale, ctx.shape = scale, x.shape
-        return _add_product(F.linear(rows, weight, bias), low, up.mT).view(*x.shape[:-1], weight.shape[0])
+        return _add_product(F.linear(rows, restored(weight), bias), low, up.mT).view(*x.shape[:-1], up.shape[-2])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -121,7 +129,7 @@ class _LowRank(torch.autograd.Function):
         grad_low = grad @ up if need_x or need_down else None
         grad_x = grad_down = grad_up = None
         if need_x and grad_low is not None:
-            grad_x = _add_product(grad @ weight, grad_low, down).view(ctx.shape)
+            grad_x = _add_product(grad @ restored(weight), grad_low, down).view(ctx.shape)
         if need_down and grad_low is not None:
             grad_down = (grad_low.mT @ rows).float()
         if need_up:

@@ -141,6 +141,21 @@ def is_quantized(parameter: Tensor) -> bool:
     return getattr(parameter, "quant_state", None) is not None
 
 
+def weight_dtype(weight: Tensor) -> torch.dtype:
+    """The type that a layer's weight has, or has once it is restored."""
+    state = getattr(weight, "quant_state", None)
+    return weight.dtype if state is None else state.dtype
+
+
+def restored(weight: Tensor) -> Tensor:
+    """A layer's weight, [outputs, inputs]: itself, or made of its 4 bits anew at each call, so that none is kept."""
+    if not is_quantized(weight):
+        return weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return,attr-defined]
+
+
 def num_weights(parameter: Tensor) -> int:
     """How many weights a parameter stands for: two a byte where it is quantised."""
     state = getattr(parameter, "quant_state", None)

@@ -36,7 +36,7 @@ class StackedModels:
         other = [n for n, p in first.module.named_parameters() if p.requires_grad and id(p) not in plain]
         if other or not plain:
             raise ConfigError(
-                "run.batched_peers: expected LoRA without dropout on linear layers in full precision to be all that is"
+                "run.batched_peers: expected LoRA without dropout on linear layers to be all that is"
                 f" trained, got {other[0] if other else 'none'}; name other algorithm.target_modules, or set"
                 " run.batched_peers = 1"
             )
