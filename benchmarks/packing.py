@@ -3,7 +3,7 @@
     python benchmarks/packing.py [--threads 1] [--repeats 9] [--model FOLDER]
 
 "padded" and "packed": forward and backward of batches of 8 rows, cut at 96 tokens, the label's tokens being the
-targets; "tokens" is their share of a padded batch's places. "in turn" and "together": one step of each of 8 peers with
+targets; "tokens" is their share of a padded batch's places. As in a run, no batch comes twice. "in turn" and "together": one step of each of 8 peers with
 LoRA of rank 8 on one base, 4 x 64 tokens each, all of them targets.
 """
 
@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from peertune.prepare import prepare_data
 SHARED = Path(os.environ.get("PEERTUNE_TEST_DATA") or Path(__file__).parents[2] / "shared")
 CPU = torch.device("cpu")
 NUM_BATCHES, PEERS = 8, 8
+"""Of a measurement."""
 DTYPES: list[Any] = ["bfloat16", "float32"]
 
 
@@ -42,7 +44,8 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", default=["agnews", "fpb", "sst2", "20news"])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    batches = {name: batches_of(name, options.model) for name in options.data}
+    num_batches = NUM_BATCHES * (options.repeats + 1)
+    batches = {name: batches_of(name, options.model, num_batches) for name in options.data}
     figures: dict[str, Any] = {**vars(options), "model": options.model.name}
     for dtype in DTYPES:
         section = ModelSection(path=str(options.model), dtype=dtype, max_length=96)
@@ -63,25 +66,29 @@ def trained(section: ModelSection, kind: str, rank: int = 16) -> Any:
     return add_adapter(module, AlgorithmConfig(adapter="lora", rank=rank), 0)
 
 
-def batches_of(name: str, model: Path) -> list[Batch]:
+def batches_of(name: str, model: Path, num_batches: int) -> list[Batch]:
     """Batches of 8 rows as a run draws them."""
     data = SHARED / "data" / f"{name}.jsonl.gz"
     settings = [f"model.path={str(model)!r}", "model.max_length=96", f"data.train={str(data)!r}"]
     settings += ["data.task=classification", "data.partition.kind=iid", "run.num_peers=2", "data.max_samples=500"]
     prepared = prepare_data(load_recipe(None, settings, METHODS)[0], None)
     drawn = Batches(prepared.train[0].samples, 8, seed=0, pad_id=0)
-    return [drawn.next() for _ in range(NUM_BATCHES)]
+    return [drawn.next() for _ in range(num_batches)]
 
 
 def packed_over_padded(model: LanguageModel, batches: list[Batch], repeats: int) -> dict[str, Any]:
-    work = {"padded": partial(steps, model, batches, False), "packed": partial(steps, model, batches, True)}
+    work = {
+        "padded": partial(steps, model, iter(batches), False),
+        "packed": partial(steps, model, iter(batches), True),
+    }
     share = sum(int(b.attention_mask.sum()) for b in batches) / sum(b.attention_mask.numel() for b in batches)
     return {"tokens": share, **ratio(work, repeats, "packed", "padded")}
 
 
-def steps(model: LanguageModel, batches: list[Batch], packs: bool) -> None:
+def steps(model: LanguageModel, batches: Iterator[Batch], packs: bool) -> None:
+    """Of the next `NUM_BATCHES`."""
     model.no_packing = "" if packs else "to compare"
-    for batch in batches:
+    for batch in islice(batches, NUM_BATCHES):
         model.module.zero_grad()
         model.backward(batch, 1)
 

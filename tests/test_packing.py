@@ -68,17 +68,26 @@ def test_a_packed_batch_has_the_loss_and_gradient_of_the_padded_one(name: str, d
     packed = gradient(model, ragged())
     model.no_packing = "to compare"
     padded = gradient(model, ragged())
-    assert seen == [(1, sum(LENGTHS)), (len(LENGTHS), max(LENGTHS))]
+    assert seen == [(1, packing.PLACES), (len(LENGTHS), max(LENGTHS))]  # filled up
     close = 1e-5 if dtype == torch.float32 else 0.01
     assert packed[0] == pytest.approx(padded[0], rel=close)
     assert (packed[1] - padded[1]).float().norm() < 10 * close * padded[1].float().norm()
 
 
 def test_a_batch_with_hardly_any_padding_stays_as_it_is() -> None:
-    model, full = ours(make_model("llama")), ragged(lengths=(5, 5))
+    """Or whose tokens, filled up, are as many places."""
+    model, batches = ours(make_model("llama")), [ragged(lengths=(5, 5)), ragged(lengths=(9, 9, 9, 6))]
     seen = shapes_seen(model)
-    assert model.loss_sum(full)[1] == int(full.loss_mask[:, 1:].sum())
-    assert seen == [(2, 5)]
+    for batch in batches:
+        assert model.loss_sum(batch)[1] == int(batch.loss_mask[:, 1:].sum())
+    assert seen == [(2, 5), (4, 9)]
+
+
+def test_batches_of_many_sizes_have_few_shapes() -> None:
+    """For each, oneDNN would make and keep code of its own."""
+    batches = [ragged(seed, (30, 20 + seed, 1, 1)) for seed in range(10)]
+    assert len({packing.pack([batch], CPU).input_ids.shape for batch in batches}) == 1
+    assert packing.pack(batches[:2], CPU).input_ids.shape == (2, 64)
 
 
 def test_a_sequence_does_not_see_its_neighbors() -> None:

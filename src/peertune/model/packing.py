@@ -19,7 +19,10 @@ from torch import Tensor
 from peertune.data.batches import Batch
 
 WORTH = 0.95
-"""Batches of which more than this share is tokens are left as they are."""
+"""Batches of whose places more than this share would be left are not packed."""
+PLACES = 32
+"""Rows are filled up to a multiple of so many. oneDNN, which multiplies bfloat16 on CPUs, makes and keeps code for each
+shape it meets: of rows of any length that takes longer than the padding did, and memory without end."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Packing:
     """Where the tokens of a batch are: in rows [groups, places] for the model, in sequences for attention."""
 
     input_ids: Tensor
-    """int64 [groups, places]; a group's tokens, and zeros behind those of all but the longest."""
+    """int64 [groups, places]; a group's tokens, and zeros behind them."""
     positions: Tensor
     """int64 [groups, places]; of each token within its sequence."""
     token_places: Tensor
@@ -73,7 +76,7 @@ class _Move(torch.autograd.Function):
 def pack(batches: Sequence[Batch], device: torch.device) -> Packing:
     """The sequences of one batch, or of several, each of which is then a row of its own."""
     counts = [int(batch.attention_mask.sum()) for batch in batches]
-    places, length = max(counts), max(batch.input_ids.shape[1] for batch in batches)
+    places, length = _filled_up(max(counts)), max(batch.input_ids.shape[1] for batch in batches)
     input_ids, positions = torch.zeros(2, len(batches), places, dtype=torch.int64)
     targets = torch.zeros(len(batches), places, dtype=torch.bool)
     slots, first = [], 0
@@ -95,7 +98,11 @@ def pack(batches: Sequence[Batch], device: torch.device) -> Packing:
 
 def is_worth_packing(batch: Batch) -> bool:
     """Whether enough of a batch is padding."""
-    return int(batch.attention_mask.sum()) < WORTH * batch.attention_mask.numel()
+    return _filled_up(int(batch.attention_mask.sum())) < WORTH * batch.attention_mask.numel()
+
+
+def _filled_up(num_tokens: int) -> int:
+    return -(-num_tokens // PLACES) * PLACES
 
 
 _at_work: ContextVar[Packing | None] = ContextVar("packing", default=None)
