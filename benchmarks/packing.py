@@ -3,8 +3,8 @@
     python benchmarks/packing.py [--threads 1] [--repeats 9] [--model FOLDER]
 
 "padded" and "packed": forward and backward of batches of 8 rows, cut at 96 tokens, the label's tokens being the
-targets; "tokens" is their share of a padded batch's places. As in a run, no batch comes twice. "in turn" and "together":
-one step of each of 8 peers with LoRA of rank 8 on one base, 4 x 64 tokens each, all of them targets.
+targets; "tokens" is their share of a padded batch's places. As in a run, no batch comes twice. "in turn" and
+"together": one step of each of 8 peers with LoRA of rank 8 on one base, 4 x 64 tokens each, all of them targets.
 """
 
 from __future__ import annotations
