@@ -3,9 +3,10 @@
 import os
 from pathlib import Path
 
+from peertune.cli import ENVIRONMENT
+
 # Read when the libraries are imported, which is later.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.update({"HF_HUB_OFFLINE": "1", **ENVIRONMENT, **os.environ})
 
 import pytest
 import torch

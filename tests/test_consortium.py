@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -219,11 +220,12 @@ def test_a_site_that_lost_its_folder_comes_back_and_all_agree(tmp_path: Path, mi
     assert_agreed(consortium)
 
 
+@pytest.mark.parametrize("kept_bytes", [1, edge.KEPT_BYTES])
 def test_a_site_far_behind_takes_up_the_run_from_a_neighbor(
-    tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch
+    kept_bytes: int, tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody has kept what it missed, and it is slow: it joins at the beginning of a block's turn."""
-    monkeypatch.setattr(edge, "KEPT_BYTES", 1)
+    """It is slow, whether what it missed was kept or not: it joins at the beginning of a block's turn."""
+    monkeypatch.setattr(edge, "KEPT_BYTES", kept_bytes)
     consortium, processes = lose_east(tmp_path, micro_model)
     processes["east"] = consortium.site("east", delay=0.3)
     consortium.ended(processes)
@@ -458,6 +460,66 @@ def test_a_stranger_gets_no_answer_and_a_member_still_does(tmp_path: Path) -> No
     assert server.is_alive() and heard[0].empty()
     start(charter, b, "", 60.0, heard[2])
     assert heard[2].get(timeout=60) == heard[0].get(timeout=60) == ["connected"]
+
+
+def start_network(charter: Charter, identity: Identity, listen: str, over: Any, ejected: Sequence[int] = ()) -> Any:
+    """A site's network alone, in a process, until it is turned away or all is over.
+
+    Returns:
+        A queue: "connected", if it ever was; then what it logged and why it was turned away.
+    """
+    fork = multiprocessing.get_context("fork")
+    told = fork.Queue()
+
+    def play() -> None:
+        events: list[str] = []
+        node = Node(charter, identity, listen, lambda event, **_: events.append(event))
+        node.start([(0, 1)])
+        for index in ejected:
+            node.soon(partial(node.eject, index))
+        was_connected = False
+        while not (over.is_set() or node.turned_away):
+            if not was_connected and "connected" in events:
+                was_connected = True
+                told.put("connected")
+            time.sleep(0.01)
+        told.put((events, node.turned_away))
+        told.close()
+        told.join_thread()
+        node.stop()
+        os._exit(0)
+
+    fork.Process(target=play, daemon=True).start()
+    return told
+
+
+def test_an_ejected_member_is_told_so(tmp_path: Path) -> None:
+    charter, (a, b), port = two_sites(tmp_path)
+    over = multiprocessing.get_context("fork").Event()
+    site = start_network(charter, a, f"127.0.0.1:{port}", over, ejected=[1])
+    wait_for(lambda: is_open(port))
+    for _ in range(2):
+        assert start_network(charter, b, "", over).get(timeout=60)[1] == "b was ejected from this run"
+    over.set()
+    events, reason = site.get(timeout=60)
+    assert reason == "" and events.count("turned_away") == 1 and "stranger" not in events
+
+
+def test_a_second_process_of_a_site_is_turned_away(tmp_path: Path) -> None:
+    """At first it takes the place of the one that was there, as a process does that was started anew."""
+    charter, (a, b), port = two_sites(tmp_path)
+    over = multiprocessing.get_context("fork").Event()
+    site = start_network(charter, a, f"127.0.0.1:{port}", over)
+    wait_for(lambda: is_open(port))
+    first = start_network(charter, b, "", over)
+    assert first.get(timeout=60) == "connected"
+    second = start_network(charter, b, "", over)
+    assert [second.get(timeout=60) for _ in range(2)][1][1] == "b runs already, as another process"
+    over.set()
+    assert first.get(timeout=60)[1] == ""
+    assert site.get(timeout=60) == "connected"
+    events, reason = site.get(timeout=60)
+    assert reason == "" and events.count("runs_twice") == 1
 
 
 def test_a_site_whose_connection_was_given_up_still_stops(tmp_path: Path) -> None:

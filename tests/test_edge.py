@@ -483,3 +483,26 @@ def test_frames_with_random_fields_are_refused_or_ignored(kind: Kind, body: byte
         list(edge.receive(bytes([kind]) + body))
     except ProtocolError:
         return
+
+
+def test_of_two_processes_that_take_turns_the_second_is_known() -> None:
+    """One that was restarted is not, nor is one whose old connection is heard of once more."""
+    told: list[str] = []
+
+    class Told(Listener):
+        def runs_twice(self) -> None:
+            told.append("twice")
+
+    here, first, second = Edge(Told()), Edge(), Edge()
+
+    def dials(other: Edge) -> bool:
+        hello = next(iter(other.connected()))
+        if here.is_second(hello):
+            return False
+        here.receive(hello)
+        return True
+
+    assert all(dials(other) for other in (first, first, second, second, first, second))
+    assert told == []
+    assert dials(first) and told == ["twice"]
+    assert not dials(second) and not dials(second) and dials(first) and told == ["twice"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from peertune.exchange import Hop
-from peertune.runtimes.network import NetworkGroup
+from peertune.runtimes.network import NetworkGroup, Pace
 
 
 def late_group(log: list[dict[str, Any]]) -> tuple[NetworkGroup, Any, SimpleQueue[Any]]:
@@ -53,3 +53,20 @@ def test_late_messages_of_one_absence_do_not_add_up_beyond_a_weight_of_one() -> 
     torch.testing.assert_close(algorithm.shared("w"), torch.tensor([1.9, 2.9]))
     assert [event["used"] for event in log] == [True, True, True, False, False, False]
     assert all(event["amount"] > 0 for event in log)
+
+
+@pytest.mark.parametrize(
+    ("behind", "expected"),
+    [
+        ([1, 1, 0, 1, 1], []),  # in step
+        ([5, 4, 3, 2, 1, 1], []),  # they wait
+        ([40, *range(39, 1, -1)], []),
+        ([4, 3, 3, 2, 2, 1, 1], []),  # twice as fast
+        ([100] * 17, [8, 16]),  # as fast as they
+        ([3, 4, 5, 6], [3]),  # slower
+        ([3, 3, 3, 3], [3]),
+    ],
+)
+def test_a_site_that_is_behind_judges_its_pace(behind: list[int], expected: list[int]) -> None:
+    pace = Pace()
+    assert [round for round, gap in enumerate(behind) if pace.is_too_slow(round, gap)] == expected

@@ -13,7 +13,8 @@
     └── RunError                  exit code 1: a run stopped; what it had reached is on disk and `--resume` goes on
         ├── DivergedError         a loss or a weight became NaN or infinite
         ├── StorageError          the disk is full or refused a write
-        └── PeerLostError         another process of the run is gone, and the runtime cannot go on without it
+        ├── PeerLostError         another process of the run is gone, and the runtime cannot go on without it
+        └── TurnedAwayError       the other sites take nothing from this one any more
 
 Messages say what was got, what was expected and what to do, in one line.
 """
@@ -79,3 +80,7 @@ class StorageError(RunError):
 
 class PeerLostError(RunError):
     """Another process of the run is gone, and the runtime cannot go on without it."""
+
+
+class TurnedAwayError(RunError):
+    """The other sites take nothing from this one: it was ejected, or runs elsewhere already."""

@@ -45,6 +45,8 @@ STATE = (1 << 32) - 1
 """The number of the hop in the key of a state."""
 MAX_OFFERS = 1 << 16
 """Messages a neighbour may announce ahead of us."""
+MAX_BOOTS = 64
+"""Of so many processes that a neighbour was, the newest, it is known that they were."""
 MAX_MISSED = 1024
 """Of so many, the newest, a neighbour is told that they were missed."""
 
@@ -97,6 +99,9 @@ class Listener:
     def was_missed(self, key: Key) -> None:
         """The neighbour went on without a message of this site's."""
 
+    def runs_twice(self) -> None:
+        """A process of the neighbour is back that another one had replaced: there are two."""
+
     def ages(self) -> Sequence[float]:
         """What goes with a beat (see presence)."""
         return ()
@@ -125,6 +130,10 @@ class Edge:
         self.saved = 0
         """Round of this site's newest checkpoint."""
         self.boot, self.peer_boot = os.urandom(8), b""
+        self._peer_boots: dict[bytes, int] = {}
+        """How often each process that the neighbour was came back after another one."""
+        self._turned_away: list[bytes] = []
+        """Those that were started beside one that is still there."""
         self.round = 0
         self.is_finished = self.peer_is_finished = False
         self.peer_round = 0
@@ -243,6 +252,27 @@ class Edge:
     def beat(self) -> bytes:
         ages = self._listener.ages()
         return _pack(Kind.BEAT, self.round) + struct.pack(f"<{len(ages)}f", *ages)
+
+    def is_second(self, frame: bytes) -> bool:
+        """Whether a stream that begins with this frame is of a process that was started beside the neighbour's own.
+
+        Raises:
+            ProtocolError: it is none of ours.
+        """
+        kind, fields, _ = FRAMES.unpack(frame)
+        if kind is not Kind.HELLO or fields[0] == self.peer_boot:
+            return False
+        boot = fields[0]
+        if boot in self._turned_away:
+            return True
+        self._peer_boots[boot] = self._peer_boots.get(boot, -1) + 1
+        if self._peer_boots[boot] >= 2:  # once may be a connection that was long under way
+            # It was not restarted, as it is back: the one that took its place was started beside it.
+            self._turned_away = [*self._turned_away, self.peer_boot][-MAX_BOOTS:]
+            self._listener.runs_twice()
+        while len(self._peer_boots) > MAX_BOOTS:
+            del self._peer_boots[next(iter(self._peer_boots))]
+        return False
 
     def receive(self, frame: bytes) -> Iterable[bytes]:
         """Take a frame in; returns what to answer.

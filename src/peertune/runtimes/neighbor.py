@@ -33,6 +33,8 @@ class Neighbor(Listener):
         self.edge, self.log = Edge(self), log
         self.last_heard = self.last_heard_on_stream = time.monotonic()
         self.is_connected = self.was_seen = self.is_ejected = False
+        self.turns_away = ""
+        """Why the neighbour takes nothing from this site any more; empty: it does."""
         self.late: SimpleQueue[tuple[Key, Payload, Payload]] = SimpleQueue()
         """Messages that came after their rounds: key, the neighbour's, this site's own."""
         self._queue: asyncio.Queue[Iterable[bytes]] = asyncio.Queue()
@@ -59,6 +61,9 @@ class Neighbor(Listener):
 
     def was_missed(self, key: Key) -> None:
         self.log("was_missed", peer=self.name, round=key[0])
+
+    def runs_twice(self) -> None:
+        self.log("runs_twice", peer=self.name)
 
     def ages(self) -> Sequence[float]:
         return self.presence.ages(time.monotonic())
@@ -122,8 +127,7 @@ class Neighbor(Listener):
 
     async def talk(self, read: Callable[[], Awaitable[Any]], write: Callable[[bytes], Awaitable[None]]) -> None:
         """Carry the edge over one stream until it ends, or the next one begins."""
-        if self._talk is not None:
-            self._talk.cancel()  # the other end is back before this one saw it go
+        self.end()  # the other end is back before this one saw it go
         self._talk = this = asyncio.current_task()
         self._queue = asyncio.Queue()
         self._queue.put_nowait(self.edge.connected())
@@ -134,7 +138,7 @@ class Neighbor(Listener):
             while (frame := await read()) is not grpc.aio.EOF:
                 self.last_heard = self.last_heard_on_stream = time.monotonic()
                 if not self.is_connected:  # only now: a refused stream opens too
-                    self.is_connected = self.was_seen = True
+                    self.is_connected, self.was_seen, self.turns_away = True, True, ""
                     self.log("connected", peer=self.name)
                 self.presence.heard(self.index, self.last_heard)
                 self.say(self.edge.receive(frame))

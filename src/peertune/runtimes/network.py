@@ -1,7 +1,8 @@
 """One process a site, over the internet: what a run sees of the connections that `node` holds.
 
 A neighbour out of reach is waited for `grace_s`; then the round goes on without him, his weight on this site's own
-message, until he has caught up. One who is far behind takes the state from a neighbour.
+message, until he has caught up. One who is behind plays the rounds he missed, from messages that were kept; where some
+are kept no more, or he is no faster than the others, he takes the state from a neighbour.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from peertune.algorithms.base import Algorithm
 from peertune.charter import check_members
-from peertune.errors import Left, PeerLostError
+from peertune.errors import Left, PeerLostError, TurnedAwayError
 from peertune.exchange import ROLL, Hop, Inbox, Payload
 from peertune.link import Clock
 from peertune.runtimes import edges
@@ -35,6 +36,8 @@ from peertune.wire import Traffic
 T = TypeVar("T")
 POLL_S = 0.05
 """Seconds between looks at whether a neighbour is still worth waiting for."""
+PACE_ROUNDS = 8
+"""Rounds after which a site that is behind looks whether it comes nearer."""
 WAITING_S = 5.0
 """Seconds after which one is told whom a round waits for."""
 
@@ -54,6 +57,7 @@ class NetworkGroup:
         self.clock: Clock | None = None
         self._exchange = NetworkExchange(node, requests)
         self._asked: Neighbor | None = None
+        self._pace = Pace()
         self._states: SimpleQueue[tuple[int, Payload | None]] = SimpleQueue()
 
     @property
@@ -78,10 +82,11 @@ class NetworkGroup:
         ahead = max(within_reach, key=lambda n: n.edge.peer_round, default=None)
         if self._asked is not None and self._asked.is_out_of_reach:
             self.node.soon(self._asked.edge.no_state)
-        missed = bool(self._exchange.left_out)
-        if missed and ahead is not None and ahead.edge.peer_round > round + 1 and self._asked is None:
+        behind = 0 if ahead is None else max(0, ahead.edge.peer_round - round)
+        falls_back = self._pace.is_too_slow(round, behind)
+        if ahead is not None and self._asked is None and behind > 1 and (self._exchange.left_out or falls_back):
             self._asked = ahead
-            self.node.log("asked", peer=ahead.name, round=round, behind=ahead.edge.peer_round - round)
+            self.node.log("asked", peer=ahead.name, round=round, behind=behind)
             self.node.soon(partial(ahead.ask, _state(algorithm), self._arrived))
         if self._states.empty():
             self._take_late(algorithm)
@@ -157,6 +162,34 @@ class NetworkGroup:
         return None
 
 
+class Pace:
+    """Whether a site that is behind, and has all messages that it needs, will be with the others soon."""
+
+    def __init__(self) -> None:
+        self._since: tuple[int, int] | None = None
+        """The round, and how many this site was behind, when the others' pace began to be measured."""
+
+    def is_too_slow(self, round: int, behind: int) -> bool:
+        """Whether it is less than twice as fast as they, over as many rounds as it was behind, at most `PACE_ROUNDS`.
+
+        Those who wait for it do not move, so it is faster than they. Called between all rounds.
+
+        Args:
+            behind: rounds that the one furthest ahead is ahead.
+        """
+        if behind <= 1:
+            self._since = None
+            return False
+        if self._since is None:
+            self._since = round, behind
+        began, was_behind = self._since
+        played = round - began
+        if played < min(was_behind, PACE_ROUNDS):
+            return False
+        self._since = round, behind
+        return behind > was_behind - played / 2
+
+
 class NetworkExchange:
     """Implements `peertune.exchange.Exchange` for one site.
 
@@ -212,7 +245,10 @@ class NetworkExchange:
         charter = self._node.charter
         patience = charter.grace_s * len(charter.members) if hop.name == "agree" else math.inf
         for source, arrival in arrivals.items():
-            payload = self._wait(source, arrival, patience, corrects=self.corrects and hop.name == "gossip")
+            # At the end of a run, one who is still behind may come in time.
+            lenient_s = charter.grace_s if hop.name == ROLL and source not in self.left_out else 0.0
+            corrects = self.corrects and hop.name == "gossip"
+            payload = self._wait(source, arrival, patience, lenient_s, corrects=corrects)
             if payload is None:
                 missing.append(source)
             else:
@@ -239,16 +275,21 @@ class NetworkExchange:
         return self._requests is not None and self._requests.is_leaving
 
     def attend(self) -> None:
-        """Do what was asked: eject members."""
+        """Do what was asked: eject members. Raises TurnedAwayError where the others have done so with this site."""
+        if reason := self._node.turned_away:
+            raise TurnedAwayError(f"the other sites take nothing from this one: {reason}; this site stops")
         for index, signers in ({} if self._requests is None else self._requests.ejections()).items():
             self._node.soon(partial(self._node.eject, index))
             name = self._node.charter.members[index].name
             self._node.log("ejected", peer=name, signed_by=", ".join(signers))
 
-    def _wait(self, source: int, arrival: Future[Payload | None], patience: float, *, corrects: bool) -> Payload | None:
+    def _wait(
+        self, source: int, arrival: Future[Payload | None], patience: float, lenient_s: float, *, corrects: bool
+    ) -> Payload | None:
         """The payload; None where the neighbour has been out of reach for the grace, or nothing came for `patience`.
 
         Args:
+            lenient_s: seconds for which a neighbour who is within reach, but behind, is waited for.
             corrects: fetch it later, should it still come.
         """
         neighbor, began, told, paused = self._node.neighbors[source], time.monotonic(), False, False
@@ -257,7 +298,8 @@ class NetworkExchange:
             if not told and not neighbor.is_connected and time.monotonic() - began > WAITING_S:
                 told = True
                 self._node.log("waiting", peer=neighbor.name, round=self._key[0])
-            if self._may_go_on(neighbor) and not arrival.done() and neighbor.is_gone(self._key[0]):
+            may_come = neighbor.is_connected and time.monotonic() - began < lenient_s
+            if not may_come and self._may_go_on(neighbor) and not arrival.done() and neighbor.is_gone(self._key[0]):
                 self._node.soon(partial(neighbor.miss if corrects else neighbor.edge.give_up, self._key))
             if self.is_leaving and not (neighbor.is_connected and self._node.has_quorum):
                 raise Left(f"left while waiting for {neighbor.name} in round {self._key[0]}")

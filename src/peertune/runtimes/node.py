@@ -21,6 +21,7 @@ from peertune.errors import CharterError, IdentityError
 from peertune.identity import Identity, certificate_id
 from peertune.memory import keep_freed
 from peertune.runtimes.edge import MAX_FRAME
+from peertune.runtimes.frames import ProtocolError
 from peertune.runtimes.neighbor import Neighbor
 from peertune.runtimes.presence import Presence
 from peertune.runtimes.probe import PROBE, Probe
@@ -31,6 +32,8 @@ CHARTER_KEY = "peertune-charter"
 OPTIONS = [("grpc.max_receive_message_length", MAX_FRAME), ("grpc.max_send_message_length", MAX_FRAME)]
 HANDSHAKE_S = 10.0
 """Seconds after which one who dialled and has not shown a member's key is let go of; gRPC's own choice is 120."""
+EJECTED, TWICE = grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.ALREADY_EXISTS
+"""How a stream ends whose member takes part no more, or whose process is a second one."""
 REDIAL_S = (0.2, 10.0)
 """Seconds between attempts to reach a neighbour: first, and at most; doubled in between."""
 
@@ -64,6 +67,8 @@ class Node:
         self._tasks: list[asyncio.Task[None]] = []
         self._server: Any = None
         self._is_stopping = False
+        self._sent_away: set[int] = set()
+        """Members whose being turned away is written down."""
         self.is_open = False
         """Whether its port is open."""
 
@@ -85,6 +90,14 @@ class Node:
         if neighbor := self.neighbors.get(index):
             neighbor.is_ejected = neighbor.was_seen = True
             neighbor.end()
+
+    @property
+    def turned_away(self) -> str:
+        """Why the others take nothing from this site any more: all it dials say so and nobody else is connected."""
+        reasons = {n.turns_away for index, n in self.neighbors.items() if self.dials(index)}
+        if not reasons or "" in reasons or any(n.is_connected for n in self.neighbors.values()):
+            return ""
+        return "; ".join(sorted(reasons))
 
     @property
     def present(self) -> list[str]:
@@ -191,7 +204,11 @@ class Node:
                     call = channel.stream_stream(METHOD)(metadata=metadata)
                     began = time.monotonic()
                     await neighbor.talk(call.read, call.write)
-                    if call.done() and await call.code() is grpc.StatusCode.FAILED_PRECONDITION:
+                    code = await call.code() if call.done() else None
+                    if code in (EJECTED, TWICE) and not neighbor.turns_away:
+                        neighbor.turns_away = await call.details()
+                        self.log("refused_by", peer=member.name, reason=neighbor.turns_away)
+                    elif code is grpc.StatusCode.FAILED_PRECONDITION:
                         self.log("refused_by", peer=member.name, reason=await call.details())
                     elif time.monotonic() - began > REDIAL_S[1]:
                         wait = REDIAL_S[0]
@@ -207,13 +224,21 @@ class Node:
         (certificate,) = context.auth_context()["x509_pem_cert"]
         try:
             index = self.charter.index_of(certificate_id(certificate))
-            if index in self.presence.ejected:
-                raise CharterError("ejected")
-            return index
         except (CharterError, IdentityError):
             self.log("stranger", peer=context.peer())
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "no member")
             raise
+        if index in self.presence.ejected:
+            await self._turn_away(index, context, EJECTED, "was ejected from this run")
+        return index
+
+    async def _turn_away(self, index: int, context: Any, code: grpc.StatusCode, reason: str) -> None:
+        """End a member's stream; the first time is written down."""
+        name = self.charter.members[index].name
+        if index not in self._sent_away:
+            self._sent_away.add(index)
+            self.log("turned_away", peer=name, reason=reason)
+        await context.abort(code, f"{name} {reason}")
 
     async def _probed(self, _: Any, context: Any) -> None:
         """Let a member measure the line."""
@@ -239,11 +264,25 @@ class Node:
             self.log("refused", peer=self.charter.members[index].name, reason=reason)
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, reason)
         neighbor = self.neighbors.get(index)
-        if neighbor is None or neighbor.is_ejected:
-            self.log("turned_away", peer=self.charter.members[index].name)
-            await context.abort(grpc.StatusCode.PERMISSION_DENIED, "no neighbour")
+        if neighbor is None:
+            await self._turn_away(index, context, grpc.StatusCode.PERMISSION_DENIED, "is no neighbour of this site")
             return
-        await neighbor.talk(context.read, context.write)
+        try:
+            async with asyncio.timeout(self.charter.stall_s):
+                first = await context.read()
+            if first is grpc.aio.EOF:
+                return
+            if neighbor.edge.is_second(first):
+                await context.abort(TWICE, f"{neighbor.name} runs already, as another process")
+        except (TimeoutError, ProtocolError) as error:
+            self.log("refused", peer=neighbor.name, reason=str(error) or "said nothing")
+            return
+        frames = [first]
+
+        async def read() -> Any:
+            return frames.pop() if frames else await context.read()
+
+        await neighbor.talk(read, context.write)
 
 
 class _Handler(grpc.GenericRpcHandler):  # type: ignore[misc]
