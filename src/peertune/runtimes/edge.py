@@ -150,6 +150,8 @@ class Edge:
         self.missed: list[Key] = []
         """Keys that the neighbour is told of as missed, at each new stream; ascending."""
         self.peer_missed: set[Key] = set()
+        self.missed_until = -1
+        """The newest round in which the neighbour went on without this site's message; -1: none."""
         self._joining: tuple[Payload, Callable[[int, Payload | None], None]] | None = None
 
     def connected(self) -> Iterator[bytes]:
@@ -190,14 +192,18 @@ class Edge:
         if incoming is not None:
             incoming.done(None)
 
-    def miss(self, key: Key) -> Iterable[bytes]:
-        """Go on without a message; should it come later, the listener gets it."""
+    def miss(self, key: Key, *, corrects: bool = True) -> Iterable[bytes]:
+        """Go on without a message, and say so.
+
+        Args:
+            corrects: should it come later, the listener gets it; False: it is dropped.
+        """
         incoming = self.inbox.get(key)
         if incoming is None:
             return []  # it has just come
         self.give_up(key)
         self.missed = [*self.missed, key][-MAX_MISSED:]
-        if key not in self.peer_missed:
+        if corrects and key not in self.peer_missed:
             self.late[key] = {name: tensor.detach().cpu() for name, tensor in incoming.like.items()}
             while sum(map(payload_size, self.late.values())) > KEPT_BYTES:
                 del self.late[min(self.late)]
@@ -359,6 +365,7 @@ class Edge:
         if len(self.peer_missed) >= MAX_OFFERS:
             raise ProtocolError(f"went on without more than {MAX_OFFERS} messages")
         self.peer_missed.add(key)
+        self.missed_until = max(self.missed_until, key[0])
         if key in self.outbox:
             self._listener.was_missed(key)
         self.late.pop(key, None)

@@ -114,8 +114,8 @@ class Neighbor(Listener):
     def expect(self, key: Key, like: Payload, done: Callable[[Payload | None], None]) -> None:
         self.try_to_say(partial(self.edge.expect, key, like, done))
 
-    def miss(self, key: Key) -> None:
-        self.say(self.edge.miss(key))
+    def miss(self, key: Key, corrects: bool) -> None:
+        self.say(self.edge.miss(key, corrects=corrects))
 
     def checkpointed(self, round: int) -> None:
         self.say(self.edge.checkpointed(round))

@@ -83,7 +83,9 @@ class NetworkGroup:
         if self._asked is not None and self._asked.is_out_of_reach:
             self.node.soon(self._asked.edge.no_state)
         behind = 0 if ahead is None else max(0, ahead.edge.peer_round - round)
-        falls_back = self._pace.is_too_slow(round, behind)
+        # Where rounds pass without messages, others may be ahead who will wait for this site.
+        is_left_behind = any(neighbor.edge.missed_until >= round for neighbor in self.node.neighbors.values())
+        falls_back = self._pace.is_too_slow(round, behind if is_left_behind else 0)
         if ahead is not None and self._asked is None and behind > 1 and (self._exchange.left_out or falls_back):
             self._asked = ahead
             self.node.log("asked", peer=ahead.name, round=round, behind=behind)
@@ -172,10 +174,10 @@ class Pace:
     def is_too_slow(self, round: int, behind: int) -> bool:
         """Whether it is less than twice as fast as they, over as many rounds as it was behind, at most `PACE_ROUNDS`.
 
-        Those who wait for it do not move, so it is faster than they. Called between all rounds.
+        Called between all rounds.
 
         Args:
-            behind: rounds that the one furthest ahead is ahead.
+            behind: rounds that the one furthest ahead is ahead; 0 where nobody goes on without this site.
         """
         if behind <= 1:
             self._since = None
@@ -290,7 +292,7 @@ class NetworkExchange:
 
         Args:
             lenient_s: seconds for which a neighbour who is within reach, but behind, is waited for.
-            corrects: fetch it later, should it still come.
+            corrects: a message that is gone on without is fetched later, should it still come.
         """
         neighbor, began, told, paused = self._node.neighbors[source], time.monotonic(), False, False
         while True:
@@ -300,7 +302,7 @@ class NetworkExchange:
                 self._node.log("waiting", peer=neighbor.name, round=self._key[0])
             may_come = neighbor.is_connected and time.monotonic() - began < lenient_s
             if not may_come and self._may_go_on(neighbor) and not arrival.done() and neighbor.is_gone(self._key[0]):
-                self._node.soon(partial(neighbor.miss if corrects else neighbor.edge.give_up, self._key))
+                self._node.soon(partial(neighbor.miss, self._key, corrects))
             if self.is_leaving and not (neighbor.is_connected and self._node.has_quorum):
                 raise Left(f"left while waiting for {neighbor.name} in round {self._key[0]}")
             if time.monotonic() - began > patience:
