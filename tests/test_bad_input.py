@@ -80,6 +80,9 @@ CASES = {
     "unknown method": Case(put("algorithm", name="decca"), ["algorithm.name", "deca"]),
     "wrong type": Case(put("run", num_peers="four"), ["run.num_peers", '"four"', "integer"]),
     "boolean for a number": Case(put("algorithm", lr=True), ["algorithm.lr", "true", "number"]),
+    "personal part that is not trained": Case(
+        put("algorithm", local_modules=["lm_head", "no_such_part"]), ["local_modules", "no_such_part", "lm_head."]
+    ),
     "impossible value": Case(put("algorithm", lr=-1.0), ["algorithm.lr", "-1.0", "greater than 0"]),
     "unknown choice": Case(put("topology", kind="rign"), ["topology.kind", "rign", "did you mean ring"]),
     "disconnected graph": Case(put("topology", kind="edges", edges=[[0, 1], [2, 3]]), ["connected"]),

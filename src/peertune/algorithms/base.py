@@ -54,6 +54,7 @@ class Algorithm(ABC):
         self.blocks = self.arrange(peer.blocks)
         parameters = peer.model.parameters()
         self.masters = MasterWeights({n: parameters[n] for block in peer.blocks for n in block.parameters})
+        _require_matches(config.local_modules, list(self.masters))
         self.common = tuple(n for n in self.masters if not any(text in n for text in config.local_modules))
         """Names of what the peers share; the rest, `local_modules`, never leaves its peer."""
         if not self.common:
@@ -152,3 +153,14 @@ class Algorithm(ABC):
         self.masters.remainders = {
             n: tensors[f"remainder/{n}"].clone() for n in self.masters if f"remainder/{n}" in tensors
         }
+
+
+def _require_matches(local_modules: Sequence[str], trained: Sequence[str]) -> None:
+    """Refuse a text of local_modules that no trained parameter's name holds: what it means would travel."""
+    for text in local_modules:
+        if not text or not any(text in name for name in trained):
+            some = ", ".join([*trained[:: max(1, len(trained) // 5)][:5], *trained[-1:]])
+            raise ConfigError(
+                f"algorithm.local_modules: got {text!r}, which is in no name of the {len(trained)} parameters that are"
+                f" trained, expected a part of one, such as of {some}; correct it or leave it out"
+            )
