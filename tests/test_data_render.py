@@ -150,7 +150,7 @@ def test_cutting_never_touches_the_label(
 
 
 def test_a_row_is_cut_alike_whatever_its_label(byte_tokenizer: PreTrainedTokenizerBase) -> None:
-    rows = [labelled("x" * 99, "a"), labelled("x" * 99, "a much longer one")]
+    rows = [labelled("x" * 99, "b"), labelled("x" * 99, "a much longer one")]
     short, long = render(rows, LABELS, byte_tokenizer, 50).samples
     assert short.prompt_length == long.prompt_length
     assert (short.input_ids[: short.prompt_length] == long.input_ids[: long.prompt_length]).all()
@@ -177,6 +177,8 @@ def test_labels_that_cannot_be_used_are_refused(byte_tokenizer: PreTrainedTokeni
         render([labelled("x", "a"), labelled("x", "c")], LABELS, byte_tokenizer, 64, ["a", "b"])
     with pytest.raises(DataError, match="label 'a' the same tokens as 'a'"):
         label_tokens(byte_tokenizer, ["a", "b", "a"])
+    with pytest.raises(DataError, match=r"label 'not sure' with all tokens of label 'not', .* put first"):
+        label_tokens(byte_tokenizer, ["not sure", "yes", "not"])
 
 
 def test_labels_follow_the_cue_in_tokenizers_that_open_each_text_with_a_space() -> None:

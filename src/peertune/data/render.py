@@ -82,7 +82,8 @@ def label_tokens(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> l
     """Token ids of " " + label as they follow "Label:", for each label.
 
     Raises:
-        DataError: a label has no token, or two labels have the same ones.
+        DataError: a label has no token, two labels have the same ones, or one's begin another's: the probability of a
+            label is the product of its tokens', so the longer one could not win.
     """
     cue, *joined = encode(tokenizer, ["Label:", *(f"Label: {label}" for label in labels)])
     # encoded alone, a label would get a second leading space from tokenizers that put one before every text
@@ -95,6 +96,14 @@ def label_tokens(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> l
         if not ids or ids in tokens[:index]:
             other = f"the same tokens as {labels[tokens.index(ids)]!r}" if ids else "no token"
             raise DataError(f"data: the model's tokenizer gives label {labels[index]!r} {other}; rename the label")
+    whole = {tuple(ids): label for label, ids in zip(labels, tokens, strict=True)}
+    for label, ids in zip(labels, tokens, strict=True):
+        shorter = next((whole[start] for end in range(1, len(ids)) if (start := tuple(ids[:end])) in whole), None)
+        if shorter is not None:
+            raise DataError(
+                f"data: the model's tokenizer begins label {label!r} with all tokens of label {shorter!r}, which would"
+                " always be the likelier of the two; rename one, such as by a distinguishing word put first"
+            )
     return tokens
 
 
