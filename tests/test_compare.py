@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from peertune import prepare
 from peertune import run as runs
@@ -23,7 +24,7 @@ from peertune.cli import main
 from peertune.compare import Comparison, Options, compare
 from peertune.compare.budget import with_whole_rounds
 from peertune.compare.stats import paired_interval, pairs, spread
-from peertune.compare.table import verdicts
+from peertune.compare.table import terminal_table, verdicts
 from peertune.config import from_dict
 from peertune.errors import CheckpointError, ConfigError, DataError, DivergedError
 from peertune.prepare import keep_back, prepare_data
@@ -430,6 +431,79 @@ def test_workers_change_nothing_but_the_time(path: Path, tmp_path: Path) -> None
         return rows
 
     assert found("one", 1) == found("two", 2)
+
+
+RECKLESS = "dec_lora:lr=1e30"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_cell_that_diverges_is_marked_and_the_others_are_compared(
+    workers: int, make: Callable[..., tuple[Comparison, Quiet]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def go() -> tuple[Comparison, Quiet]:
+        return make(algorithms=f"{RECKLESS},deca,local", seeds="0,1", workers=workers)
+
+    found, _ = go()
+    assert [row.diverged for row in found.rows] == [(0, 1), (), ()]
+    assert found.rows[0].mean is None and found.rows[1].mean is not None
+    assert [(pair.one, pair.other) for pair in found.pairs] == [("deca", "local")]
+    assert [s for s in found.verdicts if s.startswith(f"{RECKLESS}: training diverged with seed 0, 1; it is left out")]
+    for kind, key in (("table", "mean"), ("cells", "quality")):
+        with found.files[kind].open() as file:
+            lines = list(csv.DictReader(file))
+        assert {line["contestant"] for line in lines if line[key] == "diverged"} == {RECKLESS}
+    assert f"| {RECKLESS} | diverged |" in found.files["markdown"].read_text()
+    assert "<td>diverged</td>" in found.files["page"].read_text()
+    Console().print(terminal_table(found.rows))
+    assert "diverged" in capsys.readouterr().out
+    again, told = go()
+    assert told.cells == [] and again.rows == found.rows, "what diverged is not run again"
+
+
+def test_one_seed_that_diverges_takes_a_contestant_out_of_the_pairs(
+    make: Callable[..., tuple[Comparison, Quiet]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = runs.run
+
+    def failing(config: Any, **options: Any) -> Any:
+        summary = original(config, **options)
+        if (config.algorithm.name, config.run.seed) == ("local", 1):
+            (Path(config.run.out) / "summary.json").unlink()
+            raise DivergedError("the training loss became nan")
+        return summary
+
+    monkeypatch.setattr(runs, "run", failing)
+    found, _ = make(algorithms="deca,local,dpsgd", seeds="0,1")
+    assert "diverged (1 of 2)" in found.files["markdown"].read_text()
+    assert [(pair.one, pair.other) for pair in found.pairs] == [("deca", "dpsgd")]
+    assert found.rows[1].samples == found.rows[0].samples, "of the seed that is left"
+
+
+def test_a_contestant_whose_whole_grid_diverges_is_marked(
+    make: Callable[..., tuple[Comparison, Quiet]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = runs.run
+
+    def failing(config: Any, **options: Any) -> Any:
+        if config.algorithm.name != "local":
+            return original(config, **options)
+        Path(config.run.out).mkdir(parents=True)
+        raise DivergedError("the training loss became nan")
+
+    monkeypatch.setattr(runs, "run", failing)
+    found, told = make(algorithms="local,deca", seeds="0", tune="lr=1e-3,1e-2")
+    assert found.tuned[0].best is None and found.rows[0].tuned == "lr: all diverged"
+    assert [row.diverged for row in found.rows] == [(0,), ()] and "local, seed 0" not in told.cells
+    assert any("diverged with every lr of 0.001, 0.01; tune over smaller" in said for said in found.verdicts)
+
+
+def test_where_all_diverge_or_the_budgets_measure_does_there_is_nothing_to_compare(
+    make: Callable[..., tuple[Comparison, Quiet]],
+) -> None:
+    with pytest.raises(DivergedError, match=r"every contestant and seed.*lower algorithm.lr"):
+        make(algorithms=f"{RECKLESS},dec_lora:lr=1e29", seeds="0")
+    with pytest.raises(DivergedError, match=r"--budget bytes: dec_lora:lr=1e30, the first contestant, diverged"):
+        make(algorithms=f"{RECKLESS},deca", seeds="0", budget="bytes")
 
 
 def test_workers_need_a_thread_count_and_independent_cells(path: Path, tmp_path: Path) -> None:

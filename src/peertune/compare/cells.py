@@ -73,6 +73,15 @@ class Cell:
         return self.points[-1].samples
 
 
+@dataclass(frozen=True, kw_only=True)
+class DivergedCell:
+    """One contestant with one seed, given up because its training diverged."""
+
+    contestant: str
+    seed: int
+    folder: Path
+
+
 def metric_of(summary: Summary) -> str:
     """What is compared: accuracy where there are classes, else the loss."""
     return "accuracy" if "accuracy" in summary["metrics"]["average_model"] else "loss"

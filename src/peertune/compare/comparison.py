@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from peertune.compare import page, table
-from peertune.compare.cells import Cell
+from peertune.compare.cells import Cell, DivergedCell
 from peertune.compare.contestants import read_contestants
 from peertune.compare.grid import Grid, GridProgress, Tuned
 from peertune.compare.options import Options
 from peertune.compare.stats import Pair, pairs
+from peertune.errors import DivergedError
 from peertune.run_folder import storage_errors
 
 
@@ -33,7 +34,8 @@ def compare(options: Options, progress: GridProgress) -> Comparison:
 
     Raises:
         InputError: something given cannot be used; nothing was trained.
-        RunError: a cell had to stop; the same call goes on from its last checkpoint.
+        RunError: a cell had to stop; the same call goes on from its last checkpoint. One that diverges is marked, and
+            is an error only where no cell is left.
     """
     contestants, notes = read_contestants(options)
     grid = Grid(contestants, options, progress)
@@ -44,15 +46,26 @@ def compare(options: Options, progress: GridProgress) -> Comparison:
     return write(options, cells, tuned)
 
 
-def write(options: Options, cells: list[Cell], tuned: list[Tuned]) -> Comparison:
-    """Tables, sentences and the page of finished cells."""
-    by_name: dict[str, list[Cell]] = {}
+def write(options: Options, cells: list[Cell | DivergedCell], tuned: list[Tuned]) -> Comparison:
+    """Tables, sentences and the page of finished cells. Raises DivergedError where there is none."""
+    by_name: dict[str, list[Cell]] = {cell.contestant: [] for cell in cells}
+    lost: dict[str, list[int]] = {cell.contestant: [] for cell in cells}
     for cell in cells:
-        by_name.setdefault(cell.contestant, []).append(cell)
-    metric = cells[0].metric
-    rows = [table.row(name, own, {t.contestant: t for t in tuned}.get(name)) for name, own in by_name.items()]
-    found = pairs({name: [cell.quality for cell in own] for name, own in by_name.items()})
-    verdicts = table.verdicts(found, metric) + table.tuning_notes(tuned)
+        if isinstance(cell, Cell):
+            by_name[cell.contestant].append(cell)
+        else:
+            lost[cell.contestant].append(cell.seed)
+    metric = next((cell.metric for cell in cells if isinstance(cell, Cell)), None)
+    if metric is None:
+        raise DivergedError(
+            f"compare: training diverged with every contestant and seed, so {options.out} has nothing to compare; lower"
+            " algorithm.lr or set algorithm.max_grad_norm, with another --out"
+        )
+    choices = {choice.contestant: choice for choice in tuned}
+    rows = [table.row(name, own, lost[name], metric, choices.get(name)) for name, own in by_name.items()]
+    found = pairs({name: [cell.quality for cell in own] for name, own in by_name.items() if not lost[name]})
+    verdicts = table.verdicts(found, metric) + table.diverged_notes(lost) + table.tuning_notes(tuned)
+    by_name = {name: own for name, own in by_name.items() if own}
     out = options.out
     files = {
         "table": out / "table.csv",
@@ -72,7 +85,7 @@ def write(options: Options, cells: list[Cell], tuned: list[Tuned]) -> Comparison
     }
     texts = {
         "table": table.csv_of_rows(rows),
-        "cells": table.csv_of_cells(cells),
+        "cells": table.csv_of_cells(cells, metric),
         "markdown": table.markdown(rows, found, verdicts, metric),
         "json": json.dumps(record, indent=1) + "\n",
         "page": page.render(options, by_name, rows, found, tuned, verdicts),

@@ -18,7 +18,7 @@ import torch
 from peertune.algorithms import METHODS
 from peertune.algorithms.turns import BlockwiseConfig
 from peertune.compare import budget as budgets
-from peertune.compare.cells import Cell, Summary, is_better, metric_of, quality, read_cell
+from peertune.compare.cells import Cell, DivergedCell, Summary, is_better, metric_of, quality, read_cell
 from peertune.compare.contestants import Contestant
 from peertune.compare.options import Options
 from peertune.compare.workers import carry_out, diverged, play_ahead
@@ -57,7 +57,8 @@ class Tuned:
     values: tuple[float | int, ...]
     qualities: tuple[float | None, ...]
     """On the validation rows, by value; None where training diverged."""
-    best: float | int
+    best: float | int | None
+    """None where training diverged with every value."""
 
     @property
     def is_at_edge(self) -> bool:
@@ -107,13 +108,13 @@ class Grid:
                 for contestant in self.contestants
                 for value in tune.values
             ]
-            self._ahead(ahead, may_diverge=True)
+            self._ahead(ahead)
         for contestant in self.contestants:
             qualities: list[float | None] = []
             best: tuple[Summary, float | int] | None = None
             for value in tune.values:
                 config = self._tuning_config(contestant, value, reference)
-                summary = self._play(config, self._tuning_label(contestant, value), may_diverge=True)
+                summary = None if config is None else self._play(config, self._tuning_label(contestant, value))
                 if summary is None:
                     qualities.append(None)
                     continue
@@ -121,45 +122,48 @@ class Grid:
                 qualities.append(quality(summary, metric_of(summary)))
                 if best is None or _is_preferred(summary, best[0]):
                     best = (summary, value)
-            if best is None:
-                raise DivergedError(
-                    f"{contestant.name}: training diverged with every {tune.key} of {_listed(tune.values)}; tune over"
-                    " smaller values"
-                )
             found.append(
                 Tuned(
                     contestant=contestant.name,
                     key=tune.key,
                     values=tune.values,
                     qualities=tuple(qualities),
-                    best=best[1],
+                    best=None if best is None else best[1],
                 )
             )
         return found
 
-    def play(self, tuned: Sequence[Tuned] = ()) -> list[Cell]:
-        """Run all cells with the chosen settings: seed by seed, the contestants in their order."""
-        chosen = {choice.contestant: choice.best for choice in tuned}
-        cells = []
+    def play(self, tuned: Sequence[Tuned] = ()) -> list[Cell | DivergedCell]:
+        """Run all cells with the chosen settings: seed by seed, the contestants in their order.
+
+        A contestant that diverged with every value it was tuned over is not run again.
+        """
+        chosen = {choice.contestant: choice.best for choice in tuned if choice.best is not None}
+        lost = {choice.contestant for choice in tuned if choice.best is None}
+        cells: list[Cell | DivergedCell] = []
         if self.options.workers > 1:
             self._ahead(
                 [
                     (self._cell_config(contestant, seed, chosen, None), f"{contestant.name}, seed {seed}")
                     for seed in self.options.seeds
                     for contestant in self.contestants
+                    if contestant.name not in lost
                 ]
             )
         for seed in self.options.seeds:
             reference: Summary | None = None
             for contestant in self.contestants:
-                config = self._cell_config(contestant, seed, chosen, reference)
-                summary = self._play(config, f"{contestant.name}, seed {seed}")
-                assert summary is not None
+                name, folder = contestant.name, self._cell_folder(contestant, seed)
+                config = None if name in lost else self._cell_config(contestant, seed, chosen, reference)
+                summary = None if config is None else self._play(config, f"{name}, seed {seed}")
+                if summary is None:
+                    cells.append(DivergedCell(contestant=name, seed=seed, folder=folder))
+                    continue
                 reference = reference or summary
-                cells.append(read_cell(contestant.name, seed, Path(config.run.out), summary))
+                cells.append(read_cell(name, seed, folder, summary))
         return cells
 
-    def _tuning_config(self, contestant: Contestant, value: float | int, reference: Summary | None) -> RunConfig:
+    def _tuning_config(self, contestant: Contestant, value: float | int, reference: Summary | None) -> RunConfig | None:
         tune = self.options.tune
         assert tune is not None
         folder = self.options.out / "tune" / contestant.slug / _spell(tune.key, value)
@@ -171,7 +175,7 @@ class Grid:
 
     def _cell_config(
         self, contestant: Contestant, seed: int, chosen: Mapping[str, float | int], reference: Summary | None
-    ) -> RunConfig:
+    ) -> RunConfig | None:
         value = chosen.get(contestant.name)
         return self._fitted(contestant, seed, value, reference, self._cell_folder(contestant, seed))
 
@@ -192,12 +196,15 @@ class Grid:
         folder: Path,
         *,
         validation: bool = False,
-    ) -> RunConfig:
-        """A cell's recipe, its number of steps fitted to the budget.
+    ) -> RunConfig | None:
+        """A cell's recipe, its number of steps fitted to the budget; None where its probe diverged.
 
         Args:
             value: of the key that is tuned.
-            reference: the first contestant's cell of the same kind; None for that cell itself.
+            reference: the first contestant's cell of the same kind; None for that cell itself, and where it diverged.
+        Raises:
+            ConfigError: under a budget of bytes, the first contestant sends nothing.
+            DivergedError: the first contestant diverged, so what it spends is not known.
         """
         config = self._config(contestant, seed, value, folder, validation)
         algorithm, blocks = config.algorithm, self.num_blocks[contestant.name]
@@ -207,7 +214,12 @@ class Grid:
         )
         if self.options.budget == "samples" or contestant is first:
             return _with_algorithm(config, algorithm.with_steps(steps, blocks))
-        assert reference is not None
+        if reference is None:
+            raise DivergedError(
+                f"--budget {self.options.budget}: {first.name}, the first contestant, diverged (seed {seed}), so what"
+                " the others may spend is not known; name another first, lower its algorithm.lr, or take --budget"
+                " samples, with another --out"
+            )
         # Found out before the probe is run: nothing can be fitted into no bytes.
         if self.options.budget == "bytes" and budgets.bytes_a_peer(reference) == 0:
             raise ConfigError(
@@ -216,7 +228,8 @@ class Grid:
         probe = self._probe(contestant, seed, value, self._fit(algorithm, max(1, steps // budgets.PROBE_SHARE), blocks))
         taken = probe.algorithm.num_steps(blocks)
         summary = self._play(probe, f"{contestant.name}, seed {seed}, probe")
-        assert summary is not None
+        if summary is None:
+            return None
         if self.options.budget == "bytes":
             events = read_run(Path(probe.run.out))
             steps = budgets.steps_for_bytes(budgets.bytes_a_peer(reference), summary, events, taken, steps)
@@ -256,25 +269,26 @@ class Grid:
         evaluation = config.eval.model_copy(update={"every": 0, "points": 0, "split": "test"})
         return _with_algorithm(config, algorithm).model_copy(update={"data": data, "eval": evaluation})
 
-    def _play(self, config: RunConfig, label: str, *, may_diverge: bool = False) -> Summary | None:
+    def _play(self, config: RunConfig, label: str) -> Summary | None:
         """One run: taken as it is where it is finished, else begun or gone on with; None where it diverged."""
         self._number += 1
         folder = RunFolder(Path(config.run.out))
         folder.check(config.to_dict(), resume=True)
         if folder.summary.exists():
             return folder.read_summary()
-        if may_diverge and diverged(folder.path):
+        if diverged(folder.path):
             return None
         release()
         with self.progress.cell(label, self._number, self.num_cells) as progress:
-            summary = carry_out(config, self.base, label, may_diverge, _Once(progress, self._heard))
+            summary = carry_out(config, self.base, _Once(progress, self._heard))
         if summary is None:
-            self.progress.note(f"{label}: diverged, so it is not chosen")
+            self.progress.note(f"{label}: diverged")
         return summary
 
-    def _ahead(self, cells: Sequence[tuple[RunConfig, str]], *, may_diverge: bool = False) -> None:
+    def _ahead(self, cells: Sequence[tuple[RunConfig | None, str]]) -> None:
         """Run what is not finished with all workers; `_play` then finds it. For --budget samples, as checked above."""
-        play_ahead(cells, self.base, self.options.workers, self.progress.note, may_diverge=may_diverge)
+        known = [(config, label) for config, label in cells if config is not None]
+        play_ahead(known, self.base, self.options.workers, self.progress.note)
 
     def _cell_folder(self, contestant: Contestant, seed: int) -> Path:
         return self.options.out / "cells" / contestant.slug / f"seed-{seed}"
@@ -334,6 +348,7 @@ class Grid:
                 for contestant in self.contestants:
                     folder = self._cell_folder(contestant, seed)
                     config = self._fitted(contestant, seed, None, None, folder)
+                    assert config is not None  # no probe is needed
                     RunFolder(folder).check(config.to_dict(), resume=True)
 
 
@@ -365,7 +380,3 @@ def _is_preferred(one: Summary, other: Summary) -> bool:
 
 def _spell(key: str, value: float | int) -> str:
     return f"{key}-{value:g}"
-
-
-def _listed(values: Sequence[float | int]) -> str:
-    return ", ".join(f"{value:g}" for value in values)

@@ -52,10 +52,14 @@ def render(
     tuned: Sequence[Tuned],
     verdicts: Sequence[str],
 ) -> str:
-    """The page as a string."""
+    """The page as a string.
+
+    Args:
+        cells: the finished ones, by contestant; who has none is in the table only.
+    """
     metric = rows[0].metric
-    title = " · ".join(esc(name, 40) for name in cells)
-    colors = {name: peer_color(i) for i, name in enumerate(cells)}
+    title = " · ".join(esc(row.contestant, 40) for row in rows)
+    colors = {row.contestant: peer_color(i) for i, row in enumerate(rows)}
     sections = {id: name for id, name in SECTIONS.items() if id != "tuning" or tuned}
     links = "".join(f'<a href="#{id}">{name}</a>' for id, name in sections.items())
     direction = "higher" if shown(metric).share else "lower"
@@ -213,10 +217,12 @@ def _tuning(tuned: Sequence[Tuned], metric: str) -> str:
     head = ["method", *(esc(f"{tuned[0].key} = {value:g}") for value in tuned[0].values), "chosen"]
     body = []
     for choice in tuned:
-        texts = ["diverged" if q is None else shown(metric).show(q) for q in choice.qualities]
-        best = choice.values.index(choice.best)
-        texts[best] = f"<b>{texts[best]}</b>"
-        chosen = f"{choice.best:g}" + (" (the grid's edge)" if choice.is_at_edge else "")
+        texts = [table.DIVERGED if q is None else shown(metric).show(q) for q in choice.qualities]
+        chosen = "none"
+        if choice.best is not None:
+            best = choice.values.index(choice.best)
+            texts[best] = f"<b>{texts[best]}</b>"
+            chosen = f"{choice.best:g}" + (" (the grid's edge)" if choice.is_at_edge else "")
         body.append([esc(choice.contestant, 80), *texts, chosen])
     return html_table(head, body)
 

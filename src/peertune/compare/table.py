@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from peertune.compare.cells import Cell, is_better, shown
+from peertune.compare.cells import Cell, DivergedCell, is_better, shown
 from peertune.compare.grid import Tuned
 from peertune.compare.stats import LEVEL, Pair, mean, spread
 from peertune.report.results import Metric
@@ -20,34 +20,38 @@ from peertune.report.text import NONE, count, duration, memory, number, percent,
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One contestant over all seeds."""
+    """One contestant over all seeds. Where some diverged, there is no quality, and what was spent is the others'."""
 
     contestant: str
     num_seeds: int
     metric: str
-    mean: float
-    """Of the metric over seeds; where peers never agree, first over peers."""
+    mean: float | None
+    """Of the metric over seeds; where peers never agree, first over peers. None where a seed diverged."""
     spread: float | None
     """Sample standard deviation over seeds."""
-    worst_peer: float
+    worst_peer: float | None
     """Mean over seeds of the worst peer's own model."""
     macro_f1: float | None
     """Mean over seeds; None where there are no classes."""
-    samples: float
-    """Drawn by a peer."""
-    bytes_sent: float
+    samples: float | None
+    """Drawn by a peer; this and the next ones are None where all seeds diverged."""
+    bytes_sent: float | None
     """By a peer, the final agreement included."""
-    peak_memory_bytes: int
+    peak_memory_bytes: int | None
     """Of the whole simulation, all peers in one process; the most over seeds."""
-    cpu_s: float
+    cpu_s: float | None
     """CPU seconds of a peer's training."""
-    simulated_s: float
+    simulated_s: float | None
     lambda2: float | None
     """Second eigenvalue of W, mean over seeds; None where the method has no W."""
     tuned: str
     """The chosen setting; empty where none was tuned."""
+    diverged: tuple[int, ...] = ()
+    """Seeds with which training diverged."""
 
 
+DIVERGED = "diverged"
+"""Stands in tables in the place of a number that there is none of."""
 HEAD = {
     "contestant": "method",
     "mean": "",
@@ -64,27 +68,46 @@ HEAD = {
 """Titles of the columns; samples, bytes and CPU time are a peer's. The metric's own title stands for the empty one."""
 
 
-def row(contestant: str, cells: Sequence[Cell], tuned: Tuned | None) -> Row:
-    """One contestant's cells as a row."""
-    qualities = [cell.quality for cell in cells]
+def row(contestant: str, cells: Sequence[Cell], diverged: Sequence[int], metric: str, tuned: Tuned | None) -> Row:
+    """One contestant's cells as a row.
+
+    Args:
+        cells: the finished ones.
+        diverged: the seeds of the others.
+    """
+    whole = [] if diverged else cells
+    qualities = [cell.quality for cell in whole]
     lambda2 = [cell.summary["lambda2"] for cell in cells]
-    f1 = [cell.f1 for cell in cells if cell.f1 is not None]
+    f1 = [cell.f1 for cell in whole if cell.f1 is not None]
+
+    def over_seeds(value: Callable[[Cell], float], of: Sequence[Cell] = cells) -> float | None:
+        return mean([value(cell) for cell in of]) if of else None
+
     return Row(
         contestant=contestant,
-        num_seeds=len(cells),
-        metric=cells[0].metric,
-        mean=mean(qualities),
-        spread=spread(qualities),
-        worst_peer=mean([cell.worst_peer for cell in cells]),
+        num_seeds=len(cells) + len(diverged),
+        metric=metric,
+        mean=mean(qualities) if whole else None,
+        spread=spread(qualities) if whole else None,
+        worst_peer=over_seeds(lambda cell: cell.worst_peer, whole),
         macro_f1=mean(f1) if f1 else None,
-        samples=mean([cell.samples for cell in cells]),
-        bytes_sent=mean([cell.bytes_sent for cell in cells]),
-        peak_memory_bytes=max(int(cell.summary["peak_memory_bytes"]) for cell in cells),
-        cpu_s=mean([cell.cpu_s for cell in cells]),
-        simulated_s=mean([float(cell.summary["simulated_s"]) for cell in cells]),
-        lambda2=None if None in lambda2 else mean(lambda2),
-        tuned="" if tuned is None else f"{tuned.key} = {tuned.best:g}" + (" (edge)" if tuned.is_at_edge else ""),
+        samples=over_seeds(lambda cell: cell.samples),
+        bytes_sent=over_seeds(lambda cell: cell.bytes_sent),
+        peak_memory_bytes=max((int(cell.summary["peak_memory_bytes"]) for cell in cells), default=None),
+        cpu_s=over_seeds(lambda cell: cell.cpu_s),
+        simulated_s=over_seeds(lambda cell: float(cell.summary["simulated_s"])),
+        lambda2=None if None in lambda2 or not lambda2 else mean(lambda2),
+        tuned=_chosen(tuned),
+        diverged=tuple(diverged),
     )
+
+
+def _chosen(tuned: Tuned | None) -> str:
+    if tuned is None:
+        return ""
+    if tuned.best is None:
+        return f"{tuned.key}: all {DIVERGED}"
+    return f"{tuned.key} = {tuned.best:g}" + (" (edge)" if tuned.is_at_edge else "")
 
 
 def cells_of(row: Row, keys: Sequence[str]) -> list[str]:
@@ -93,9 +116,9 @@ def cells_of(row: Row, keys: Sequence[str]) -> list[str]:
     texts = {
         "contestant": row.contestant,
         "mean": _with_spread(row, metric),
-        "worst_peer": metric.show(row.worst_peer),
+        "worst_peer": NONE if row.worst_peer is None else metric.show(row.worst_peer),
         "macro_f1": NONE if row.macro_f1 is None else shown("macro_f1").show(row.macro_f1),
-        "samples": count(row.samples),
+        "samples": NONE if row.samples is None else count(row.samples),
         "bytes_sent": traffic(row.bytes_sent),
         "peak_memory_bytes": memory(row.peak_memory_bytes),
         "cpu_s": duration(row.cpu_s),
@@ -107,7 +130,10 @@ def cells_of(row: Row, keys: Sequence[str]) -> list[str]:
 
 
 def _with_spread(row: Row, metric: Metric) -> str:
-    """ "61.1 ± 4.8 %": the unit once."""
+    """ "61.1 ± 4.8 %": the unit once; "diverged (1 of 3)" where seeds did."""
+    if row.mean is None:
+        is_part = len(row.diverged) < row.num_seeds
+        return DIVERGED + (f" ({len(row.diverged)} of {row.num_seeds})" if is_part else "")
     if row.spread is None:
         return metric.show(row.mean)
     center = metric.show(row.mean).removesuffix("%").rstrip() if metric.share else metric.show(row.mean)
@@ -150,32 +176,38 @@ def terminal_table(rows: Sequence[Row]) -> Table:
 
 def csv_of_rows(rows: Sequence[Row]) -> str:
     """Plain numbers, a line a contestant; units stand in the names: _bytes, _s."""
-    return _csv([asdict(each) for each in rows])
+    lines = []
+    for each in rows:
+        marks = {"mean": DIVERGED, "worst_peer": DIVERGED} if each.diverged else {}
+        lines.append(asdict(each) | marks | {"diverged": " ".join(map(str, each.diverged))})
+    return _csv(lines)
 
 
-def csv_of_cells(cells: Sequence[Cell]) -> str:
-    """Plain numbers, a line a contestant and seed."""
-    return _csv(
-        [
-            {
-                "contestant": cell.contestant,
-                "seed": cell.seed,
-                "metric": cell.metric,
-                "quality": cell.quality,
-                "worst_peer": cell.worst_peer,
-                "macro_f1": cell.f1,
-                "samples": cell.samples,
-                "bytes_sent": cell.bytes_sent,
-                "peak_memory_bytes": cell.summary["peak_memory_bytes"],
-                "cpu_s": cell.cpu_s,
-                "simulated_s": cell.summary["simulated_s"],
-                "rounds": cell.summary["rounds"],
-                "lr": cell.summary["config"]["algorithm"]["lr"],
-                "folder": str(cell.folder),
-            }
-            for cell in cells
-        ]
-    )
+def csv_of_cells(cells: Sequence[Cell | DivergedCell], metric: str) -> str:
+    """Plain numbers, a line a contestant and seed; of one that diverged, only that it did."""
+    lines: list[dict[str, object]] = []
+    for cell in cells:
+        line = {"contestant": cell.contestant, "seed": cell.seed, "metric": metric, "quality": DIVERGED}
+        if isinstance(cell, Cell):
+            line |= _measured(cell)
+        lines.append(line | {"folder": str(cell.folder)})
+    keys = list(dict.fromkeys(key for line in lines for key in line if key != "folder"))
+    return _csv([{key: line.get(key) for key in [*keys, "folder"]} for line in lines])
+
+
+def _measured(cell: Cell) -> dict[str, object]:
+    return {
+        "quality": cell.quality,
+        "worst_peer": cell.worst_peer,
+        "macro_f1": cell.f1,
+        "samples": cell.samples,
+        "bytes_sent": cell.bytes_sent,
+        "peak_memory_bytes": cell.summary["peak_memory_bytes"],
+        "cpu_s": cell.cpu_s,
+        "simulated_s": cell.summary["simulated_s"],
+        "rounds": cell.summary["rounds"],
+        "lr": cell.summary["config"]["algorithm"]["lr"],
+    }
 
 
 def markdown(rows: Sequence[Row], found: Sequence[Pair], sentences: Sequence[str], metric: str) -> str:
@@ -233,11 +265,30 @@ def verdicts(found: Sequence[Pair], metric: str) -> list[str]:
     return sentences
 
 
+def diverged_notes(lost: Mapping[str, Sequence[int]]) -> list[str]:
+    """Who is not in the pairs, because training diverged.
+
+    Args:
+        lost: by contestant, the seeds with which it did.
+    """
+    return [
+        f"{name}: training diverged with seed {', '.join(map(str, seeds))}; it is left out of the pairs, and what is"
+        " shown of it is of its other seeds."
+        for name, seeds in lost.items()
+        if seeds
+    ]
+
+
 def tuning_notes(tuned: Sequence[Tuned]) -> list[str]:
     """What was chosen, and where the best may lie outside the grid."""
     sentences = []
     for choice in tuned:
         listed = ", ".join(f"{value:g}" for value in choice.values)
+        if choice.best is None:
+            sentences.append(
+                f"{choice.contestant}: training diverged with every {choice.key} of {listed}; tune over smaller values."
+            )
+            continue
         said = f"{choice.contestant}: {choice.key} = {choice.best:g} of {listed}, chosen on validation rows"
         if len(choice.values) == 1:
             said += "; the grid has one value, so nothing was chosen between"

@@ -23,24 +23,16 @@ def diverged(folder: Path) -> bool:
     return (folder / _DIVERGED).exists()
 
 
-def carry_out(
-    config: RunConfig, base: Path, label: str, may_diverge: bool, progress: Progress | None = None
-) -> Summary | None:
-    """One run, begun or gone on with; None where it diverged and may.
-
-    Raises:
-        DivergedError: it diverged and may not.
-    """
+def carry_out(config: RunConfig, base: Path, progress: Progress | None = None) -> Summary | None:
+    """One run, begun or gone on with; None where it diverged, which its folder then says."""
     folder = RunFolder(Path(config.run.out))
     try:
         summary = runs.run(config, base=base, resume=folder.holds_run, progress=progress)
     except DivergedError as error:
-        if not may_diverge:
-            raise DivergedError(f"{label}: {error}") from error
+        summary = None
         with storage_errors(folder.path):
             (folder.path / _DIVERGED).write_text(f"{error}\n", encoding="utf-8")
-        return None
-    # A grid's checkpoints would fill a disk; a finished run needs none.
+    # A grid's checkpoints would fill a disk; a finished run needs none, and one that diverged would do so again.
     shutil.rmtree(folder.checkpoints, ignore_errors=True)
     return summary
 
@@ -50,8 +42,6 @@ def play_ahead(
     base: Path,
     workers: int,
     note: Callable[[str], None],
-    *,
-    may_diverge: bool,
 ) -> None:
     """Carry out the cells that are not finished, each in a fresh process, so that none inherits another's memory.
 
@@ -65,15 +55,15 @@ def play_ahead(
     todo = []
     for config, label in cells:
         folder = RunFolder(Path(config.run.out))
-        if not folder.summary.exists() and not (may_diverge and diverged(folder.path)):
+        if not folder.summary.exists() and not diverged(folder.path):
             todo.append((config, label))
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn, max_tasks_per_child=1) as pool:
-        futures = {pool.submit(carry_out, config, base, label, may_diverge): label for config, label in todo}
+        futures = {pool.submit(carry_out, config, base): label for config, label in todo}
         try:
             for number, future in enumerate(as_completed(futures), 1):
-                future.result()
-                note(f"{futures[future]}: done ({number} of {len(todo)})")
+                outcome = "diverged" if future.result() is None else "done"
+                note(f"{futures[future]}: {outcome} ({number} of {len(todo)})")
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
