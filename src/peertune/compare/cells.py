@@ -52,8 +52,8 @@ class Cell:
 
     @property
     def peers(self) -> list[float]:
-        """The metric of each peer's own model, before any final agreement."""
-        return [peer[self.metric] for peer in self.summary["metrics"]["peers"]]
+        """The metric of each peer's own model: before any final agreement, or with its personal parts after it."""
+        return [peer[self.metric] for peer in _own(self.summary)]
 
     @property
     def worst_peer(self) -> float:
@@ -97,12 +97,22 @@ def shown(metric: str) -> Metric:
 
 
 def quality(summary: Summary, metric: str) -> float:
-    """The metric of what a peer ends with: the agreed model; without agreement, its own, mean over peers."""
-    metrics = summary["metrics"]
-    if _agrees(summary):
-        return float(metrics["average_model"][metric])
-    own = [peer[metric] for peer in metrics["peers"]]
+    """The metric of what a peer ends with: the agreed model; without one, or with personal parts, the peers' mean."""
+    if _has_one_model(summary):
+        return float(summary["metrics"]["average_model"][metric])
+    own = [peer[metric] for peer in _own(summary)]
     return float(sum(own) / len(own))
+
+
+def _own(summary: Summary) -> list[dict[str, float]]:
+    """Metrics of the peers' own models: with personal parts on the common model, else before any agreement."""
+    metrics = summary["metrics"]
+    return list(metrics.get("personal") or metrics["peers"])
+
+
+def _has_one_model(summary: Summary) -> bool:
+    """Whether what all peers end with is one model, without personal parts."""
+    return _agrees(summary) and not summary["metrics"].get("personal")
 
 
 def _agrees(summary: Summary) -> bool:
@@ -142,8 +152,8 @@ def _points(run: Run, summary: Summary, metric: str) -> list[Point]:
     points = []
     for evaluation in run.evaluations:
         ends = evaluation.round >= last
-        # On the way only the average model is measured, and where peers never agree nobody holds that.
-        alone = run.num_models > 1 and not _agrees(summary)
+        # On the way only the average model is measured; without agreement, or with personal parts, nobody holds that.
+        alone = run.num_models > 1 and not _has_one_model(summary)
         if metric not in evaluation.average_model or (alone and evaluation.round > 0 and not ends):
             continue
         points.append(

@@ -97,12 +97,14 @@ def render(
 
 
 _TABLE_LEAD = (
-    "Quality of what peers end with: the agreed model, or without agreement each peer's own, on average. Worst peer:"
-    " the worst of the peers' own models before agreement, mean over seeds. CPU time is that of local training."
+    "Quality of what peers end with: the agreed model, or without agreement or with personal parts each peer's own, on"
+    " average. Worst peer: the worst of the peers' own models, before agreement where there are no personal parts, mean"
+    " over seeds. CPU time is that of local training."
 )
 _MEMORY_LEAD = "Peak of the whole simulation: all peers in one process, the base model included."
 _PEERS_LEAD = (
-    "Dots: each peer's own model before agreement, all seeds. Tick: what the contestant ends with, mean over seeds."
+    "Dots: each peer's own model, before agreement where there are no personal parts, all seeds. Tick: what the"
+    " contestant ends with, mean over seeds."
 )
 _PAIRS_LEAD = (
     "Runs of one seed share partition, graph and batches, but for what a name sets, so differences are taken seed by"
