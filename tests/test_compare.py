@@ -378,6 +378,9 @@ BAD = {
     "seeds no numbers": ([*ONE, "--algorithms", "deca,local", "--seeds", "0,x"], ["--seeds", "0,x"]),
     "a seed twice": ([*ONE, "--algorithms", "deca,local", "--seeds", "1,1"], ["--seeds", "1 twice"]),
     "unknown budget": ([*ONE, "--algorithms", "deca,local", "--budget", "euros"], ["--budget", "euros", "samples"]),
+    "epochs are not counted": (
+        [*ONE, "--algorithms", "deca,fedavg:local_epochs=1"], ["--budget samples", "local_epochs = 1", "local_steps"]
+    ),
     "tune no key": ([*ONE, "--algorithms", "deca,local", "--tune", "pace=1,2"], ["--tune pace", "deca", "lr"]),
     "tune no number": ([*ONE, "--algorithms", "deca,local", "--tune", "lr=fast"], ["--tune", "lr=fast"]),
     "tune impossible": ([*ONE, "--algorithms", "deca,local", "--tune", "lr=-1"], ["algorithm.lr", "-1", "greater"]),

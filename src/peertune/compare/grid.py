@@ -87,6 +87,8 @@ class Grid:
         if first.eval.split == "test" and not first.data.test:
             raise ConfigError("data.test: got none, expected held-out rows to compare on; set it, or eval.split")
         self.validation_rows = first.data.validation_rows
+        if options.budget == "samples":
+            self._check_epochs()
         if options.tune is not None:
             self._check_tune()
             self.validation_rows = self.validation_rows or self._rows_for_tuning()
@@ -292,6 +294,24 @@ class Grid:
 
     def _cell_folder(self, contestant: Contestant, seed: int) -> Path:
         return self.options.out / "cells" / contestant.slug / f"seed-{seed}"
+
+    def _check_epochs(self) -> None:
+        """Refuse passes over a peer's own data, whose steps nobody has counted, unless all take the same."""
+        paces = set()
+        for contestant in self.contestants:
+            algorithm = contestant.config.algorithm
+            keys = ("local_epochs", "rounds", "local_steps", "grad_accumulation", "participation")
+            paces.add(tuple(getattr(algorithm, key, None) for key in keys))
+        tune = self.options.tune
+        for contestant in self.contestants:
+            epochs = getattr(contestant.config.algorithm, "local_epochs", 0)
+            is_tuned = tune is not None and tune.key == "local_epochs"
+            if (epochs and len(paces) > 1) or is_tuned:
+                raise ConfigError(
+                    f"--budget samples: {contestant.name} has algorithm.local_epochs"
+                    f" {'tuned' if is_tuned else f'= {epochs}'}, whose samples depend on how much each peer holds,"
+                    " expected 0; set algorithm.local_steps instead"
+                )
 
     def _check_tune(self) -> None:
         tune = self.options.tune
