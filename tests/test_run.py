@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peertune import checkpoint
+from peertune import run as runs
 from peertune.algorithms import ALGORITHMS
 from peertune.checkpoint import CheckpointStore
 from peertune.errors import CheckpointError, ConfigError, DivergedError, StorageError
 from peertune.evaluation import measure
+from peertune.lock import FolderLock
 from peertune.run import run
 from tests.recipes import recipe, tree
 
@@ -206,6 +208,28 @@ def test_a_folder_that_holds_a_run_is_refused(tmp_path: Path, micro_model: Path)
     with pytest.raises(CheckpointError, match=r"algorithm.lr = 0.01, got 0.5"):
         run(recipe(tmp_path, micro_model, algorithm={"lr": 0.5}), resume=True)
     assert (tmp_path / "out" / "events.jsonl").read_bytes() == before
+
+
+def test_a_run_that_was_finished_while_a_second_one_loaded_is_left_as_it_is(
+    tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second looked before the first had ended, and gets the lock after it."""
+    config, out, load = recipe(tmp_path, micro_model), tmp_path / "out", runs.prepare_model
+    run(config)
+    files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    (out / "summary.json").unlink()
+    first = FolderLock(out)
+    first.acquire()
+
+    def end_of_the_first(*arguments: Any) -> torch.nn.Module:
+        (out / "summary.json").write_bytes(files[out / "summary.json"])
+        first.release()
+        return load(*arguments)
+
+    monkeypatch.setattr(runs, "prepare_model", end_of_the_first)
+    with pytest.raises(CheckpointError, match="another process has finished this run while this one was starting"):
+        run(config, resume=True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
 
 
 def interrupt(tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch, after: int = 8) -> None:

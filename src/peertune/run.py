@@ -152,9 +152,9 @@ def run(
     counts = [len(rendered.samples) for rendered in data.train.values()] if site is None else site.counts
     notes = [*notes, *data.notes]
     try:
-        return Run(config, folder, data, module, counts, progress, notes, base or Path(), connect, placed).carry_out(
-            resume
-        )
+        return Run(
+            config, folder, data, module, counts, progress, notes, base or Path(), connect, placed, resume
+        ).carry_out(resume)
     finally:
         folder.lock.release()
 
@@ -174,6 +174,7 @@ class Run:
         base: Path = Path(),
         connect: Connect = SimulatedGroup,
         device: torch.device | None = None,
+        resume: bool = False,
     ) -> None:
         self.config, self.folder, self.data, self.progress, self.notes = config, folder, data, progress, notes
         self.device, self.base = device or next(module.parameters()).device, base
@@ -201,6 +202,9 @@ class Run:
             folder.refused = lambda error: progress.note(f"warning: {error}; until then the run goes on without a log")
         if self.group.is_recorder and folder.is_written:
             folder.lock.acquire()  # before anything connects or is written
+            # Once more: another process may have been at work on it while this one loaded.
+            folder.check(config.to_dict(), resume)
+            folder.require_unfinished()
         told = self.group.gather([True] * len(self.group.hosted))
         self.num_stored = len(told) - told.count(None)
         """Members whose checkpoints lie in this run's folder: at a site of a consortium, its own only."""

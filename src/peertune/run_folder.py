@@ -74,6 +74,14 @@ class RunFolder:
                     f" got {json.dumps(now.get(key))}; resume with the same recipe, or name another folder with --out"
                 )
 
+    def require_unfinished(self) -> None:
+        """Raises CheckpointError where the run's summary is there, so that its model is not written over."""
+        if self.summary.exists():
+            raise CheckpointError(
+                f"{self.path}: another process has finished this run while this one was starting; its model was left"
+                " as it is: look at it there, or name another folder with --out"
+            )
+
     def require_space(self, num_bytes: int) -> None:
         """Raises CheckpointError where the disk cannot hold `num_bytes`, what the run has written already included."""
         free = shutil.disk_usage(nearest_existing(self.path)).free
