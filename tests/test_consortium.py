@@ -602,6 +602,36 @@ def test_a_charter_holds_only_whole_signed_and_unaltered(tmp_path: Path) -> None
         charter.signed(make_identity(tmp_path / "stranger"))
 
 
+def test_signing_takes_over_signatures_that_hold_and_refuses_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of copies that were signed at the same time; an altered or expired one gets no further signature."""
+    charter, paths = make_charter(tmp_path, ["a", "b", "c"]), {name: tmp_path / f"{name}.toml" for name in "abc"}
+
+    def sign(name: str, *copies: Path) -> int:
+        arguments = ["charter", "sign", *map(str, (paths[name], *copies))]
+        return main([*arguments, "--identity", str(tmp_path / name)])
+
+    for path in paths.values():
+        write_charter(charter, path)
+    assert sign("a") == sign("b") == 0
+    assert "signed by b; missing: a, c" in capsys.readouterr().out
+    with pytest.raises(CharterError, match="a, c have not signed it"):
+        read_charter(paths["b"]).check()
+    assert sign("c", paths["a"], paths["b"]) == 0
+    assert "signed by a, b, c; missing: nobody" in capsys.readouterr().out
+    read_charter(paths["c"]).check()
+    paths["a"].write_text(paths["a"].read_text().replace("quorum = 1", "quorum = 2"))
+    before = paths["b"].read_bytes()
+    assert sign("b", paths["a"]) == 2 and "is another charter than" in capsys.readouterr().err
+    assert paths["b"].read_bytes() == before
+    paths["b"].write_bytes(altered := paths["a"].read_bytes())
+    assert sign("b") == 2 and "it was altered after a signed it" in capsys.readouterr().err
+    write_charter(charter.model_copy(update={"expires": date(2001, 1, 1)}), paths["c"])
+    assert sign("c") == 2 and "expired on 2001-01-01" in capsys.readouterr().err
+    assert paths["b"].read_bytes() == altered and not read_charter(paths["c"]).signatures
+
+
 def test_nothing_may_stand_beside_a_certificate(tmp_path: Path) -> None:
     """It would be trusted too, and whoever owns it could take the member's place."""
     charter = make_charter(tmp_path, ["a", "b"])

@@ -111,6 +111,16 @@ class Charter(Section):
         Raises:
             CharterError: it says which, and by whom.
         """
+        self.check_validity(today)
+        if missing := self.unsigned():
+            have = "has" if len(missing) == 1 else "have"
+            raise CharterError(
+                f"charter: {', '.join(missing)} {have} not signed it; there: `peertune charter sign CHARTER.toml`"
+            )
+        self.check_signatures()
+
+    def check_validity(self, today: date | None = None) -> None:
+        """Raises CharterError where it has expired, or is for another version."""
         today = today or datetime.now(UTC).date()
         if today > self.expires:
             raise CharterError(f"charter: expired on {self.expires}; write a new one and have it signed")
@@ -118,23 +128,36 @@ class Charter(Section):
             raise CharterError(
                 f"charter: is for peertune {self.version}, this is {peertune.__version__}; all sites need the same"
             )
+
+    def check_signatures(self, what: str = "charter", *, but: str = "") -> None:
+        """Refuse signatures that do not hold; who has not signed yet is passed over.
+
+        Args:
+            what: begins the message.
+            but: id of a member whose signature is not looked at.
+        Raises:
+            CharterError: it says whose does not, and why.
+        """
         for member in self.members:
             found = self.signatures.get(member.name)
-            if found is None:
-                raise CharterError(
-                    f"charter: {member.name} has not signed it; there: `peertune charter sign CHARTER.toml`"
-                )
+            if found is None or member.id == but:
+                continue
             certificate = found.certificate.encode()
             if certificate_id(certificate) != member.id:
                 raise CharterError(
-                    f"charter: {member.name}'s signature is by another key than its id says; ask who wrote it"
+                    f"{what}: {member.name}'s signature is by another key than its id says; ask who wrote it"
                 )
             if not is_single(certificate):
-                raise CharterError(f"charter: beside {member.name}'s certificate stands another; have it signed anew")
+                raise CharterError(f"{what}: beside {member.name}'s certificate stands another; have it signed anew")
             if not is_signed(certificate, found.signature, self.digest()):
                 raise CharterError(
-                    f"charter: it was altered after {member.name} signed it; have the whole of it signed again"
+                    f"{what}: it was altered after {member.name} signed it; get the file anew that was signed, or"
+                    " delete its signatures and have the whole of it signed again"
                 )
+
+    def unsigned(self) -> list[str]:
+        """Names of the members of whom there is no signature."""
+        return [member.name for member in self.members if member.name not in self.signatures]
 
     def config(self, methods: Methods) -> RunConfig:
         """The recipe, without the sites' own keys."""

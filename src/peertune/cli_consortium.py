@@ -83,6 +83,7 @@ def add_consortium(commands: Any) -> None:
     new.set_defaults(command=_charter_new)
     sign = actions.add_parser("sign", help="add this site's signature")
     sign.add_argument("charter", metavar="CHARTER.toml")
+    sign.add_argument("copies", nargs="*", metavar="COPY.toml", help="others' copies of it, to take signatures from")
     own(sign)
     sign.set_defaults(command=_charter_sign)
 
@@ -133,9 +134,11 @@ def _charter_sign(options: argparse.Namespace, console: Console) -> None:
     from peertune.consortium import sign_charter
     from peertune.identity import default_folder
 
-    charter = sign_charter(Path(options.charter), Path(options.identity) if options.identity else default_folder())
-    missing = [member.name for member in charter.members if member.name not in charter.signatures]
-    print(f"{options.charter}: signed by {', '.join(charter.signatures)}; missing: {', '.join(missing) or 'nobody'}")
+    path, identity = Path(options.charter), Path(options.identity) if options.identity else default_folder()
+    charter = sign_charter(path, identity, [Path(copy) for copy in options.copies])
+    missing = charter.unsigned()
+    signed = [member.name for member in charter.members if member.name not in missing]
+    print(f"{path}: signed by {', '.join(signed)}; missing: {', '.join(missing) or 'nobody'}")
 
 
 def _eject(options: argparse.Namespace, console: Console) -> None:

@@ -22,6 +22,7 @@ from peertune.charter import (
     Charter,
     Member,
     check_members,
+    difference,
     is_address,
     read_charter,
     shared_recipe,
@@ -154,9 +155,24 @@ def new_charter(
     return charter
 
 
-def sign_charter(path: Path, identity: Path) -> Charter:
-    """Add this site's signature to a charter. Raises CharterError, IdentityError."""
-    charter = read_charter(path).signed(load_identity(identity))
+def sign_charter(path: Path, identity: Path, copies: Sequence[Path] = ()) -> Charter:
+    """Add this site's signature to a charter, and those that stand in copies of it.
+
+    Raises:
+        CharterError: it has expired, a signature in one of the files does not hold, a copy is of another charter, or
+            the key is no member's.
+        IdentityError: there is no key.
+    """
+    own, charter = load_identity(identity), read_charter(path)
+    charter.check_validity()
+    charter.check_signatures(str(path), but=own.id)  # its own is made anew
+    for copy in copies:
+        other = read_charter(copy)
+        if differs := difference(charter, other.parts()):
+            raise CharterError(f"{copy}: is another charter than {path}: {differs} differ; get a copy of the same one")
+        other.check_signatures(str(copy))
+        charter = charter.model_copy(update={"signatures": {**other.signatures, **charter.signatures}})
+    charter = charter.signed(own)
     write_charter(charter, path)
     return charter
 
