@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from peertune import __version__
 from peertune.algorithms import METHODS
 from peertune.algorithms.deca import Deca
-from peertune.charter import Charter, Member, parse_member, read_charter, write_charter
+from peertune.charter import Charter, Member, difference, joined, parse_member, read_charter, write_charter
 from peertune.cli import main
 from peertune.config import from_dict
 from peertune.consortium import leave
@@ -414,11 +414,42 @@ def test_members_with_another_charter_are_refused_by_name_of_the_difference(tmp_
     east.kill()
     east.join()
     assert "grace_s differ" in consortium.events("east", "refused_by")[0]["reason"]
+    assert "give both sites the same file" in consortium.events("east", "refused_by")[0]["reason"]
     refusals = consortium.events("north", "refused") + consortium.events("south", "refused")
     assert refusals and all("grace_s differ" in event["reason"] for event in refusals)
     write_charter(good, consortium.charter)
     processes["east"] = consortium.site("east")
     consortium.ended(processes)
+
+
+def test_what_differs_is_named_by_its_key_in_few_bytes(tmp_path: Path) -> None:
+    """And by its part where the other site tells no keys, or nonsense, or has too many."""
+    charter = make_charter(tmp_path, ["a", "b"])
+    mine = charter.model_copy(update={"recipe": {"algorithm": {"lr": 0.1, "inner_steps": 4}, "run": {"seed": 0}}})
+    moved = [charter.members[0], charter.members[1].model_copy(update={"address": "h:1"})]
+    recipe = {"algorithm": {"lr": 0.1, "inner_steps": 8}, "run": {"seed": 0}}
+    other = mine.model_copy(update={"recipe": recipe, "members": moved, "grace_s": 1.0})
+    named = "grace_s, members.b.address, recipe.algorithm.inner_steps"
+    assert difference(mine, other.parts(), joined(other)) == difference(other, mine.parts(), joined(mine)) == named
+    assert difference(mine, mine.parts(), joined(mine)) == ""
+    for nonsense in ("", "zz", None, 7, ["a"], "f" * 10**6):
+        assert difference(mine, other.parts(), nonsense) == "grace_s, members, recipe"
+    many = [charter.members[0].model_copy(update={"name": f"m{i}"}) for i in range(500)]
+    crowd = mine.model_copy(update={"members": many})
+    assert 0 < len(joined(crowd)) < 4000 and difference(mine, crowd.parts(), joined(crowd)).startswith("members")
+    wide = mine.model_copy(update={"recipe": {"edges": {f"e{i}": i for i in range(500)}}})
+    assert joined(wide) == "" and difference(mine, wide.parts(), joined(wide)) == "recipe"
+    assert len(difference(mine, {f"{i}" * 999: "" for i in range(99)})) < 300
+
+
+def test_a_refusal_is_logged_when_its_reason_changes(tmp_path: Path) -> None:
+    charter, (a, _), _ = two_sites(tmp_path)
+    told: list[str] = []
+    node = Node(charter, a, "", lambda event, **fields: told.append(fields["reason"]))
+    for reason in ("one", "one", "other", "one"):
+        node._log_refusal("refused", 1, reason)
+    node._loop.close()
+    assert told == ["one", "other", "one"]
 
 
 def play_node(charter: Charter, identity: Identity, listen: str, seconds: float, heard: Any) -> None:

@@ -141,6 +141,14 @@ def test_a_sites_logs_tell_its_neighbors_and_who_is_missing() -> None:
     assert back.missing == () and back.peers[1].since == T0 + 9 and back.peers[1].rounds_without == 2
 
 
+def test_status_says_why_a_neighbor_is_refused_until_it_is_connected() -> None:
+    refused = {"event": "refused_by", "time": T0 + 6, "peer": "south", "reason": "another charter: grace_s differ"}
+    (*_, south) = status_lines(folded([START], [*AUDIT, *LOST, refused]))
+    assert "it refuses this site: another charter: grace_s differ" in south
+    again = {"event": "connected", "time": T0 + 9, "peer": "south"}
+    assert "refuses" not in "".join(status_lines(folded([START], [*AUDIT, *LOST, refused, again])))
+
+
 def test_what_a_killed_process_was_connected_to_counts_no_more() -> None:
     """Its successor's start says who is connected; nobody said goodbye for the one before."""
     again = {**AUDIT[0], "time": T0 + 9, "connected": [2]}

@@ -20,10 +20,17 @@ import tomli_w
 from pydantic import AfterValidator, Field, ValidationError
 
 import peertune
-from peertune.config import Methods, NonNegative, Positive, RunConfig, Section, from_dict
+from peertune.config import Methods, NonNegative, Positive, RunConfig, Section, flatten, from_dict
 from peertune.errors import CharterError
 from peertune.identity import Identity, certificate_id, is_signed, is_single
 
+MAX_PIECES = 400
+"""Keys whose hashes one site tells another. With those of the parts that is 4 kB; gRPC carries 8 beside a call."""
+PIECE = 8
+"""Letters of such a hash."""
+MAX_NAMED = 5
+"""Keys named in which two charters differ."""
+SAME_FILE = "give both sites the same file"
 OWN_KEYS = {"run": ("out", "device"), "data": ("train", "test")}
 """Keys of a recipe that are each site's own business, and in no charter."""
 
@@ -80,6 +87,22 @@ class Charter(Section):
         return {
             key: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest() for key, value in tree.items()
         }
+
+    def pieces(self) -> dict[str, str]:
+        """A short hash of each key, such as recipe.algorithm.lr or members.east.address, to name what differs.
+
+        Of a charter of more than `MAX_PIECES` keys, members are left out, or all.
+        """
+        tree = self.model_dump(mode="json", exclude={"signatures", "members"})
+        members = {
+            member.name: {**member.model_dump(exclude={"name"}), "place": place}
+            for place, member in enumerate(self.members)
+        }
+        keys = flatten(tree)
+        for more in (flatten({"members": members}), {}):
+            if len(keys | more) <= MAX_PIECES:
+                return {key: _short_hash(key, value) for key, value in (keys | more).items()}
+        return {}
 
     def digest(self) -> bytes:
         """What is signed."""
@@ -249,10 +272,36 @@ def write_charter(charter: Charter, path: Path) -> None:
         raise CharterError(f"{path}: cannot be written: {error.strerror}; name another place") from error
 
 
-def difference(mine: Charter, theirs: Mapping[str, str]) -> str:
-    """Names of the parts in which two charters differ, given the other's `parts`; empty: none."""
-    own = mine.parts()
-    return ", ".join(sorted(key for key in own.keys() | theirs.keys() if own.get(key) != theirs.get(key)))
+def difference(mine: Charter, theirs: Mapping[str, str], pieces: object = "") -> str:
+    """Names of the keys in which two charters differ; empty: none.
+
+    Args:
+        theirs: the other's `parts`: whether and where they differ.
+        pieces: hashes of the other's `pieces`, as `joined` gives them; of a part whose key cannot be told by them, as
+            where they are missing or none of ours, the part is named.
+    """
+    own, known, keys = mine.parts(), _told(pieces), mine.pieces()
+    differing = {key for key, hash in keys.items() if hash not in known} if known & {*keys.values()} else set()
+    found: list[str] = []
+    for part in sorted(own.keys() | theirs.keys()):
+        if own.get(part) != theirs.get(part):
+            found += sorted(key for key in differing if key.partition(".")[0] == part) or [part[:40]]
+    more = f" and {len(found) - MAX_NAMED} more" if len(found) > MAX_NAMED else ""
+    return ", ".join(found[:MAX_NAMED]) + more
+
+
+def joined(charter: Charter) -> str:
+    """What a site tells another of its charter's `pieces`: their hashes, one after the other."""
+    return "".join(charter.pieces().values())
+
+
+def _told(pieces: object) -> set[str]:
+    text = pieces[: MAX_PIECES * PIECE] if isinstance(pieces, str) else ""
+    return {text[start : start + PIECE] for start in range(0, len(text), PIECE)}
+
+
+def _short_hash(key: str, value: Any) -> str:
+    return hashlib.sha256(f"{key}={json.dumps(value, sort_keys=True)}".encode()).hexdigest()[:PIECE]
 
 
 def _date(value: Any) -> Any:

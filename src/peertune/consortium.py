@@ -24,6 +24,7 @@ from peertune.charter import (
     check_members,
     difference,
     is_address,
+    joined,
     read_charter,
     shared_recipe,
     write_charter,
@@ -168,7 +169,7 @@ def sign_charter(path: Path, identity: Path, copies: Sequence[Path] = ()) -> Cha
     charter.check_signatures(str(path), but=own.id)  # its own is made anew
     for copy in copies:
         other = read_charter(copy)
-        if differs := difference(charter, other.parts()):
+        if differs := difference(charter, other.parts(), joined(other)):
             raise CharterError(f"{copy}: is another charter than {path}: {differs} differ; get a copy of the same one")
         other.check_signatures(str(copy))
         charter = charter.model_copy(update={"signatures": {**other.signatures, **charter.signatures}})

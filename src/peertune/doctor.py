@@ -17,7 +17,7 @@ import torch
 
 from peertune.algorithms import ALGORITHMS, METHODS, Algorithm
 from peertune.assemble import make_batches, make_topology
-from peertune.charter import Charter, check_members, read_charter
+from peertune.charter import SAME_FILE, Charter, check_members, read_charter
 from peertune.config import RunConfig
 from peertune.consortium import SiteOptions, check_base
 from peertune.errors import ConfigError, IdentityError, InputError, ModelError
@@ -315,7 +315,8 @@ def check_line(survey: Survey, index: int) -> Finding:
     who = f"this site dials {member.address}" if dials else "it dials this site"
     differs = measured.differs if measured is not None and measured.differs else survey.refusal(index)
     if differs:
-        return Finding(check, "problem", f"{who}; its charter is another: {differs}", "give both sites the same file")
+        differs = differs.removesuffix(f"; {SAME_FILE}")
+        return Finding(check, "problem", f"{who}; its charter is another: {differs}", SAME_FILE)
     if dials and failure:
         advice = "run `peertune doctor` or `join` there at the same time, and see that its port is open"
         return Finding(check, "problem", f"{who}; it cannot be reached: {failure}", advice)

@@ -22,6 +22,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from peertune.config import flatten
 from peertune.errors import CheckpointError, StorageError
 from peertune.lock import FolderLock
 from peertune.model.adapters import bottleneck_code, core_of, merge_adapter
@@ -220,17 +221,6 @@ def check_writable(path: Path, key: str) -> None:
         raise CheckpointError(f"{key}: got {str(path)!r}, but {place} is a file; name a folder")
     if not os.access(place, os.W_OK):
         raise CheckpointError(f"{key}: got {str(path)!r}, but {place} is not writable; name another folder")
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as one mapping of dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def _replace(path: Path, text: str) -> None:

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 from peertune.algorithms import METHODS
 from peertune.compare.options import Options, split_outside_brackets
-from peertune.config import RunConfig, load_recipe
+from peertune.config import RunConfig, flatten, load_recipe
 from peertune.errors import ConfigError
-from peertune.run_folder import flatten
 
 AXES = ("topology.", "data.partition.", "exchange.", "link.", "model.quantization")
 """How the keys begin that a contestant may set for itself, beside those of [algorithm]."""

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import grpc
 
-from peertune.charter import Charter, difference
+from peertune.charter import SAME_FILE, Charter, difference, joined
 from peertune.errors import CharterError, IdentityError
 from peertune.identity import Identity, certificate_id
 from peertune.memory import keep_freed
@@ -28,7 +28,7 @@ from peertune.runtimes.probe import PROBE, Probe
 
 T = TypeVar("T")
 METHOD = "/peertune.Peer/Link"
-CHARTER_KEY = "peertune-charter"
+CHARTER_KEY, PIECES_KEY = "peertune-charter", "peertune-charter-pieces"
 OPTIONS = [("grpc.max_receive_message_length", MAX_FRAME), ("grpc.max_send_message_length", MAX_FRAME)]
 HANDSHAKE_S = 10.0
 """Seconds after which one who dialled and has not shown a member's key is let go of; gRPC's own choice is 120."""
@@ -66,9 +66,9 @@ class Node:
         self._thread = threading.Thread(target=self._loop.run_forever, name="network", daemon=True)
         self._tasks: list[asyncio.Task[None]] = []
         self._server: Any = None
+        self._refusals: dict[tuple[str, int], str] = {}
+        """(event, member) -> the reason that was logged last."""
         self._is_stopping = False
-        self._sent_away: set[int] = set()
-        """Members whose being turned away is written down."""
         self.is_open = False
         """Whether its port is open."""
 
@@ -195,7 +195,7 @@ class Node:
 
     async def _dial(self, index: int) -> None:
         member, neighbor = self.charter.members[index], self.neighbors[index]
-        metadata = ((CHARTER_KEY, json.dumps(self.charter.parts())),)
+        metadata = ((CHARTER_KEY, json.dumps(self.charter.parts())), (PIECES_KEY, joined(self.charter)))
         wait = REDIAL_S[0]
         while not (neighbor.is_ejected or self._is_stopping):
             async with self.channel(index) as channel:
@@ -205,13 +205,14 @@ class Node:
                     began = time.monotonic()
                     await neighbor.talk(call.read, call.write)
                     code = await call.code() if call.done() else None
-                    if code in (EJECTED, TWICE) and not neighbor.turns_away:
-                        neighbor.turns_away = await call.details()
-                        self.log("refused_by", peer=member.name, reason=neighbor.turns_away)
-                    elif code is grpc.StatusCode.FAILED_PRECONDITION:
-                        self.log("refused_by", peer=member.name, reason=await call.details())
-                    elif time.monotonic() - began > REDIAL_S[1]:
-                        wait = REDIAL_S[0]
+                    if code in (EJECTED, TWICE, grpc.StatusCode.FAILED_PRECONDITION):
+                        reason = str(await call.details())
+                        self._log_refusal("refused_by", index, reason)
+                        neighbor.turns_away = "" if code is grpc.StatusCode.FAILED_PRECONDITION else reason
+                    else:
+                        self._refusals.pop(("refused_by", index), None)
+                        if time.monotonic() - began > REDIAL_S[1]:
+                            wait = REDIAL_S[0]
                 except (TimeoutError, grpc.RpcError):
                     pass
                 except Exception as error:  # whatever it was, the edge is dialled again
@@ -233,12 +234,9 @@ class Node:
         return index
 
     async def _turn_away(self, index: int, context: Any, code: grpc.StatusCode, reason: str) -> None:
-        """End a member's stream; the first time is written down."""
-        name = self.charter.members[index].name
-        if index not in self._sent_away:
-            self._sent_away.add(index)
-            self.log("turned_away", peer=name, reason=reason)
-        await context.abort(code, f"{name} {reason}")
+        """End a member's stream."""
+        self._log_refusal("turned_away", index, reason)
+        await context.abort(code, f"{self.charter.members[index].name} {reason}")
 
     async def _probed(self, _: Any, context: Any) -> None:
         """Let a member measure the line."""
@@ -254,19 +252,20 @@ class Node:
     async def _serve(self, _: Any, context: Any) -> None:
         """Take a stream that was dialled from outside."""
         index = await self._member(context)
-        told = dict(context.invocation_metadata()).get(CHARTER_KEY, "{}")
+        told = dict(context.invocation_metadata())
         try:
-            differs = difference(self.charter, json.loads(told))
-        except (ValueError, AttributeError):
+            differs = difference(self.charter, json.loads(told.get(CHARTER_KEY, "{}")), told.get(PIECES_KEY))
+        except (ValueError, AttributeError, RecursionError):
             differs = "everything"
         if differs:
-            reason = f"another charter than {self.charter.members[self.index].name}'s: {differs} differ"
-            self.log("refused", peer=self.charter.members[index].name, reason=reason)
+            reason = f"another charter than {self.charter.members[self.index].name}'s: {differs} differ; {SAME_FILE}"
+            self._log_refusal("refused", index, reason)
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, reason)
         neighbor = self.neighbors.get(index)
         if neighbor is None:
             await self._turn_away(index, context, grpc.StatusCode.PERMISSION_DENIED, "is no neighbour of this site")
             return
+        self._refusals.pop(("refused", index), None)
         try:
             async with asyncio.timeout(self.charter.stall_s):
                 first = await context.read()
@@ -283,6 +282,12 @@ class Node:
             return frames.pop() if frames else await context.read()
 
         await neighbor.talk(read, context.write)
+
+    def _log_refusal(self, event: str, index: int, reason: str) -> None:
+        """Log it where the reason is another than the last time: who is refused comes back every few seconds."""
+        if self._refusals.get((event, index)) != reason:
+            self._refusals[event, index] = reason
+            self.log(event, peer=self.charter.members[index].name, reason=reason)
 
 
 class _Handler(grpc.GenericRpcHandler):  # type: ignore[misc]

@@ -27,7 +27,7 @@ from typing import Any
 
 import grpc
 
-from peertune.charter import Charter, difference
+from peertune.charter import Charter, difference, joined
 from peertune.errors import IdentityError
 from peertune.identity import certificate_id
 from peertune.runtimes.frames import Frames, ProtocolError
@@ -222,7 +222,8 @@ class Probe:
         return Measured(rtt_s, up, down, clock_s, doing, differs)
 
     def _hello(self) -> bytes:
-        return _pack(Kind.HELLO) + json.dumps({"doing": self.doing, "charter": self.charter.parts()}).encode()
+        told = {"doing": self.doing, "charter": self.charter.parts(), "pieces": joined(self.charter)}
+        return _pack(Kind.HELLO) + json.dumps(told).encode()
 
     def _met(self, frame: Any) -> tuple[str, str]:
         """What another's HELLO says: what it is doing, and in what its charter differs. Raises ProtocolError."""
@@ -236,7 +237,7 @@ class Probe:
         except (ValueError, KeyError, TypeError, RecursionError):
             raise ProtocolError("said a HELLO that cannot be read") from None
         known = self.charter.parts()  # a new part comes with another version
-        return doing, difference(self.charter, {key: parts[key] for key in known if key in parts})
+        return doing, difference(self.charter, {key: parts[key] for key in known if key in parts}, told.get("pieces"))
 
 
 async def diagnose(charter: Charter, index: int) -> str:

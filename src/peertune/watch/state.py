@@ -51,6 +51,8 @@ class PeerState:
     bytes_received: int | None = None
     rounds_without: int = 0
     loss: float | None = None
+    refusal: str = ""
+    """Why a neighbour was last refused, or refuses this site; empty once it is connected."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +176,7 @@ class _Link:
     bytes_received: int = 0
     arrivals: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=RECENT_ARRIVALS))
     without: set[int] = field(default_factory=set)
+    refusal: str = ""
 
 
 class Links(_Log):
@@ -199,8 +202,11 @@ class Links(_Log):
             link = self._link(name)
             link.connected, link.since = kind == "connected", time
             if link.connected:
-                link.heard = time
+                link.heard, link.refusal = time, ""
                 self.waiting.pop(name, None)
+        elif kind in ("refused", "refused_by") and name:
+            whose = "refused" if kind == "refused" else "it refuses this site"
+            self._link(name).refusal = f"{whose}: {fields.text(event.get('reason'), 300)}"
         elif kind == "sent" and name:
             self._link(name).bytes_sent += fields.whole(event.get("bytes")) or 0
             if round is not None and event.get("hop") != "state":
@@ -333,6 +339,7 @@ def _neighbors(links: Links, done: int, state: str) -> tuple[PeerState, ...]:
                 bytes_sent=link.bytes_sent,
                 bytes_received=link.bytes_received,
                 rounds_without=len(link.without),
+                refusal=link.refusal,
             )
         )
     return tuple(sorted(found, key=lambda peer: (peer.index is None, peer.index or 0, peer.name)))

@@ -46,6 +46,8 @@ def _neighbor(peer: PeerState, now: float) -> str:
     if peer.status == "connected" and peer.bytes_per_s is not None:
         parts.append(f"{traffic(peer.bytes_per_s)}/s")
     parts.append(f"{traffic(peer.bytes_sent)} sent, {traffic(peer.bytes_received)} received")
+    if peer.refusal:
+        parts.append(peer.refusal)
     return "; ".join(parts)
 
 
