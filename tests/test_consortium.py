@@ -699,7 +699,7 @@ def test_members_are_spelled_in_one_way(text: str) -> None:
         parse_member(text)
 
 
-def test_a_charter_needs_as_many_members_as_peers_and_reachable_edges(
+def test_a_charter_needs_a_date_to_come_and_as_many_members_as_peers_each_with_its_own_address(
     tmp_path: Path, micro_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     consortium = Consortium(tmp_path, micro_model, {})
@@ -707,9 +707,11 @@ def test_a_charter_needs_as_many_members_as_peers_and_reachable_edges(
     for members, message in (
         ([f"--member=m{i}={id}" for i, id in enumerate(ids)], "m0 and m1 are neighbours, and neither has an address"),
         ([f"--member=m={ids[0]}"], "got 1 members for a recipe of 4"),
-        ([f"--member=m{i}={ids[0]}@h:1" for i in range(4)], "stands there twice"),
+        ([f"--member=m{i}={ids[0]}@h:{i + 1}" for i in range(4)], "stands there twice"),
+        ([f"--member=m{i}={id}@h:1" for i, id in enumerate(ids)], "address h:1 stands there twice"),
+        (["--expires=2001-01-01", f"--member=m={ids[0]}"], "--expires: got 2001-01-01, which is over"),
     ):
-        arguments = ["charter", "new", str(consortium.recipe), *members, "--expires=2999-01-01"]
+        arguments = ["charter", "new", str(consortium.recipe), "--expires=2999-01-01", *members]
         assert main([*arguments, "--to", str(tmp_path / "other.toml")]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "other.toml").exists()

@@ -223,16 +223,16 @@ def check_members(members: Sequence[Member], num_members: int, edges: Sequence[t
         num_members: of the recipe, a server included.
         edges: pairs of members that exchange messages.
     Raises:
-        CharterError: too many or too few, one twice, or an edge with no end that can be reached.
+        CharterError: too many or too few, a name, id or address twice, or an edge with no end that can be reached.
     """
     if len(members) != num_members:
         raise CharterError(
             f"--member: got {len(members)} members for a recipe of {num_members} (run.num_peers, and a server, the"
             " last, where the method has one)"
         )
-    for key in ("name", "id"):
+    for key in ("name", "id", "address"):
         values = [getattr(member, key) for member in members]
-        twice = next((value for value in values if values.count(value) > 1), None)
+        twice = next((value for value in values if value and values.count(value) > 1), None)
         if twice is not None:
             raise CharterError(f"--member: {key} {twice} stands there twice; every member needs its own")
     for i, j in edges:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date
+from datetime import UTC, date, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,8 @@ def new_charter(
     """
     if to.exists():
         raise CharterError(f"--to: {to} exists already; name a new file")
+    if expires < (today := datetime.now(UTC).date()):
+        raise CharterError(f"--expires: got {expires}, which is over, expected {today} or a later date")
     config, _ = load_recipe(recipe, overrides, METHODS)
     method = ALGORITHMS[config.algorithm.name]
     if method.pools_data:
