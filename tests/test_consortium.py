@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ from peertune.algorithms.deca import Deca
 from peertune.charter import Charter, Member, difference, joined, parse_member, read_charter, write_charter
 from peertune.cli import main
 from peertune.config import from_dict
-from peertune.consortium import leave
+from peertune.consortium import SiteOptions, leave
 from peertune.ejection import ejected, ejection_path, needed, sign_ejection
 from peertune.errors import CharterError, CheckpointError, IdentityError
 from peertune.exchange import Hop
@@ -715,6 +716,25 @@ def test_a_charter_needs_a_date_to_come_and_as_many_members_as_peers_each_with_i
         assert main([*arguments, "--to", str(tmp_path / "other.toml")]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "other.toml").exists()
+
+
+def test_no_charter_lets_code_beside_the_base_run(
+    tmp_path: Path, micro_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not even one that all signed with the key in it; a site says so itself."""
+    consortium, path = Consortium(tmp_path, micro_model, {}), tmp_path / "other.toml"
+    members = [f"--member={m.name}={m.id}@h:{i + 1}" for i, m in enumerate(read_charter(consortium.charter).members)]
+    arguments = ["charter", "new", str(consortium.recipe), *members, "--expires=2999-01-01", f"--to={path}"]
+    assert main([*arguments, "--set", "model.trust_remote_code=true"]) == 0
+    assert "joins with --set model.trust_remote_code=true" in " ".join(capsys.readouterr().err.split())
+    assert "trust_remote_code" not in path.read_text()
+    charter = read_charter(path)
+    model = {**charter.recipe["model"], "trust_remote_code": True, "path": str(micro_model)}
+    charter = charter.model_copy(update={"recipe": {**charter.recipe, "model": model}})
+    options = SiteOptions(charter=path, identity=tmp_path, out=tmp_path)
+    assert not options.config(charter).model.trust_remote_code
+    own = replace(options, overrides=["model.trust_remote_code=true"])
+    assert own.config(charter).model.trust_remote_code
 
 
 def test_the_tutorials_commands_work_in_their_order(

@@ -31,8 +31,8 @@ PIECE = 8
 MAX_NAMED = 5
 """Keys named in which two charters differ."""
 SAME_FILE = "give both sites the same file"
-OWN_KEYS = {"run": ("out", "device"), "data": ("train", "test")}
-"""Keys of a recipe that are each site's own business, and in no charter."""
+OWN_KEYS = {"run": ("out", "device"), "model": ("trust_remote_code",), "data": ("train", "test")}
+"""Keys of a recipe that are each site's own business, in no charter, and taken from none."""
 
 
 def is_address(text: str) -> bool:
@@ -183,8 +183,8 @@ class Charter(Section):
         return [member.name for member in self.members if member.name not in self.signatures]
 
     def config(self, methods: Methods) -> RunConfig:
-        """The recipe, without the sites' own keys."""
-        return from_dict(self.recipe, methods)[0]
+        """The recipe, with the sites' own keys at their defaults, whatever the charter says of them."""
+        return from_dict(_without_own(self.recipe), methods)[0]
 
 
 def shared_recipe(config: RunConfig, *, with_path: bool) -> dict[str, Any]:
@@ -193,12 +193,9 @@ def shared_recipe(config: RunConfig, *, with_path: bool) -> dict[str, Any]:
     Args:
         with_path: keep model.path, as it means the same everywhere.
     """
-    tree = config.to_dict()
+    tree = _without_own(config.to_dict())
     if not with_path:
         del tree["model"]["path"]
-    for section, keys in OWN_KEYS.items():
-        for key in keys:
-            del tree[section][key]
     return _without_none(tree)
 
 
@@ -306,6 +303,16 @@ def _short_hash(key: str, value: Any) -> str:
 
 def _date(value: Any) -> Any:
     return value.date() if isinstance(value, datetime) else value
+
+
+def _without_own(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe without `OWN_KEYS`; what is no section stays as it is."""
+    return {
+        section: {key: value for key, value in keys.items() if key not in OWN_KEYS.get(section, ())}
+        if isinstance(keys, Mapping)
+        else keys
+        for section, keys in recipe.items()
+    }
 
 
 def _without_none(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -125,8 +125,9 @@ def _charter_new(options: argparse.Namespace, console: Console) -> None:
     from peertune.consortium import new_charter
 
     members = [parse_member(text) for text in options.member]
-    to = Path(options.to)
-    new_charter(Path(options.recipe), options.set, members, options.expires, to, options.grace, options.quorum)
+    recipe, to = Path(options.recipe), Path(options.to)
+    note = Bars(console).note
+    new_charter(recipe, options.set, members, options.expires, to, options.grace, options.quorum, note)
     print(f"{to}: now let every member sign it: peertune charter sign {to}")
 
 

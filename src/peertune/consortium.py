@@ -6,7 +6,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from functools import partial
@@ -49,10 +49,11 @@ from peertune.runtimes.requests import Requests
 
 AUDIT = "audit.jsonl"
 SITE_KEYS = (
-    *("run.device", "run.threads", "run.log_every", "data.text_field", "data.text_b_field", "data.label_field"),
+    *("run.device", "run.threads", "run.log_every", "model.trust_remote_code"),
+    *("data.text_field", "data.text_b_field", "data.label_field"),
     *("data.instruction_field", "data.input_field", "data.output_field", "data.messages_field", "data.tools_field"),
 )
-"""Keys a site may set for itself: how its own files and machine are."""
+"""Keys a site may set for itself: how its own files and machine are, and whether code beside the base may run there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +112,12 @@ def new_charter(
     to: Path,
     grace_s: float,
     quorum: int = 1,
+    note: Callable[[str], None] = lambda message: None,
 ) -> Charter:
     """Write an unsigned charter for a recipe and its members.
 
+    Args:
+        note: told what of the recipe is in no charter, and what sites have to do about it.
     Raises:
         InputError: the recipe, the members or the file cannot be used.
     """
@@ -155,6 +159,11 @@ def new_charter(
         members=list(members),
     )
     write_charter(charter, to)
+    if config.model.trust_remote_code:
+        note(
+            "model.trust_remote_code is in no charter: each site decides for itself whether code beside the base may"
+            " run there; one that lets it run joins with --set model.trust_remote_code=true"
+        )
     return charter
 
 

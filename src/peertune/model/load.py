@@ -151,6 +151,8 @@ def _from_pretrained(kind: Any, config: ModelSection, base: Path | None, **optio
             kind.__name__, "causal language model"
         )
         reason = " ".join(str(error).split())[:300] or type(error).__name__
+        if "trust_remote_code" in str(error):
+            reason = "it comes with code of its own; set model.trust_remote_code = true to let that run"
         if "attn_implementation" in reason:
             reason = f"model.attention = {config.attention!r} is not to be had for it: {reason}"
         place = "this folder" if Path(source).is_dir() else "no such local folder, and the hub did not give it"
