@@ -195,6 +195,11 @@ def test_a_site_that_stays_away_is_left_out_and_the_others_finish(tmp_path: Path
         summary = json.loads((tmp_path / site / "run" / "summary.json").read_text())
         told = {"peer": NAMES.index(site), "went_without": 1, "rounds": len(left) + 1}  # and in the agreement
         assert summary["rounds_without"] == [told]
+        (lost,) = [each for each in summary["contributions"] if each["neighbor"] == "east"]
+        assert (lost["in_time"], lost["missed"]) == (64 - len(left), len(left))
+        others = [name for name in ("north", "south", "west") if name != site]
+        assert summary["agreement"] == {"with": others, "without": ["east"]}
+        assert "without: east" in (tmp_path / site / "log").read_text()
     for site in processes:
         assert "nothing was heard of peers 1" in " ".join((tmp_path / site / "log").read_text().split())
         (agreement,) = consortium.events(site, "agreement", "events.jsonl")

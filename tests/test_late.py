@@ -1,5 +1,6 @@
 """Messages that come after a round went on without them: what they put right, and what they may not do."""
 
+import json
 from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
@@ -7,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from peertune.cli_output import summary_table
 from peertune.exchange import Hop
+from peertune.records import contributions
 from peertune.runtimes.network import NetworkGroup, Pace
 
 
@@ -70,3 +73,30 @@ def test_late_messages_of_one_absence_do_not_add_up_beyond_a_weight_of_one() -> 
 def test_a_site_that_is_behind_judges_its_pace(behind: list[int], expected: list[int]) -> None:
     pace = Pace()
     assert [round for round, gap in enumerate(behind) if pace.is_too_slow(round, gap)] == expected
+
+
+def test_a_sites_summary_says_what_came_from_whom_and_with_whom_it_agreed() -> None:
+    """A restarted process does rounds 2 and 3 over again; the final agreement, round 5, counts for nothing."""
+
+    def arrived(round: int, hop: Any = 0) -> dict[str, Any]:
+        return {"event": "arrived", "peer": "east", "round": round, "hop": hop}
+
+    def left_out(round: int, hop: str = "gossip") -> dict[str, Any]:
+        return {"event": "left_out", "peers": "east, west", "round": round, "hop": hop}
+
+    start = {"event": "started", "members": ["north", "east", "west"], "neighbors": [1, 2, 9]}
+    late = {"event": "late", "peer": "east", "round": 3, "used": True, "amount": 0.5}
+    first = [start, arrived(0), arrived(1), arrived(2), left_out(3)]
+    second = [{"event": "connected", "peer": "east"}, start, {"event": "sent", "round": 2}, arrived(2), left_out(3)]
+    third = [arrived(3), late, left_out(4), arrived(4), {**late, "round": 4, "used": False}, arrived(4, "state")]
+    log = [*first, *second, *third, arrived(5), left_out(5, "roll")]
+    east = {"neighbor": "east", "in_time": 3, "late_used": 1, "late_unused": 1, "missed": 0}
+    west = {"neighbor": "west", "in_time": 0, "late_used": 0, "late_unused": 0, "missed": 2}
+    assert contributions([*(json.dumps(event).encode() for event in log), b'{"event": "arr'], 5) == [east, west]
+    summary = {
+        **{"algorithm": "deca", "bytes_sent_per_peer": [1], "rounds": 5, "wall_s": 1.0, "peak_memory_bytes": 1},
+        "metrics": {"average_model": {}, "peers": []},
+    }
+    agreement = {"with": ["east"], "without": ["west"]}
+    assert "agreed with: east; without: west" in str(summary_table({**summary, "agreement": agreement}).caption)
+    assert "agreed" not in str(summary_table(summary).caption)

@@ -84,6 +84,9 @@ def summary_table(summary: dict[str, Any]) -> Table:
         f"sent by a peer: {sum(sent) / len(sent) / 1e6:,.1f} MB on average, {max(sent) / 1e6:,.1f} MB at most;"
         f" peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB; {summary['wall_s']:.0f} s"
     )
+    if agreement := summary.get("agreement"):  # a site's
+        agreed, without = (", ".join(agreement[key]) or "nobody" for key in ("with", "without"))
+        table.caption += f"\nagreed with: {agreed}; without: {without}"
     return table
 
 

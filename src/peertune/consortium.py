@@ -39,6 +39,7 @@ from peertune.model.language_model import LanguageModel
 from peertune.model.load import TINY, resolve_path
 from peertune.peer import Peer
 from peertune.prepare import base_print, model_blocks, prepare_model, prepare_tokenizer
+from peertune.records import contributions
 from peertune.robust import check_rule
 from peertune.run import Progress, Site, run
 from peertune.run_folder import RunFolder, storage_errors
@@ -221,7 +222,8 @@ def join(options: SiteOptions, progress: Progress) -> dict[str, Any]:
     node = Node(charter, own, options.address(charter, index), log)
     resume = RunFolder(out).holds_run
     counts = [member.samples or 1 for member in charter.members[:num_peers]]
-    site = Site(index, counts, partial(check_base, charter, config.model.path))
+    names = [member.name for member in charter.members]
+    site = Site(index, counts, partial(check_base, charter, config.model.path), names, audit.contributions)
     requests = Requests(charter, options.charter, _leave_request(out))
     if not is_held(out):
         requests.leave.unlink(missing_ok=True)
@@ -312,6 +314,14 @@ class AuditLog:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.Lock()
+
+    def contributions(self, num_rounds: int) -> list[dict[str, Any]]:
+        """See `records.contributions`; nothing where the log cannot be read."""
+        try:
+            with self.path.open("rb") as file:
+                return contributions(file, num_rounds)
+        except OSError:
+            return []
 
     def __call__(self, event: str, **fields: Any) -> None:
         line = json.dumps({"time": round(time.time(), 3), "event": event, **fields})

@@ -74,6 +74,10 @@ class Site:
     """Samples by peer, as all agreed on them; only W made of them needs it."""
     check: Callable[[Any, Any], None]
     """Refuses another base or tokenizer than all agreed on."""
+    members: Sequence[str]
+    """Names, by index."""
+    contributions: Callable[[int], list[dict[str, Any]]]
+    """Given the number of rounds, what came from each neighbour in them (`records.contributions`)."""
 
 
 class Progress(Protocol):
@@ -153,7 +157,7 @@ def run(
     notes = [*notes, *data.notes]
     try:
         return Run(
-            config, folder, data, module, counts, progress, notes, base or Path(), connect, placed, resume
+            config, folder, data, module, counts, progress, notes, base or Path(), connect, placed, resume, site
         ).carry_out(resume)
     finally:
         folder.lock.release()
@@ -175,7 +179,9 @@ class Run:
         connect: Connect = SimulatedGroup,
         device: torch.device | None = None,
         resume: bool = False,
+        site: Site | None = None,
     ) -> None:
+        self.site = site
         self.config, self.folder, self.data, self.progress, self.notes = config, folder, data, progress, notes
         self.device, self.base = device or next(module.parameters()).device, base
         method = ALGORITHMS[config.algorithm.name]
@@ -350,6 +356,9 @@ class Run:
             self.folder.event("eval", round=rounds, average_model=metrics["average_model"], peers=metrics["peers"])
             wall_s = self._wall_s()
             found = summary_of(self.config, self.method, metrics, told, self._simulated_s(), wall_s)
+            if self.site is not None:
+                found["agreement"] = agreement_of(self.site, self.num_peers, hops, absent if agrees else None)
+                found["contributions"] = self.site.contributions(rounds)
             self.folder.event("end", metrics=metrics, wall_s=wall_s, peak_memory_bytes=found["peak_memory_bytes"])
 
             module = whole_module(self.average.model, self.config, self.base, self.method.masters)
@@ -488,6 +497,23 @@ class Run:
 
     def _simulated_s(self) -> float | None:
         return None if self.group.clock is None else self.group.clock.simulated_s
+
+
+def agreement_of(site: Site, num_peers: int, hops: int, absent: Sequence[int] | None) -> dict[str, list[str]] | None:
+    """With whom a site agreed on its model in the end, by name; None where there is one model anyway, as over a server.
+
+    Args:
+        hops: of the final agreement.
+        absent: peers who are not in it; None: there was none, and the model is this site's own.
+    """
+    others = [peer for peer in range(num_peers) if peer != site.index]
+    if absent is not None and not hops and not absent:
+        return None
+    lost = others if absent is None else absent
+    return {
+        "with": [site.members[peer] for peer in others if peer not in lost],
+        "without": [site.members[peer] for peer in others if peer in lost],
+    }
 
 
 def _require_finite(what: str, value: float) -> None:
