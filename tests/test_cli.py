@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -102,6 +103,19 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["no-such-command"])
     assert stopped.value.code == 2
+
+
+def test_a_reader_who_goes_away_is_no_error(tmp_path: Path) -> None:
+    """As `| head -1` does, here before the first line is written."""
+    (tmp_path / "events.jsonl").write_text('{"event": "start", "time": 1.0}\n')
+    read, write = os.pipe()
+    os.close(read)
+    for buffering in ([], ["-u"]):
+        command = [sys.executable, *buffering, "-m", "peertune", "status", str(tmp_path)]
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120, env=environment)
+        assert (done.returncode, done.stderr) == (141, "")
+    os.close(write)
 
 
 @contextlib.contextmanager

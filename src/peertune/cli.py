@@ -1,7 +1,7 @@
 """The `peertune` command: reads arguments, calls the library, prints what it says. No logic of its own.
 
 Exit codes: 0 done; 1 a run stopped, resumable, or `doctor` found a problem, or `status` nobody at work; 2 something
-given cannot be used; 130 interrupted.
+given cannot be used; 130 interrupted; 141 whoever read the output went away.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,28 @@ ENVIRONMENT = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
+    try:
+        try:
+            return _main(arguments)
+        finally:
+            print(end="", flush=True)  # now, and not at the interpreter's end, where an error cannot be caught
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        return 141
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads standard output any more, as after `| head`; what is left in its buffer is dropped."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
     console = Console(stderr=True)
     for name, value in ENVIRONMENT.items():
