@@ -41,6 +41,7 @@ from peertune.run import run
 from peertune.runtimes import edge
 from peertune.runtimes.network import NetworkExchange, without
 from peertune.runtimes.node import Node
+from peertune.runtimes.port import check_port
 from tests.recipes import tree, write_rows
 
 NAMES = ["north", "east", "south", "west"]
@@ -583,6 +584,28 @@ def test_a_site_whose_connection_was_given_up_still_stops(tmp_path: Path) -> Non
     for index in range(2):
         fork.Process(target=play, args=(index,), daemon=True).start()
     assert sorted(heard.get(timeout=60) for _ in range(2)) == [0, 1]
+
+
+def test_a_port_in_use_is_told_before_anything_is_loaded(
+    tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the operating system's words, and so by `doctor`."""
+    consortium = Consortium(tmp_path, micro_model, {})
+    monkeypatch.setattr("peertune.consortium.run", lambda *_, **__: pytest.fail("it was loaded"))
+    site = [str(consortium.charter), "--data", str(consortium.data[0]), "--identity", str(tmp_path / "north" / "key")]
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        listen = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert main(["join", *site, "--out", str(tmp_path / "out"), "--listen", listen]) == 2
+        told = " ".join(capsys.readouterr().err.split())
+        assert f"--listen: {listen} cannot be opened: already in use; end what uses it" in told
+        with pytest.raises(IdentityError, match=r"\[::\].* cannot be opened: already in use"):
+            check_port(f"[::]:{taken.getsockname()[1]}")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(IdentityError, match="Cannot assign requested address; name an address"):
+        check_port("192.0.2.1:7000")  # of no machine (RFC 5737)
+    check_port(listen)
 
 
 def is_open(port: int) -> bool:

@@ -46,6 +46,7 @@ from peertune.run_folder import RunFolder, storage_errors
 from peertune.runtimes import edges
 from peertune.runtimes.network import NetworkGroup
 from peertune.runtimes.node import Node
+from peertune.runtimes.port import check_port
 from peertune.runtimes.requests import Requests
 
 AUDIT = "audit.jsonl"
@@ -219,8 +220,11 @@ def join(options: SiteOptions, progress: Progress) -> dict[str, Any]:
         if event not in ("started", "sent", "fetched", "arrived"):
             progress.note(" ".join([event.replace("_", " "), *(f"{key} {value}" for key, value in fields.items())]))
 
-    node = Node(charter, own, options.address(charter, index), log)
-    resume = RunFolder(out).holds_run
+    folder, listen = RunFolder(out), options.address(charter, index)
+    if not (is_held(out) or folder.summary.exists()):
+        check_port(listen)  # before anything is loaded
+    node = Node(charter, own, listen, log)
+    resume = folder.holds_run
     counts = [member.samples or 1 for member in charter.members[:num_peers]]
     names = [member.name for member in charter.members]
     site = Site(index, counts, partial(check_base, charter, config.model.path), names, audit.contributions)

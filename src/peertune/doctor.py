@@ -180,7 +180,7 @@ def check_port(node: Node) -> Finding:
     try:
         node.start([])
     except IdentityError as error:
-        return _problem("port", error, "is a join of this site running already?")
+        return _problem("port", error, "name another with --listen")
     if not node.listen:
         return Finding("port", "ok", "none: this site only dials out")
     return Finding("port", "ok", f"{node.listen} can be opened")

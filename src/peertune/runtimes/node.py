@@ -23,6 +23,7 @@ from peertune.memory import keep_freed
 from peertune.runtimes.edge import MAX_FRAME
 from peertune.runtimes.frames import ProtocolError
 from peertune.runtimes.neighbor import Neighbor
+from peertune.runtimes.port import check_port
 from peertune.runtimes.presence import Presence
 from peertune.runtimes.probe import PROBE, Probe
 
@@ -145,6 +146,7 @@ class Node:
         try:
             self._server.add_secure_port(self.listen, credentials)
         except RuntimeError as error:
+            check_port(self.listen)
             raise IdentityError(f"--listen: {self.listen} cannot be opened: {error}; name another port") from error
         await self._server.start()
         self.is_open = True
