@@ -39,6 +39,7 @@ from peertune.exchange import Hop
 from peertune.identity import Identity, load_identity, make_identity
 from peertune.run import run
 from peertune.runtimes import edge
+from peertune.runtimes.neighbor import Neighbor
 from peertune.runtimes.network import NetworkExchange, without
 from peertune.runtimes.node import Node
 from peertune.runtimes.port import check_port
@@ -584,6 +585,39 @@ def test_a_site_whose_connection_was_given_up_still_stops(tmp_path: Path) -> Non
     for index in range(2):
         fork.Process(target=play, args=(index,), daemon=True).start()
     assert sorted(heard.get(timeout=60) for _ in range(2)) == [0, 1]
+
+
+def test_a_node_that_stops_leaves_nothing_pending_in_its_loop(tmp_path: Path) -> None:
+    """Else Python tells of tasks that were destroyed; those that write take a while to end."""
+    charter, identities, port = two_sites(tmp_path)
+    fork = multiprocessing.get_context("fork")
+    heard, may_stop = fork.Queue(), fork.Event()
+
+    async def slow_to_end(*arguments: Any, write: Any = Neighbor._write) -> None:
+        try:
+            await write(*arguments)
+        finally:
+            await asyncio.sleep(3600)
+
+    def play(index: int) -> None:
+        Neighbor._write = slow_to_end  # type: ignore[assignment]
+        events: list[str] = []
+        listen = f"127.0.0.1:{port}" if index == 0 else ""
+        node = Node(charter, identities[index], listen, lambda event, **_: events.append(event))
+        node.start([(0, 1)])
+        wait_for(lambda: "connected" in events)
+        if index == 1:  # the other one stops first
+            may_stop.wait(60)
+        node.stop()
+        heard.put((index, [str(task) for task in asyncio.all_tasks(node._loop)]))
+        heard.close()
+        heard.join_thread()
+        may_stop.set()
+        os._exit(0)
+
+    for index in range(2):
+        fork.Process(target=play, args=(index,), daemon=True).start()
+    assert sorted(heard.get(timeout=60) for _ in range(2)) == [(0, []), (1, [])]
 
 
 def test_a_port_in_use_is_told_before_anything_is_loaded(

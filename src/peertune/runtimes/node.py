@@ -177,8 +177,16 @@ class Node:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for index, neighbor in self.neighbors.items():
+            if not self.dials(index):
+                neighbor.end()  # else its handler is open as long as the other end likes
         if self._server is not None:
             await self._server.stop(0.5)
+        rest = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in rest:  # gRPC's own among them: one that is pending when the loop stops is told of on stderr
+            task.cancel()
+        if rest:
+            await asyncio.wait(rest, timeout=1.0)
 
     def dials(self, index: int) -> bool:
         """Whether this end dials: the one that has to, else the lower index."""
