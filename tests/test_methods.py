@@ -10,7 +10,7 @@ import torch
 from peertune.algorithms import ALGORITHMS
 from peertune.algorithms.alternating_lora import AlternatingLora, AlternatingLoraConfig
 from peertune.algorithms.dec_lora import DecLora, DecLoraConfig
-from peertune.algorithms.decaf import average_product
+from peertune.algorithms.decaf import average_product, turn_towards
 from peertune.algorithms.diloco import Diloco, DilocoConfig
 from peertune.algorithms.fedavg import Fedavg, FedavgConfig
 from peertune.algorithms.gt import TRACKED, Gt
@@ -284,6 +284,24 @@ def test_decaf_of_a_rank_beyond_the_layers_width_is_padded() -> None:
     b, a = average_product([0.5, 0.5], factors)
     assert b.shape == (5, 8) and a.shape == (8, 4)
     torch.testing.assert_close(b @ a, (factors[0][0] @ factors[0][1] + factors[1][0] @ factors[1][1]) / 2)
+
+
+def test_decafs_factors_can_be_averaged_apart_after_their_turn() -> None:
+    """Peers whose products are near each other, each with the basis of its own SVD."""
+    [common], rng = random_factors([3]), torch.Generator().manual_seed(1)
+    near = [tuple(x + 0.05 * torch.randn(x.shape, generator=rng) for x in common) for _ in range(4)]
+    own = [average_product([0.9, 0.1], list(both)) for both in zip(near, near[1:] + near[:1], strict=True)]
+    turned = [turn_towards(b * sign, a * sign, *common) for (b, a), sign in zip(own, (1, -1, 1, -1), strict=True)]
+    for (b, a), (b_turned, a_turned) in zip(own, turned, strict=True):
+        torch.testing.assert_close(b_turned @ a_turned, b @ a, rtol=1e-4, atol=1e-4)
+    mean = sum(b @ a for b, a in own) / 4
+
+    def error(factors: Any) -> float:
+        b, a = (sum(x) / 4 for x in zip(*factors, strict=True))
+        return float((b @ a - mean).norm() / mean.norm())
+
+    signed = [(b * sign, a * sign) for (b, a), sign in zip(own, (1, -1, 1, -1), strict=True)]
+    assert error(turned) < 0.01 < 0.5 < error(signed)
 
 
 def test_the_walk_keeps_to_the_graph_and_costs_a_message_a_move() -> None:

@@ -5,6 +5,13 @@
 Averaging A and B apart would add the cross terms w_ij w_ik B_j A_k. P has rank at most k r for k neighbours: with the
 factors stacked, P = [w_1 B_1 .. w_k B_k] [A_1; ..; A_k], QR of both sides leaves a core of [k r, k r], whose SVD is
 P's. The product [out, in] is never formed.
+
+Each peer's SVD has signs, an order and a basis of its own. Agreement, evaluation and export average the factors apart,
+which would bring the cross terms back, so each peer turns its factors towards what it received (ours): Q orthogonal,
+
+    (B_i Q, Q' A_i),  Q = argmin ||B_i Q - sum_j w_ij B_j||^2 + ||Q' A_i - sum_j w_ij A_j||^2
+
+B_i A_i stays as it is. All peers start from one adapter, so their bases stay near each other from round to round.
 """
 
 from __future__ import annotations
@@ -32,6 +39,7 @@ class Decaf(DecLora):
             peers = sorted(inbox.weights)
             factors = [(inbox.payloads[j][other], inbox.payloads[j][name]) for j in peers]
             b, a = average_product([inbox.weights[j] for j in peers], factors)
+            b, a = turn_towards(b, a, inbox.mean(other), inbox.mean(name))
             self.masters.write(other, b)
             self.masters.write(name, a)
 
@@ -53,3 +61,17 @@ def average_product(weights: Sequence[float], factors: Sequence[tuple[Tensor, Te
     b, a = q_b @ (u[:, :rank] * root), (root[:, None] * vt[:rank]) @ q_a.T
     short = rank - len(root)  # fewer rows or columns than the rank
     return torch.nn.functional.pad(b, (0, short)), torch.nn.functional.pad(a, (0, 0, 0, short))
+
+
+def turn_towards(b: Tensor, a: Tensor, b_ref: Tensor, a_ref: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors (B Q, Q' A) nearest to a reference, Q [r, r] orthogonal: Procrustes' problem (Schoenemann 1966).
+
+    Args:
+        b, b_ref: [out, r], float32.
+        a, a_ref: [r, in], float32.
+    Returns:
+        Factors of the same product, up to rounding.
+    """
+    u, _, vt = torch.linalg.svd(b.T @ b_ref + a @ a_ref.T)
+    q = u @ vt
+    return b @ q, q.T @ a
