@@ -83,6 +83,9 @@ CASES = {
     "personal part that is not trained": Case(
         put("algorithm", local_modules=["lm_head", "no_such_part"]), ["local_modules", "no_such_part", "lm_head."]
     ),
+    "one factor of a pair personal": Case(
+        put("algorithm", name="decaf", local_modules=["lora_A"]), ["local_modules", "lora_A", "both or neither"]
+    ),
     "impossible value": Case(put("algorithm", lr=-1.0), ["algorithm.lr", "-1.0", "greater than 0"]),
     "unknown choice": Case(put("topology", kind="rign"), ["topology.kind", "rign", "did you mean ring"]),
     "disconnected graph": Case(put("topology", kind="edges", edges=[[0, 1], [2, 3]]), ["connected"]),

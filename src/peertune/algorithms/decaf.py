@@ -22,13 +22,28 @@ import torch
 from torch import Tensor
 
 from peertune.algorithms.dec_lora import DecLora, TwoFactorConfig
+from peertune.config import AlgorithmConfig
+from peertune.errors import ConfigError
 from peertune.exchange import Hop, Inbox
+from peertune.peer import Peer
+from peertune.topology import Topology
 
 
 class Decaf(DecLora):
     Config = TwoFactorConfig
     averages = False
     elementwise = False
+
+    def __init__(self, peer: Peer, config: AlgorithmConfig, topology: Topology) -> None:
+        super().__init__(peer, config, topology)
+        for name in self.masters:
+            pair = [name.replace("lora_A", factor) in self.common for factor in ("lora_A", "lora_B")]
+            if "lora_A" in name and pair[0] != pair[1]:
+                raise ConfigError(
+                    f"algorithm.local_modules: got {config.local_modules}, which keeps one factor of {name} local, not"
+                    " the other, expected both or neither, as decaf averages their product; name the layer, without"
+                    " lora_A or lora_B"
+                )
 
     @torch.no_grad()
     def mix(self, hop: Hop, inbox: Inbox) -> None:
