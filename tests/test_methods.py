@@ -113,7 +113,8 @@ def test_fedavg_is_the_numpy_reference(optimizer: Any) -> None:
     config = FedavgConfig(**SHORT, server_optimizer=optimizer, server_lr=0.7 if optimizer == "nesterov" else 0.05)
     share = np.array(COUNTS) / sum(COUNTS)
     x = start()
-    m = v = buffer = np.zeros_like(x)
+    m = buffer = np.zeros_like(x)
+    v = np.full_like(x, 1e-3**2)
     for t in range(ROUNDS):
         mean = share @ np.array([descend(i, x, Adam(), t * K) for i in range(NUM_PEERS)])
         d = x - mean
@@ -126,6 +127,14 @@ def test_fedavg_is_the_numpy_reference(optimizer: Any) -> None:
             x = x - 0.7 * (d + 0.9 * buffer)
     members = simulate(Fedavg, config, server())
     np.testing.assert_allclose(weights_of(members), np.tile(x, (NUM_PEERS + 1, 1)), atol=5e-5)
+
+
+def test_fedadam_moves_no_weight_far_by_default() -> None:
+    """With a rate of 1 each round would move each weight by about 1."""
+    members = simulate(Fedavg, FedavgConfig(**SHORT, server_optimizer="adam"), server())
+    assert 0 < np.abs(weights_of(members)[0] - start()).max() <= 0.02 * ROUNDS
+    assert [FedavgConfig(server_optimizer=kind).outer_lr for kind in ("average", "nesterov")] == [1.0, 1.0]
+    assert (FedavgConfig(server_optimizer="adam", server_lr=0.3).outer_lr, DilocoConfig().outer_lr) == (0.3, 0.7)
 
 
 @pytest.mark.parametrize(

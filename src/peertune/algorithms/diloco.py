@@ -23,7 +23,7 @@ class DilocoConfig(FedavgConfig):
     """Inner moments live as long as the run. Default: DiLoCo's."""
     server_optimizer: Literal["average", "adam", "nesterov"] = "nesterov"
     """The outer optimiser. Default: DiLoCo's."""
-    server_lr: Annotated[float, Field(gt=0)] = 0.7
+    server_lr: Annotated[float, Field(gt=0)] | None = 0.7
     """Outer learning rate. Default: DiLoCo's."""
 
 

@@ -7,8 +7,9 @@ they have, and get back
     adam       x <- x + lr m / (sqrt(v) + tau)                   FedAdam (Reddi et al. 2021, arXiv 2003.00295, alg. 2)
     nesterov   x <- x - lr (d + mu b),  b <- mu b + d            DiLoCo (Douillard et al. 2023, arXiv 2311.08105)
 
-with d = x - sum_i (n_i / n) x_i the pseudo-gradient, m and v its moments. FedProx (Li et al. 2020, arXiv 1812.06127,
-eq. 2) adds mu / 2 ||x_i - x||^2 to a peer's loss. FedIT (arXiv 2305.05644) is FedAvg of LoRA's factors.
+with d = x - sum_i (n_i / n) x_i the pseudo-gradient, m and v its moments; v begins at tau^2. FedProx (Li et al. 2020,
+arXiv 1812.06127, eq. 2) adds mu / 2 ||x_i - x||^2 to a peer's loss. FedIT (arXiv 2305.05644) is FedAvg of LoRA's
+factors.
 
 The server is a peer of its own beside the N, without data: two hops a round, up and down. On a complete graph there is
 none: everybody sends to everybody and does the server's part for itself, with the bitwise same result.
@@ -43,14 +44,20 @@ class FedavgConfig(LocalStepsConfig):
     """FedProx's mu."""
     server_optimizer: Literal["average", "adam", "nesterov"] = "average"
     """What the server does with the mean."""
-    server_lr: Annotated[float, Field(gt=0)] = 1.0
-    """The server's learning rate (adam, nesterov)."""
+    server_lr: Annotated[float, Field(gt=0)] | None = None
+    """The server's learning rate (adam, nesterov); none: 1 for nesterov, 0.01 for adam, which moves each weight by
+    about that. Ours: FedAdam's authors tune it."""
     server_betas: Decays = (0.9, 0.99)
     """Decay rates of the server's moments (adam). Default: FedAdam's."""
     server_tau: Annotated[float, Field(gt=0)] = 1e-3
     """What is added to sqrt(v) (adam). Default: FedAdam's."""
     server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """mu of the server's Nesterov momentum. Default: DiLoCo's."""
+
+    @property
+    def outer_lr(self) -> float:
+        """The server's learning rate, as set or by its optimiser."""
+        return self.server_lr or (1e-2 if self.server_optimizer == "adam" else 1.0)
 
     def num_sampled(self, num_peers: int) -> int:
         """Peers that train in a round."""
@@ -147,17 +154,18 @@ class Fedavg(LocalSteps):
         """The server's optimiser on one parameter: the new common value, float32, of its shape."""
         c = self.config
         if c.server_optimizer == "adam":
-            m, v = (self.server_state(f"{kind}/{name}", before) for kind in ("exp_avg", "exp_avg_sq"))
+            m = self.server_state(f"exp_avg/{name}", before)
+            v = self.server_state(f"exp_avg_sq/{name}", before, c.server_tau**2)
             adam_moments([m], [v], [mean - before], c.server_betas)
-            return before.addcdiv(m, v.sqrt().add_(c.server_tau), value=c.server_lr)
+            return before.addcdiv(m, v.sqrt().add_(c.server_tau), value=c.outer_lr)
         pseudo_gradient = before - mean
         buffer = self.server_state(f"momentum/{name}", before).mul_(c.server_momentum).add_(pseudo_gradient)
-        return before - c.server_lr * pseudo_gradient.add_(buffer, alpha=c.server_momentum)
+        return before - c.outer_lr * pseudo_gradient.add_(buffer, alpha=c.server_momentum)
 
-    def server_state(self, key: str, like: Tensor) -> Tensor:
-        """A tensor of the server's, zero at first."""
+    def server_state(self, key: str, like: Tensor, start: float = 0.0) -> Tensor:
+        """A tensor of the server's, `start` everywhere at first."""
         if key not in self.server:
-            self.server[key] = torch.zeros_like(like)
+            self.server[key] = torch.full_like(like, start)
         return self.server[key]
 
     def extra_tensors(self) -> Mapping[str, Tensor]:

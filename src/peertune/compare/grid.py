@@ -322,8 +322,8 @@ class Grid:
             )
         for contestant in self.contestants:
             algorithm = contestant.config.algorithm
-            now = getattr(algorithm, tune.key, None)
-            if isinstance(now, bool) or not isinstance(now, int | float):
+            now = getattr(algorithm, tune.key, "")
+            if isinstance(now, bool) or not isinstance(now, int | float | None):
                 numeric = [k for k, v in algorithm if isinstance(v, int | float) and not isinstance(v, bool)]
                 raise ConfigError(
                     f"--tune {tune.key}: {contestant.name} has no such number under [algorithm]; it has"
