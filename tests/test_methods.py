@@ -351,6 +351,29 @@ def test_local_modules_never_leave_their_peer() -> None:
         simulate(DecLora, DecLoraConfig(**SHORT, local_modules=["a", "b"]), graph())
 
 
+@pytest.mark.parametrize("name", ["qg", "deca"])
+def test_personal_parts_take_adams_own_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where quasi-global momentum feeds the moments of what is shared, those of the rest are fed by their gradients."""
+    grads: list[torch.Tensor] = []
+    backward = QuadraticPeer.backward
+
+    def noting(self: QuadraticPeer, *args: int) -> torch.Tensor:
+        loss = backward(self, *args)
+        grads.extend(p.grad.clone() for n, p in self.module.items() if n == "b" and p.grad is not None)
+        return loss
+
+    monkeypatch.setattr(QuadraticPeer, "backward", noting)
+    turn = {"discrepancy": "trivial", "outer_rounds": 1, "inner_steps": K * ROUNDS}
+    options = {"lr": LR, **turn} if name == "deca" else SHORT
+    config = ALGORITHMS[name].Config(**options, local_modules=["b"])
+    [member] = simulate(ALGORITHMS[name], config, graph(num_peers=1))
+    theta = torch.tensor(start()[SIZE:], dtype=torch.float32, requires_grad=True)
+    optimizer = torch.optim.Adam([theta], lr=LR)
+    for theta.grad in grads[-K * ROUNDS :]:  # of DECA's turns the last is b's
+        optimizer.step()
+    torch.testing.assert_close(member.algorithm.shared("b"), theta.detach(), rtol=1e-5, atol=1e-5)
+
+
 def test_the_base_class_is_a_method_too() -> None:
     config = LocalStepsConfig(**SHORT)
     np.testing.assert_array_equal(

@@ -104,17 +104,24 @@ class Deca(Algorithm):
         norm = clip_gradients(self.active, self.config.max_grad_norm)
         (a1, a2), (c1, c2) = self.config.alphas, self.weights
         half = (a1 * c1 + 1 - a1, a2 * c2 + 1 - a2)
-        corrections = half if self.tracks_weights else (1 - a1 ** (r + 1), 1 - a2 ** (r + 1))
-        adam_step(
-            self.masters,
-            self.moments,
-            lr=lr,
-            alphas=self.config.alphas,
-            corrections=corrections,
-            eps=self.config.eps,
-            weight_decay=self.config.weight_decay,
-            keep_moments=self.discrepancy != "trivial",
-        )
+        own = 1 - a1 ** (r + 1), 1 - a2 ** (r + 1)
+        corrections = half if self.tracks_weights else own
+        common = {name: moments for name, moments in self.moments.items() if name in self.common}
+        personal = {name: moments for name, moments in self.moments.items() if name not in common}
+        for moments, divisors, keeps in (
+            (common, corrections, self.discrepancy != "trivial"),
+            (personal, own, True),  # nothing mixes them, so nothing corrects them: Adam's own steps
+        ):
+            adam_step(
+                self.masters,
+                moments,
+                lr=lr,
+                alphas=self.config.alphas,
+                corrections=divisors,
+                eps=self.config.eps,
+                weight_decay=self.config.weight_decay,
+                keep_moments=keeps,
+            )
         for parameter in self.active.values():
             parameter.grad = None
         self.corrections = corrections

@@ -52,8 +52,6 @@ class LocalSteps(Algorithm):
     """x_{i,t+1} = sum_j w_ij (x_j after K AdamW steps on F_j). Subclasses say what is sent and how it is mixed."""
 
     Config: ClassVar[type[AlgorithmConfig]] = LocalStepsConfig
-    feeds_moments: ClassVar[bool] = True
-    """Whether local gradients enter the moments for good, or only the step they make."""
 
     def __init__(self, peer: Peer, config: AlgorithmConfig, topology: Topology) -> None:
         super().__init__(peer, config, topology)
@@ -86,6 +84,10 @@ class LocalSteps(Algorithm):
             loss = self.peer.backward(self.num_taken, self.config.grad_accumulation)
             taken.append((loss, *self.take_step(round, n, count)))
         return report_of(taken)
+
+    def feeds_moments(self, name: str) -> bool:
+        """Whether a parameter's local gradients enter its moments for good, or only the step they make."""
+        return True
 
     def begin(self, round: int) -> int:
         """Make ready for the steps of a round. Returns how many there are; 0: this peer has no part in it."""
@@ -122,10 +124,11 @@ class LocalSteps(Algorithm):
     def step(self, lr: float) -> None:
         """AdamW on the gradients at hand."""
         a1, a2 = self.config.alphas
-        by_count: dict[int, dict[str, Moments]] = {}
+        alike: dict[tuple[int, bool], dict[str, Moments]] = {}
         for name in self.active:
-            by_count.setdefault(self.moments[name].num_steps + 1, {})[name] = self.moments[name]
-        for count, moments in by_count.items():
+            kind = self.moments[name].num_steps + 1, self.feeds_moments(name)
+            alike.setdefault(kind, {})[name] = self.moments[name]
+        for (count, feeds), moments in alike.items():
             adam_step(
                 self.masters,
                 moments,
@@ -134,9 +137,9 @@ class LocalSteps(Algorithm):
                 corrections=(1 - a1**count, 1 - a2**count),
                 eps=self.config.eps,
                 weight_decay=self.config.weight_decay,
-                keep_moments=self.feeds_moments,
+                keep_moments=feeds,
             )
-            if self.feeds_moments:
+            if feeds:
                 for state in moments.values():
                     state.num_steps = count
         for parameter in self.active.values():

@@ -9,7 +9,8 @@ A local step uses them with its fresh gradient g, but leaves them as they are:
 
     x <- x - lr (a1 m + (1 - a1) g) / (sqrt(a2 v + (1 - a2) g g) + eps)
 
-The norm is over all that is trained. Dividing by the weights 1 - a^(t+1) that have entered is Adam's own correction.
+The norm is over all that is shared. Personal parts, which do not mix, take Adam's own steps. Dividing by the weights
+1 - a^(t+1) that have entered is Adam's own correction.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from peertune.optim import adam_moments
 
 
 class Qg(LocalSteps):
-    feeds_moments = False
     elementwise = False
+
+    def feeds_moments(self, name: str) -> bool:
+        return name not in self.common
 
     def begin(self, round: int) -> int:
         self.anchor = {name: self.masters.snapshot(name) for name in self.common}
