@@ -25,9 +25,10 @@ from peertune.cli import main
 from peertune.compare import Comparison, Options, compare
 from peertune.compare.budget import with_whole_rounds
 from peertune.compare.cells import quality, read_cell
+from peertune.compare.contestants import Contestant
 from peertune.compare.stats import paired_interval, pairs, spread
 from peertune.compare.table import terminal_table, verdicts
-from peertune.config import from_dict
+from peertune.config import RunConfig, from_dict
 from peertune.errors import CheckpointError, ConfigError, DataError, DivergedError
 from peertune.prepare import keep_back, prepare_data
 from peertune.run import Silent, run
@@ -361,6 +362,12 @@ def test_recipes_are_contestants_and_the_command_prints_a_table(
     assert not Path("elsewhere").exists()
     page = (tmp_path / "c" / "compare.html").read_text()
     assert "fast&lt;er&gt;" in page and "<er>" not in page
+
+
+def test_names_in_other_scripts_have_folders_of_their_own() -> None:
+    names = ["модель", "方法", "deca:lr=0.1", "a/b", "***"]
+    slugs = [Contestant(name=name, config=RunConfig()).slug for name in names]
+    assert slugs == ["модель", "方法", "deca-lr-0.1", "a-b", "unnamed"]
 
 
 ONE = ["compare", "recipe.toml"]

@@ -13,7 +13,7 @@ from peertune.errors import ConfigError
 
 AXES = ("topology.", "data.partition.", "exchange.", "link.", "model.quantization")
 """How the keys begin that a contestant may set for itself, beside those of [algorithm]."""
-_UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
+_UNSAFE = re.compile(r"[^\w.-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
