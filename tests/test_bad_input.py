@@ -154,6 +154,7 @@ def test_one_line_exit_2_nothing_written(
         (["run", "empty.toml", "--set", "algorithm.alphas=[0.9]"], "algorithm.alphas"),
         (["report", "."], "no run"),
         (["export", ".", "--to", "there"], "holds no run"),
+        (["eval", "m", "--data", "d.jsonl", "--task", "text", "--set", "run.seed=1"], "expected a key of [data]"),
         (["eval", "no-model", "--data", "no-data.jsonl", "--task", "text"], "no-data.jsonl"),
     ],
 )

@@ -89,6 +89,18 @@ def test_eval_repeats_the_runs_own_figures(finished: Path, tmp_path: Path, capsy
     assert got == pytest.approx(expected, rel=1e-4)
 
 
+def test_eval_takes_the_names_of_fields(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = (tmp_path / "test.jsonl").read_text().replace('"text"', '"words"').replace('"label"', '"kind"')
+    (tmp_path / "named.jsonl").write_text(rows)
+    options = ["eval", str(finished / "model"), "--data", str(tmp_path / "named.jsonl"), "--task", "classification"]
+    options += ["--max-length", "40"]
+    assert main([*options, "--set", "data.text_field=words", "--set", "data.label_field=kind"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["samples"] == 12
+    (tmp_path / "named.jsonl").write_text('{"text": "a", "label": "x"}\n')
+    assert main(options) == 2
+    assert f"{tmp_path / 'named.jsonl'}: got only the class 'x'" in capsys.readouterr().err
+
+
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, part in (
         (["--version"], peertune.__version__),

@@ -169,6 +169,7 @@ def _eval(options: argparse.Namespace, console: Console) -> None:
         max_length=options.max_length,
         harness_tasks=tasks,
         trust_remote_code=options.trust_remote_code,
+        overrides=options.set,
     ):
         print(json.dumps(line), flush=True)
 
@@ -310,6 +311,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("model", metavar="MODEL", help="folder or hub name")
     evaluate.add_argument("--data", nargs="+", default=[], metavar="FILE")
     evaluate.add_argument("--task", choices=["text", "classification", "instruction", "chat"], help="of all files")
+    evaluate.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="data.key=value",
+        help="how the files are read, such as data.text_field=sentence; repeatable",
+    )
     evaluate.add_argument("--max-samples", type=_at_least(0), default=0, metavar="N", help="rows at most; 0: all")
     evaluate.add_argument(
         "--max-length",

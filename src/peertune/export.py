@@ -11,7 +11,7 @@ import torch
 
 from peertune.algorithms import METHODS
 from peertune.checkpoint import CheckpointStore
-from peertune.config import DataSection, EvalSection, ModelSection, from_dict
+from peertune.config import DataSection, EvalSection, ModelSection, apply_override, from_dict
 from peertune.data.load import load_table
 from peertune.data.render import find_labels, label_tokens, render
 from peertune.errors import CheckpointError, ConfigError
@@ -74,6 +74,7 @@ def evaluate_model(
     max_length: int = 0,
     harness_tasks: Sequence[str] = (),
     trust_remote_code: bool = False,
+    overrides: Sequence[str] = (),
 ) -> Iterator[dict[str, Any]]:
     """Measure a model folder or hub name on data files, then on tasks of lm-evaluation-harness.
 
@@ -85,11 +86,13 @@ def evaluate_model(
         max_length: longest sequence, tokens; 0: 256 for files, the model's own for the harness.
         harness_tasks: names the harness knows.
         trust_remote_code: let code run that comes with the model, such as exported bottlenecks need.
+        overrides: `data.key=value` texts, such as the names of the files' fields.
     Yields:
         For each file "data", "samples", its metrics, and "by_client" where rows have a client; for each task of the
         harness "lm_eval" and its metrics.
     Raises:
-        ConfigError: there are files and no task, or the harness is not installed or refuses.
+        ConfigError: there are files and no task, an override is no key of [data], or the harness is not installed
+            or refuses.
         ModelError, DataError: model or data cannot be used.
     """
     if harness_tasks:
@@ -100,7 +103,7 @@ def evaluate_model(
     if max_length:
         chosen = chosen.model_copy(update={"max_length": max_length})
     # every file is read before the model, so that a wrong one is known at once
-    sections = [DataSection(train=data, task=task) for data in files if task is not None]
+    sections = [_section(data, task, overrides) for data in files if task is not None]
     tables = [load_table(section.train, section).rows for section in sections]
     tokenizer = load_tokenizer(chosen)
     read = [
@@ -118,6 +121,21 @@ def evaluate_model(
         results = run_harness(module, tokenizer, harness_tasks, limit=limit, max_length=max_length)
         for name, metrics in results.items():
             yield {"lm_eval": name, **metrics}
+
+
+def _section(data: str, task: Task, overrides: Sequence[str]) -> DataSection:
+    """How a file is read. Raises ConfigError."""
+    tree: dict[str, Any] = {"data": {}}
+    for text in overrides:
+        key = text.partition("=")[0].strip()
+        if not key.startswith("data.") or key in ("data.train", "data.test", "data.task"):
+            raise ConfigError(
+                f"--set {text!r}: got {key!r}, expected a key of [data] such as data.text_field; files and task are"
+                " given by --data and --task"
+            )
+        apply_override(tree, text)
+    tree["data"] |= {"train": data, "task": task}
+    return from_dict(tree, METHODS)[0].data
 
 
 def _held_out(

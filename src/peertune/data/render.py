@@ -71,8 +71,9 @@ def find_labels(rows: Rows, config: DataSection) -> list[str]:
     labels = sorted({_label(row, config) for row in rows} - {""})
     if len(labels) < 2:
         got = f"only the class {labels[0]!r}" if labels else "no label at all"
+        files = config.train if isinstance(config.train, str) else ", ".join(config.train)
         raise DataError(
-            f"data.train: got {got} in field {config.label_field!r} of {len(rows)} rows, expected at least two "
+            f"{files}: got {got} in field {config.label_field!r} of {len(rows)} rows, expected at least two "
             "classes; name the right field with data.label_field"
         )
     return labels
