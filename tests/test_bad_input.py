@@ -83,6 +83,9 @@ CASES = {
     "personal part that is not trained": Case(
         put("algorithm", local_modules=["lm_head", "no_such_part"]), ["local_modules", "no_such_part", "lm_head."]
     ),
+    "personal parts where nothing travels": Case(
+        put("algorithm", name="local", local_modules=["lm_head"]), ["local_modules", "'local'", "nothing travels"]
+    ),
     "one factor of a pair personal": Case(
         put("algorithm", name="decaf", local_modules=["lora_A"]), ["local_modules", "lora_A", "both or neither"]
     ),

@@ -89,6 +89,19 @@ def test_eval_repeats_the_runs_own_figures(finished: Path, tmp_path: Path, capsy
     assert got == pytest.approx(expected, rel=1e-4)
 
 
+def test_export_of_a_peers_personal_model(finished: Path, tmp_path: Path, micro_model: Path) -> None:
+    assert main(["export", str(finished), "--to", str(tmp_path / "none"), "--peer", "0"]) == 2
+    keys = {"name": "fedavg", "local_modules": ["lm_head"], "rounds": 2, "local_steps": 2}
+    write_toml(tree(tmp_path, micro_model, algorithm=keys), tmp_path / "own.toml")
+    assert main(["run", str(tmp_path / "own.toml"), "--out", str(tmp_path / "own")]) == 0
+    found = []
+    for peer in (0, 3):
+        assert main(["export", str(tmp_path / "own"), "--to", str(tmp_path / f"p{peer}"), "--peer", str(peer)]) == 0
+        found.append(load_file(tmp_path / f"p{peer}" / "model.safetensors"))
+    assert {name for name in found[0] if not torch.equal(found[0][name], found[1][name])} == {"lm_head.weight"}
+    assert main(["export", str(tmp_path / "own"), "--to", str(tmp_path / "p4"), "--peer", "4"]) == 2
+
+
 def test_eval_takes_the_names_of_fields(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = (tmp_path / "test.jsonl").read_text().replace('"text"', '"words"').replace('"label"', '"kind"')
     (tmp_path / "named.jsonl").write_text(rows)

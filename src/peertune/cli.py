@@ -143,7 +143,7 @@ def _report(options: argparse.Namespace, console: Console) -> None:
 def _export(options: argparse.Namespace, console: Console) -> None:
     from peertune.export import export
 
-    export(Path(options.folder), Path(options.to))
+    export(Path(options.folder), Path(options.to), options.peer)
     print(f"{options.to}: load it with {loading(Path(options.to))}")
 
 
@@ -305,6 +305,9 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="write a run's average model as a folder that from_pretrained loads")
     export.add_argument("folder", metavar="DIR")
     export.add_argument("--to", required=True, metavar="DIR")
+    export.add_argument(
+        "--peer", type=_at_least(0), metavar="I", help="with the personal parts of this peer (algorithm.local_modules)"
+    )
     export.set_defaults(command=_export)
 
     evaluate = commands.add_parser("eval", help="metrics of a model on data files, one JSON line each")

@@ -25,10 +25,13 @@ from peertune.run_folder import RunFolder, check_writable, save_trained, storage
 Task = Literal["text", "classification", "instruction", "chat"]
 
 
-def export(run: Path, to: Path) -> None:
+def export(run: Path, to: Path, peer: int | None = None) -> None:
     """Write a run's average model to a folder: the finished one, else that of the newest complete checkpoint.
 
+    Args:
+        peer: whose personal parts (algorithm.local_modules) go on top of the average, from that checkpoint; None: none.
     Raises:
+        ConfigError: there is no such peer, or the run has no personal parts.
         CheckpointError: there is no run, no checkpoint, or `to` exists already.
     """
     folder = RunFolder(run)
@@ -37,11 +40,13 @@ def export(run: Path, to: Path) -> None:
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise CheckpointError(f"--to: {to} exists already; name a new folder")
     check_writable(to, "--to")
-    if folder.summary.exists():
+    recipe = folder.read_recipe() if peer is not None or not folder.summary.exists() else {}
+    if recipe and peer is not None:
+        _check_peer(recipe["config"], peer)
+    if folder.summary.exists() and peer is None:
         with storage_errors(to):
             shutil.copytree(folder.model if folder.model.exists() else folder.adapter, to, dirs_exist_ok=True)
         return
-    recipe = folder.read_recipe()
     config, _ = from_dict(recipe["config"], METHODS)
     store = CheckpointStore(folder.checkpoints, recipe["members"], config.run.ranks_per_peer)
     done = store.newest_complete()
@@ -50,19 +55,34 @@ def export(run: Path, to: Path) -> None:
     base, cpu = Path(recipe["base"]), torch.device("cpu")
     module = prepare_model(config, cpu, base)
     average: dict[str, torch.Tensor] = {}
-    for peer in range(recipe["members"]):
-        tensors, state = store.load_whole(peer, done)
-        if peer >= len(state["consensus"]):
+    personal: dict[str, torch.Tensor] = {}
+    for index in range(recipe["members"]):
+        tensors, state = store.load_whole(index, done)
+        if index >= len(state["consensus"]):
             break  # the hub, which has no weight in the average
-        weight = state["consensus"][peer]
+        weight = state["consensus"][index]
         for name in state["common"]:
             high, low = tensors[f"weights/{name}"], tensors.get(f"remainder/{name}")
             master = high.float() if low is None else join_bfloat16(high, low)
-            average[name] = master * weight if peer == 0 else average[name].add_(master, alpha=weight)
+            average[name] = master * weight if index == 0 else average[name].add_(master, alpha=weight)
+        if index == peer:
+            held = {name.removeprefix("weights/"): t for name, t in tensors.items() if name.startswith("weights/")}
+            personal = {name: value for name, value in held.items() if name not in state["common"]}
     own = dict(module.named_parameters())
-    for name, value in average.items():
+    for name, value in (average | personal).items():
         own[name].data.copy_(value)
     save_trained(to, module, prepare_tokenizer(config, base), lambda: load_full_model(config.model, cpu, base))
+
+
+def _check_peer(config: dict[str, Any], peer: int) -> None:
+    """Refuse a peer without personal parts. Raises ConfigError."""
+    num_peers = config["run"]["num_peers"]
+    if not config["algorithm"].get("local_modules"):
+        raise ConfigError(
+            f"--peer: got {peer} for a run without algorithm.local_modules, where all end with one model; leave it out"
+        )
+    if not 0 <= peer < num_peers:
+        raise ConfigError(f"--peer: got {peer}, expected a peer of this run, 0 to {num_peers - 1}")
 
 
 def evaluate_model(

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from peertune.algorithms import METHODS
+from peertune.algorithms import ALGORITHMS, METHODS
 from peertune.algorithms.turns import BlockwiseConfig
 from peertune.compare import budget as budgets
 from peertune.compare.cells import Cell, DivergedCell, Summary, is_better, metric_of, quality, read_cell
@@ -74,6 +74,9 @@ class Grid:
         self.base = options.recipes[0].parent
         first = contestants[0].config
         check_writable(options.out, "--out")
+        for contestant in contestants:
+            algorithm = contestant.config.algorithm
+            ALGORITHMS[algorithm.name].check_personal(algorithm)
         if options.workers > 1 and options.budget != "samples":
             raise ConfigError(
                 f"--workers: got {options.workers} with --budget {options.budget}, where a cell waits for the first"
