@@ -139,6 +139,8 @@ def test_a_sites_logs_tell_its_neighbors_and_who_is_missing() -> None:
     assert folded([START, round_event(0)], [*AUDIT, paused, resumed]).waiting_for == ()
     back = folded([START], [*AUDIT, *LOST, {"event": "connected", "time": T0 + 9, "peer": "south"}])
     assert back.missing == () and back.peers[1].since == T0 + 9 and back.peers[1].rounds_without == 2
+    out = folded([START], [*AUDIT, *LOST, {"event": "ejected", "time": T0 + 9, "peer": "south", "signed_by": "north"}])
+    assert out.missing == () and out.peers[1].status == "ejected"
 
 
 def test_status_says_why_a_neighbor_is_refused_until_it_is_connected() -> None:

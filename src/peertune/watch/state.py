@@ -35,7 +35,8 @@ class PeerState:
     index: int | None
     name: str
     status: str
-    """Of a neighbour "connected", "missing", or "offline": this site's own process has ended; of a peer "here"."""
+    """Of a neighbour "connected", "missing", "ejected", or "offline": this site's own process has ended; of a peer
+    "here"."""
     since: float | None = None
     """Unix seconds since which it is connected or missing."""
     heard: float | None = None
@@ -177,6 +178,7 @@ class _Link:
     arrivals: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=RECENT_ARRIVALS))
     without: set[int] = field(default_factory=set)
     refusal: str = ""
+    is_ejected: bool = False
 
 
 class Links(_Log):
@@ -219,6 +221,9 @@ class Links(_Log):
             for other in filter(None, fields.text(event.get("peers")).split(", ")):
                 self._link(other).without.add(-1 if round is None else round)
                 self.waiting.pop(other, None)
+        elif kind == "ejected" and name:
+            self._link(name).is_ejected = True
+            self.waiting.pop(name, None)
         elif kind == "paused":
             self.waiting[QUORUM] = round or 0
         elif kind == "resumed":
@@ -324,7 +329,7 @@ def snapshot(rounds: Rounds, links: Links, now: float, alive: bool | None, finis
 def _neighbors(links: Links, done: int, state: str) -> tuple[PeerState, ...]:
     found = []
     for name, link in links.links.items():
-        status = "connected" if link.connected else "missing"
+        status = "ejected" if link.is_ejected else "connected" if link.connected else "missing"
         moved, seconds = sum(size for size, _ in link.arrivals), sum(seconds for _, seconds in link.arrivals)
         found.append(
             PeerState(
