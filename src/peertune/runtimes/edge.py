@@ -36,6 +36,7 @@ from functools import partial
 from peertune.exchange import Payload
 from peertune.runtimes.frames import Frames, ProtocolError
 from peertune.runtimes.message import CHUNK_SIZE, HASH_SIZE, Incoming, Outgoing, hash_of
+from peertune.runtimes.processes import Processes
 from peertune.wire import payload_size
 
 Key = tuple[int, int]
@@ -45,8 +46,6 @@ STATE = (1 << 32) - 1
 """The number of the hop in the key of a state."""
 MAX_OFFERS = 1 << 16
 """Messages a neighbour may announce ahead of us."""
-MAX_BOOTS = 64
-"""Of so many processes that a neighbour was, the newest, it is known that they were."""
 MAX_MISSED = 1024
 """Of so many, the newest, a neighbour is told that they were missed."""
 
@@ -130,10 +129,7 @@ class Edge:
         self.saved = 0
         """Round of this site's newest checkpoint."""
         self.boot, self.peer_boot = os.urandom(8), b""
-        self._peer_boots: dict[bytes, int] = {}
-        """How often each process that the neighbour was came back after another one."""
-        self._turned_away: list[bytes] = []
-        """Those that were started beside one that is still there."""
+        self._processes = Processes()
         self.round = 0
         self.is_finished = self.peer_is_finished = False
         self.peer_round = 0
@@ -268,17 +264,10 @@ class Edge:
         kind, fields, _ = FRAMES.unpack(frame)
         if kind is not Kind.HELLO or fields[0] == self.peer_boot:
             return False
-        boot = fields[0]
-        if boot in self._turned_away:
-            return True
-        self._peer_boots[boot] = self._peer_boots.get(boot, -1) + 1
-        if self._peer_boots[boot] >= 2:  # once may be a connection that was long under way
-            # It was not restarted, as it is back: the one that took its place was started beside it.
-            self._turned_away = [*self._turned_away, self.peer_boot][-MAX_BOOTS:]
+        is_second = self._processes.is_second(fields[0])
+        if not is_second and self._processes.take_over(fields[0], self.peer_boot):
             self._listener.runs_twice()
-        while len(self._peer_boots) > MAX_BOOTS:
-            del self._peer_boots[next(iter(self._peer_boots))]
-        return False
+        return is_second
 
     def receive(self, frame: bytes) -> Iterable[bytes]:
         """Take a frame in; returns what to answer.
