@@ -36,6 +36,7 @@ LAYERS = [
     "assemble",
     "average",
     "records",
+    "site_summary",
     "workload",
     "run",
     "launch",

@@ -10,8 +10,8 @@ import torch
 
 from peertune.cli_output import summary_table
 from peertune.exchange import Hop
-from peertune.records import contributions
 from peertune.runtimes.network import NetworkGroup, Pace
+from peertune.site_summary import contributions
 
 
 def late_group(log: list[dict[str, Any]]) -> tuple[NetworkGroup, Any, SimpleQueue[Any]]:

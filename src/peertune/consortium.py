@@ -39,7 +39,6 @@ from peertune.model.language_model import LanguageModel
 from peertune.model.load import TINY, resolve_path
 from peertune.peer import Peer
 from peertune.prepare import base_print, model_blocks, prepare_model, prepare_tokenizer
-from peertune.records import contributions
 from peertune.robust import check_rule
 from peertune.run import Progress, Site, run
 from peertune.run_folder import RunFolder, storage_errors
@@ -48,6 +47,7 @@ from peertune.runtimes.network import NetworkGroup
 from peertune.runtimes.node import Node
 from peertune.runtimes.port import check_port
 from peertune.runtimes.requests import Requests
+from peertune.site_summary import contributions
 
 AUDIT = "audit.jsonl"
 SITE_KEYS = (
@@ -320,7 +320,7 @@ class AuditLog:
         self._lock = threading.Lock()
 
     def contributions(self, num_rounds: int) -> list[dict[str, Any]]:
-        """See `records.contributions`; nothing where the log cannot be read."""
+        """See `site_summary.contributions`; nothing where the log cannot be read."""
         try:
             with self.path.open("rb") as file:
                 return contributions(file, num_rounds)

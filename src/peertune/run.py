@@ -57,6 +57,7 @@ from peertune.robust import check_rule, ends_in_agreement
 from peertune.run_folder import RunFolder, save_trained
 from peertune.runtimes import Group, Member, agree, play_round
 from peertune.runtimes.simulation import SimulatedGroup
+from peertune.site_summary import agreement_of
 from peertune.workload import foreseen_bytes
 
 RETRY_S = 5.0
@@ -77,7 +78,7 @@ class Site:
     members: Sequence[str]
     """Names, by index."""
     contributions: Callable[[int], list[dict[str, Any]]]
-    """Given the number of rounds, what came from each neighbour in them (`records.contributions`)."""
+    """Given the number of rounds, what came from each neighbour in them (`site_summary.contributions`)."""
 
 
 class Progress(Protocol):
@@ -357,7 +358,9 @@ class Run:
             wall_s = self._wall_s()
             found = summary_of(self.config, self.method, metrics, told, self._simulated_s(), wall_s)
             if self.site is not None:
-                found["agreement"] = agreement_of(self.site, self.num_peers, hops, absent if agrees else None)
+                found["agreement"] = agreement_of(
+                    self.site.members[: self.num_peers], self.site.index, hops, absent if agrees else None
+                )
                 found["contributions"] = self.site.contributions(rounds)
             self.folder.event("end", metrics=metrics, wall_s=wall_s, peak_memory_bytes=found["peak_memory_bytes"])
 
@@ -497,23 +500,6 @@ class Run:
 
     def _simulated_s(self) -> float | None:
         return None if self.group.clock is None else self.group.clock.simulated_s
-
-
-def agreement_of(site: Site, num_peers: int, hops: int, absent: Sequence[int] | None) -> dict[str, list[str]] | None:
-    """With whom a site agreed on its model in the end, by name; None where there is one model anyway, as over a server.
-
-    Args:
-        hops: of the final agreement.
-        absent: peers who are not in it; None: there was none, and the model is this site's own.
-    """
-    others = [peer for peer in range(num_peers) if peer != site.index]
-    if absent is not None and not hops and not absent:
-        return None
-    lost = others if absent is None else absent
-    return {
-        "with": [site.members[peer] for peer in others if peer not in lost],
-        "without": [site.members[peer] for peer in others if peer in lost],
-    }
 
 
 def _require_finite(what: str, value: float) -> None:
