@@ -3,9 +3,10 @@
     python benchmarks/exchange.py [--megabytes 256] [--repeats 5]
 
 Two processes on loopback. `raw` is asyncio TCP into a tensor that is there already, without encryption or checks; `tls`
-the same with mutual TLS 1.3; `grpc_tls` a bare gRPC stream with mutual TLS, of chunks as large as ours; ours is what a
-run uses: that stream, hashed chunks, shapes checked, NaN refused. They take turns. Then one process trains (matrix
-products on one thread) with and without a block arriving every `--every` seconds.
+the same with mutual TLS 1.3; `socket_tls` that by blocking sockets; `grpc_tls` a bare gRPC stream with mutual TLS, of
+chunks as large as ours; ours is what a run uses: that stream, hashed chunks, shapes checked, NaN refused. They take
+turns. Then one process trains (matrix products on one thread) with and without a block arriving every `--every`
+seconds.
 
 The bare ones' tensor has been written to before. Ours is new in the first round, which takes as long as the system
 needs to find the memory; later rounds' blocks come into the same pages.
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _bare import grpc_ends, stream_ends
+from _bare import grpc_ends, socket_ends, stream_ends
 from _harness import RESULTS, finish, free_port
 
 import peertune
@@ -56,7 +57,8 @@ def main() -> None:
         homes = Path(folder) / "bare-0", Path(folder) / "bare-1"
         for home in homes:
             make_identity(home)
-        bare = {"raw": stream_ends(), "tls": stream_ends(homes), "grpc_tls": grpc_ends(homes)}
+        bare = {"raw": stream_ends(), "tls": stream_ends(homes)}
+        bare |= {"socket_tls": socket_ends(homes), "grpc_tls": grpc_ends(homes)}
         times: dict[str, list[float]] = {name: [] for name in [*bare, "peertune", "first_round"]}
         for _ in range(options.repeats):
             for name, both in bare.items():
@@ -74,6 +76,7 @@ def main() -> None:
             "repeats": options.repeats,
             "mb_per_s": {name: size / 1e6 / found for name, found in seconds.items()},
             "bare_tls_over_raw": seconds["raw"] / seconds["tls"],
+            "bare_socket_tls_over_raw": seconds["raw"] / seconds["socket_tls"],
             "bare_grpc_tls_over_raw": seconds["raw"] / seconds["grpc_tls"],
             "peertune_over_raw": seconds["raw"] / seconds["peertune"],
             "first_round_over_raw": seconds["raw"] / seconds["first_round"],

@@ -20,7 +20,7 @@ from _harness import finish, interleaved
 
 from peertune.config import AlgorithmConfig, ModelSection
 from peertune.data.batches import Batch
-from peertune.model import language_model
+from peertune.model import lora
 from peertune.model.adapters import add_adapter
 from peertune.model.language_model import LanguageModel
 from peertune.model.load import load_model
@@ -66,13 +66,13 @@ def make(options: argparse.Namespace, dtype: Any, name: str) -> LanguageModel:
         module.requires_grad_(True)
     else:
         module = add_adapter(module, AlgorithmConfig(adapter="lora", rank=options.rank), 0)
-    taking_over = language_model.take_over
+    taking_over = lora.take_over
     if name.startswith("peft"):
-        language_model.take_over = lambda module: None
+        lora.take_over = lambda module: None
     try:
         return LanguageModel(module, section)
     finally:
-        language_model.take_over = taking_over
+        lora.take_over = taking_over
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ LAYERS = [
     "config",
     "seeds",
     "memory",
+    "flat",
     "lock",
     "identity",
     "charter",

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from peertune.config import AlgorithmConfig, ModelSection
 from peertune.data.batches import Batch
 from peertune.errors import ConfigError, ModelError
+from peertune.flat import FlatParameters
 from peertune.model import packing
 from peertune.model.adapters import adapter_names, add_adapter
 from peertune.model.attention import choose_attention
@@ -181,6 +182,25 @@ def test_stacked_models_have_the_gradients_of_each_alone(name: str, dtype: torch
         assert (found - alone[i][1]).norm() < close * found.norm()
     assert all(p.grad is None for p in models[1].module.parameters())
     assert gradient(models[2], batches[2], 2)[0] == alone[2][0]  # on its own again
+
+
+@pytest.mark.parametrize("members", [[0, 1, 2], [0, 2]])
+def test_gradients_of_models_that_are_laid_out_add_up_in_rows_of_their_own(members: list[int]) -> None:
+    models, batches, flats = adapted("llama", 3), [ragged(i) for i in range(3)], {}
+    for i, model in enumerate(models):
+        for name, parameter in model.module.named_parameters():
+            parameter.requires_grad_("lora_A" in name)  # B is put together as it stands
+        flats[i] = FlatParameters({n: p for n, p in model.module.named_parameters() if p.requires_grad})
+    alone = [gradient(model, batch)[1] for model, batch in zip(models, batches, strict=True)]
+    for flat in flats.values():
+        flat.zero_gradients()
+    stack = StackedModels(models)
+    stack.lay_out(flats)
+    for _ in range(2):
+        stack.backward(members, [batches[i] for i in members], 1)
+    for i, flat in flats.items():
+        expected = 2 * alone[i] if i in members else torch.zeros_like(alone[i])
+        assert (flat.gradient - expected).norm() <= 2e-4 * expected.norm()
 
 
 def test_a_lora_layer_that_sees_some_of_the_tokens_only_is_refused() -> None:

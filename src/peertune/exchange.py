@@ -11,12 +11,13 @@ along it and hands each receiver an inbox; the algorithm mixes. Algorithms know 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from peertune.flat import cut, joined
 from peertune.topology import Topology
 from peertune.wire import Traffic
 
@@ -65,6 +66,16 @@ class Inbox:
         for source in rest:
             total.add_(self.payloads[source][name], alpha=self.weights[source])
         return total
+
+    def means(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+        """As `mean`, of several, by name: together what lies side by side in all payloads, else one after the other."""
+        first, *rest = sorted(self.weights)
+        columns = [[self.payloads[source][name] for name in names] for source in (first, *rest)]
+        for run, (vector, *others) in joined(*columns):
+            total = vector * self.weights[first]
+            for source, other in zip(rest, others, strict=True):
+                total.add_(other, alpha=self.weights[source])
+            yield dict(zip(names[run], cut(total, columns[0][run]), strict=True))
 
 
 class Exchange(Protocol):

@@ -6,9 +6,9 @@ Nothing here knows of peers or rounds. All updates work in place on the tensors 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import groupby, repeat
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from peertune.config import AlgorithmConfig
+from peertune.flat import cut, joined
 
 CHUNK_CPU = 1 << 16
 """Elements updated at a time on a CPU: what is made on the way stays in the second-level cache."""
@@ -139,6 +140,14 @@ class MasterWeights:
             parameter.detach().float() if low is None else join_bfloat16(parameter.detach(), low.to(parameter.device))
         )
 
+    def snapshots(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """As `snapshot`, of several; copies of float32 parameters lie side by side."""
+        parameters = [self.parameters[name].detach() for name in names]
+        if any(parameter.dtype == torch.bfloat16 for parameter in parameters):
+            return {name: self.snapshot(name) for name in names}
+        copies = torch.cat([parameter.reshape(-1) for parameter in parameters])
+        return dict(zip(names, cut(copies, parameters), strict=True))
+
     @torch.no_grad()
     def write(self, name: str, value: Tensor) -> None:
         """Replace a parameter's master weights by float32 `value` of its shape."""
@@ -151,6 +160,16 @@ class MasterWeights:
         low = torch.empty(parameter.shape, dtype=torch.int16, device=parameter.device)
         split_bfloat16(value.contiguous(), parameter.detach(), low)
         self.remainders[name].copy_(low)
+
+    def write_all(self, values: Mapping[str, Tensor]) -> None:
+        """As `write`, of several."""
+        parameters = [self.parameters[name].detach() for name in values]
+        if any(parameter.dtype == torch.bfloat16 for parameter in parameters):
+            for name, value in values.items():
+                self.write(name, value)
+            return
+        for _, (vector, value) in joined(parameters, list(values.values())):
+            vector.copy_(value)
 
 
 @dataclass
@@ -167,9 +186,27 @@ class Moments:
         exp_avg, exp_avg_sq = (torch.zeros(like.shape, dtype=torch.float32, device=like.device) for _ in range(2))
         return cls(exp_avg, exp_avg_sq)
 
+    def reset(self) -> None:
+        """Back to the start."""
+        self.num_steps = 0
+        self.exp_avg.zero_()
+        self.exp_avg_sq.zero_()
+
+    @classmethod
+    def side_by_side(cls, like: Mapping[str, Tensor]) -> dict[str, Moments]:
+        """As `zeros`, of several on one device, by name."""
+        tensors = list(like.values())
+        if not tensors:
+            return {}
+        size = sum(tensor.numel() for tensor in tensors)
+        columns = [torch.zeros(size, dtype=torch.float32, device=tensors[0].device) for _ in range(2)]
+        return {
+            name: cls(*both) for name, *both in zip(like, *(cut(column, tensors) for column in columns), strict=True)
+        }
+
 
 class Piece(NamedTuple):
-    """Of one parameter, as many elements as are updated at a time, or fewer; all of one shape."""
+    """Of one parameter, or of some side by side, what is updated at a time; all of one shape."""
 
     theta: Tensor
     low: Tensor | None
@@ -221,14 +258,9 @@ def _batches(masters: MasterWeights, moments: Mapping[str, Moments]) -> Iterator
     """The parameters in pieces; those of a list have at most a chunk's elements together."""
     batch: list[Piece] = []
     held = 0
-    for name, state in moments.items():
-        parameter, low = masters.parameters[name], None
-        assert parameter.grad is not None
-        if parameter.dtype == torch.bfloat16:
-            low = masters.remainders[name]
-        chunk = CHUNK_CPU if parameter.device.type == "cpu" else CHUNK_GPU
-        whole = Piece(parameter.detach(), low, parameter.grad, state.exp_avg, state.exp_avg_sq, parameter.ndim > 1)
-        for piece in [whole] if parameter.numel() <= chunk else _split(whole, chunk):
+    for whole in _joined(masters, moments):
+        chunk = CHUNK_CPU if whole.theta.device.type == "cpu" else CHUNK_GPU
+        for piece in [whole] if whole.theta.numel() <= chunk else _split(whole, chunk):
             if batch and held + piece.theta.numel() > chunk:
                 yield batch
                 batch, held = [], 0
@@ -236,6 +268,24 @@ def _batches(masters: MasterWeights, moments: Mapping[str, Moments]) -> Iterator
             held += piece.theta.numel()
     if batch:
         yield batch
+
+
+def _joined(masters: MasterWeights, moments: Mapping[str, Moments]) -> Iterator[Piece]:
+    """The parameters whole, those that lie side by side with all that belongs to them as one."""
+    wholes = []
+    for name, state in moments.items():
+        parameter = masters.parameters[name]
+        assert parameter.grad is not None
+        low = masters.remainders[name] if parameter.dtype == torch.bfloat16 else None
+        is_matrix = parameter.ndim > 1
+        wholes.append(Piece(parameter.detach(), low, parameter.grad, state.exp_avg, state.exp_avg_sq, is_matrix))
+    for (is_split, is_matrix), alike in groupby(wholes, key=lambda whole: (whole.low is not None, whole.is_matrix)):
+        if is_split:
+            yield from alike
+            continue
+        columns = zip(*((p.theta, p.grad, p.exp_avg, p.exp_avg_sq) for p in alike), strict=True)
+        for _, (theta, grad, exp_avg, exp_avg_sq) in joined(*columns):
+            yield Piece(theta, None, grad, exp_avg, exp_avg_sq, is_matrix)
 
 
 def _split(whole: Piece, size: int) -> Iterator[Piece]:

@@ -19,7 +19,7 @@ comes alone to one who sends none (a server's answer) is taken as it is: there i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,6 +86,9 @@ class RobustInbox(Inbox):
     def others(self) -> list[int]:
         """Whom it hears, ascending."""
         return [source for source in sorted(self.weights) if source != self.peer]
+
+    def means(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+        return ({name: self.mean(name)} for name in names)
 
     @property
     def sends(self) -> bool:

@@ -140,15 +140,12 @@ class Fedavg(LocalSteps):
         return up, Hop("down", {(self.hub, j): 1.0 for j in range(n)})
 
     def mix(self, hop: Hop, inbox: Inbox) -> None:
-        if hop.name == "down":
+        if hop.name == "down" or self.config.server_optimizer == "average":
             super().mix(hop, inbox)
             return
         for name in self.common:
-            mean = inbox.mean(name)
-            if self.config.server_optimizer != "average":
-                before = self.masters.snapshot(name) if self.peer.index == self.hub else self.anchor[name]
-                mean = self.serve(name, before, mean)
-            self.masters.write(name, mean)
+            before = self.masters.snapshot(name) if self.peer.index == self.hub else self.anchor[name]
+            self.masters.write(name, self.serve(name, before, inbox.mean(name)))
 
     def serve(self, name: str, before: Tensor, mean: Tensor) -> Tensor:
         """The server's optimiser on one parameter: the new common value, float32, of its shape."""

@@ -47,7 +47,7 @@ class Gt(LocalSteps):
                 parameter.grad = torch.zeros_like(parameter)
             tracked = parameter.grad.float() + correction
             self.tracked[name].add_(tracked, alpha=share)
-            parameter.grad = tracked.to(parameter.dtype)
+            parameter.grad.copy_(tracked)
 
     def can_join(self, round: int) -> bool:
         """Never: the sum of all corrections is zero, and one who left took his along."""

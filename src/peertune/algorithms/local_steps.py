@@ -12,6 +12,7 @@ from torch import Tensor
 from peertune.algorithms.base import Algorithm, LocalReport
 from peertune.config import AlgorithmConfig, Decays, Positive
 from peertune.exchange import Hop, Inbox, Payload
+from peertune.flat import FlatParameters
 from peertune.model.blocks import Block
 from peertune.optim import Moments, adam_step, clip_gradients, learning_rate
 from peertune.peer import Peer
@@ -58,6 +59,8 @@ class LocalSteps(Algorithm):
         assert isinstance(config, LocalStepsConfig)
         self.config = config
         self.active: dict[str, torch.nn.Parameter] = {}
+        self.flat: FlatParameters | None = None
+        """`active` side by side in memory, where it is an adapter: many small tensors."""
         self.moments: dict[str, Moments] = {}
         self.num_taken = 0
         """Local steps this peer has taken."""
@@ -103,20 +106,28 @@ class LocalSteps(Algorithm):
         lr = learning_rate(self.config, round * count + n, self.num_rounds * count)
         self.step(lr)
         self.num_taken += 1
+        if self.flat is None:
+            for parameter in self.active.values():
+                parameter.grad = None
+        else:
+            self.flat.zero_gradients()
         return norm, lr
 
     def activate(self, round: int) -> None:
         """Let gradients reach what the round trains, and have moments for it."""
         names = tuple(name for name in self.blocks[0].parameters if self.trains(name, round))
         if tuple(self.active) != names:
-            self.active = self.peer.model.activate(Block(0, "all", names, 0))
+            active = self.peer.model.activate(Block(0, "all", names, 0))
+            self.active = {name: active[name] for name in names}
             for name in self.active:
                 self.masters.activate(name)
+            is_whole = not any(hasattr(parameter, "ranks") for parameter in self.active.values())
+            self.flat = FlatParameters(self.active) if self.config.adapter != "none" and is_whole else None
         if self.config.reset_moments:
-            self.moments = {}
-        for name, parameter in self.active.items():
-            if name not in self.moments:
-                self.moments[name] = Moments.zeros(parameter)
+            for moments in self.moments.values():
+                moments.reset()
+        new = {name: parameter for name, parameter in self.active.items() if name not in self.moments}
+        self.moments |= Moments.side_by_side(new)
 
     def adjust_gradients(self) -> None:
         """Change the gradients at hand before they are clipped and used."""
@@ -142,15 +153,13 @@ class LocalSteps(Algorithm):
             if feeds:
                 for state in moments.values():
                     state.num_steps = count
-        for parameter in self.active.values():
-            parameter.grad = None
 
     def outgoing(self, hop: Hop) -> Payload:
-        return {name: self.masters.snapshot(name) for name in self.common}
+        return self.masters.snapshots(self.common)
 
     def mix(self, hop: Hop, inbox: Inbox) -> None:
-        for name in self.common:
-            self.masters.write(name, inbox.mean(name))
+        for values in inbox.means(self.common):
+            self.masters.write_all(values)
 
     def position(self, round: int) -> Mapping[str, int]:
         return {"outer_round": round, "block": 0, "inner_step": 0}
@@ -177,11 +186,12 @@ class LocalSteps(Algorithm):
         super().load_state_dict(tensors, plain, round)
         device = self.peer.model.device
         self.num_taken = int(plain["num_taken"])
-        self.moments = {
-            name: Moments(tensors[f"exp_avg/{name}"].to(device), tensors[f"exp_avg_sq/{name}"].to(device), int(count))
-            for name, count in plain["num_steps"].items()
-            if f"exp_avg/{name}" in tensors
-        }
+        kept = [name for name in plain["num_steps"] if f"exp_avg/{name}" in tensors]
+        self.moments = Moments.side_by_side({name: self.masters.parameters[name] for name in kept})
+        for name, moments in self.moments.items():
+            moments.exp_avg.copy_(tensors[f"exp_avg/{name}"])
+            moments.exp_avg_sq.copy_(tensors[f"exp_avg_sq/{name}"])
+            moments.num_steps = int(plain["num_steps"][name])
         prefix = "state/"
         extra = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         self.load_extra_tensors({name: t.to(device) for name, t in extra.items()})

@@ -38,6 +38,10 @@ class Together:
         """The local phase of a round; by peer, as `Algorithm.local`."""
         counts = [algorithm.begin(round) for algorithm in self.algorithms]
         taken: list[list[tuple[Tensor, Tensor, float]]] = [[] for _ in counts]
+        flats = enumerate(algorithm.flat for algorithm in self.algorithms)
+        trained = {i: flat for i, flat in flats if counts[i] and flat is not None}
+        if trained:
+            self._stack.lay_out(trained)
         for n in range(max(counts)):
             members = [i for i, count in enumerate(counts) if n < count]
             for i, loss in zip(members, self._backward(members), strict=True):

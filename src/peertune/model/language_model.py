@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from peertune.config import ModelSection
 from peertune.data.batches import Batch
 from peertune.errors import ModelError
-from peertune.model import attention
+from peertune.model import attention, lora, norm
 from peertune.model.adapters import core_of
 from peertune.model.blocks import Block, find_layers
 from peertune.model.layers import LayerStack, has_dropout
-from peertune.model.lora import take_over
 from peertune.model.loss import chunked_cross_entropy
 from peertune.model.packing import Packing, is_worth_packing, pack, packed
 
@@ -35,7 +34,9 @@ class LanguageModel:
             like: another instance of the same model, which knows what has to be tried out.
         """
         self.module: Any = module
-        take_over(module)
+        lora.take_over(module)
+        if not config.compile:  # which makes one kernel of a norm, forward and backward
+            norm.take_over(module)
         self.core = core_of(module)
         """The transformers model itself."""
         self.num_virtual = self._num_virtual()

@@ -4,8 +4,8 @@ The layers, their parameters and their files are peft's; only the arithmetic of 
 forward pass goes to float32 and back around the factors, which in bfloat16 on a CPU takes longer than what LoRA saves.
 A base in 4 bits is restored for each product, forward and backward, and not kept between them.
 
-A layer may stand in for those of several models with one base (`stacked`): the rows of a batch are then theirs in
-turn, the base's product is one for all, and each model's factors see its own rows.
+A layer may compute with the factors of several models with one base (`stacked`): the rows of a batch are then theirs
+in turn, the base's product is one for all, and each model's factors see its own rows.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from peertune.model import packing
 from peertune.model.adapters import is_peft
 from peertune.model.quantization import is_quantized, restored, weight_dtype
 
-STACKED = "stacked_with"
-"""Attribute of a layer: those of the models for which it computes, its own first."""
+STACKED = "stacked_factors"
+"""Attribute of a layer: A [G, rank, inputs] and B [G, outputs, rank] of the G models for which it computes."""
 
 
 def take_over(module: nn.Module) -> None:
@@ -57,20 +57,25 @@ def forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     Returns:
         [..., outputs], in the type of x.
     """
-    base, layers = layer.base_layer, getattr(layer, STACKED, None) or [layer]
+    base, factors = layer.base_layer, getattr(layer, STACKED, None)
     is_ours = is_plain(layer) and not args and not kwargs and x.dtype == weight_dtype(base.weight)
     tokens = packing.current()
-    if len(layers) > 1 and not (is_ours and tokens is not None and x.shape[:-1] == tokens.input_ids.shape):
+    if factors is not None and not (is_ours and tokens is not None and x.shape[:-1] == tokens.input_ids.shape):
         raise ModelError(
             "run.batched_peers: got a LoRA layer that is not called with all tokens of a batch, as an expert's are not;"
             " leave it out of algorithm.target_modules, or set run.batched_peers = 1"
         )
     if not is_ours:
         return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
+    down, up = factors or factors_of(layer)
+    scale = layer.scaling[layer.active_adapters[0]]
+    return _LowRank.apply(x, base.weight, base.bias, down, up, scale)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def factors_of(layer: Any) -> tuple[Tensor, Tensor]:
+    """A [rank, inputs] and B [outputs, rank] of a plain layer."""
     (name,) = layer.active_adapters
-    downs, ups = ([getattr(own, factor)[name].weight for own in layers] for factor in ("lora_A", "lora_B"))
-    down, up = (factors[0] if len(layers) == 1 else torch.stack(factors) for factors in (downs, ups))
-    return _LowRank.apply(x, base.weight, base.bias, down, up, layer.scaling[name])  # type: ignore[no-any-return, no-untyped-call]
+    return layer.lora_A[name].weight, layer.lora_B[name].weight
 
 
 def is_plain(layer: Any) -> bool:
@@ -88,18 +93,19 @@ def is_plain(layer: Any) -> bool:
 
 
 @contextmanager
-def stacked(layers: Sequence[Sequence[Any]]) -> Iterator[None]:
-    """Let the first model's layers compute for all models.
+def stacked(layers: Sequence[Any], factors: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Let a model's layers compute for several.
 
     Args:
-        layers: by model, its `plain_layers`.
+        layers: the model's `plain_layers`.
+        factors: by layer, A [G, rank, inputs] and B [G, outputs, rank] of the models.
     """
-    for alike in zip(*layers, strict=True):
-        setattr(alike[0], STACKED, alike)
+    for layer, both in zip(layers, factors, strict=True):
+        setattr(layer, STACKED, both)
     try:
         yield
     finally:
-        for layer in layers[0]:
+        for layer in layers:
             delattr(layer, STACKED)
 
 

@@ -6,15 +6,16 @@ batches. Gradients are those of one model after the other, up to the rounding of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from peertune.data.batches import Batch
 from peertune.errors import ConfigError, ModelError
+from peertune.flat import FlatParameters
 from peertune.model.language_model import LanguageModel
-from peertune.model.lora import is_plain, plain_layers, stacked
+from peertune.model.lora import factors_of, is_plain, plain_layers, stacked
 from peertune.model.packing import pack
 
 
@@ -45,10 +46,40 @@ class StackedModels:
                 f"run.batched_peers: this model's sequences cannot be packed: {first.no_packing}; set"
                 " run.batched_peers = 1"
             )
+        names = {id(p): name for name, p in first.module.named_parameters()}
+        self._names = [tuple(names[id(p)] for p in factors_of(layer)) for layer in self._layers[0]]
+        self._flat: FlatParameters | None = None
+        """What one of the models trains; all train the same."""
+        self._data = self._gradients = torch.empty(0)
+        """[models, size]: what they train, and its gradients."""
         ids = torch.zeros(1, 2, dtype=torch.int64)
         trial = Batch(ids, torch.ones_like(ids), ids.bool(), (0,))
-        with torch.no_grad(), stacked(self._layers):
+        members = range(len(models))
+        with torch.no_grad(), stacked(self._layers[0], self._factors(members, {})):
             first.hidden_before_targets(pack([trial] * len(models), first.device))
+
+    def lay_out(self, trained: Mapping[int, FlatParameters]) -> None:
+        """Move what models train to the rows of one matrix, so that no step has to put it together.
+
+        Args:
+            trained: by index of a model, what it trains from now on; of all that will take steps, and alike.
+        """
+        first = next(iter(trained.values()))
+        if self._flat is None or self._flat.shapes != first.shapes:
+            self._flat, self._data = first, first.data.new_empty(len(self.models), first.data.numel())
+            self._gradients = torch.empty_like(self._data)
+        for i, flat in trained.items():
+            flat.move_to(self._data[i], self._gradients[i])
+
+    def _factors(self, members: Sequence[int], rows: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """By layer, the members' A and B, each as one tensor: of `rows`, or put together here."""
+
+        def whole(layer: int, factor: int) -> Tensor:
+            if (found := rows.get(self._names[layer][factor])) is not None:
+                return found
+            return torch.stack([factors_of(self._layers[i][layer])[factor] for i in members])
+
+        return [(whole(layer, 0), whole(layer, 1)) for layer in range(len(self._names))]
 
     def backward(self, members: Sequence[int], batches: Sequence[Batch], num_batches: int) -> list[Tensor]:
         """As each member's `LanguageModel.backward`, for one batch of each.
@@ -67,11 +98,19 @@ class StackedModels:
             )
         first.stack.begin_batch(None)
         tokens = pack(batches, first.device)
-        with stacked([self._layers[i] for i in members]):
+        rows: Mapping[str, Tensor] = {}
+        if self._flat is not None:
+            is_all = len(members) == len(self.models)
+            leaf = (self._data if is_all else self._data[members]).detach().requires_grad_()
+            leaf.grad = self._gradients if is_all else self._gradients[members]
+            rows = self._flat.rows(leaf)
+        with stacked(self._layers[members[0]], self._factors(members, rows)):
             hidden = first.hidden_before_targets(tokens)
         losses = []
         for own, ids, is_target in zip(hidden, tokens.input_ids, tokens.targets, strict=True):
             loss = first.head_loss(own, ids[is_target])
             losses.append(loss / (max(1, len(own)) * num_batches))
         torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+        if self._flat is not None and not is_all:
+            self._gradients[members] = leaf.grad  # type: ignore[assignment]
         return [loss.detach() for loss in losses]
