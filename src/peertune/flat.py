@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch._utils import _unflatten_dense_tensors
 
 
 def joined(*columns: Sequence[Tensor]) -> Iterator[tuple[slice, list[Tensor]]]:
@@ -31,10 +32,9 @@ def joined(*columns: Sequence[Tensor]) -> Iterator[tuple[slice, list[Tensor]]]:
         yield slice(start, end), firsts
 
 
-def cut(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """What `joined` gave, or was made of it, as tensors of the shapes it was put together from."""
-    parts = torch.split(vector.reshape(-1), [tensor.numel() for tensor in like])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
+def cut(vector: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
+    """What `joined` gave, or was made of it, in the shapes it was put together from; they share its memory."""
+    return _unflatten_dense_tensors(vector.reshape(-1), like)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class FlatParameters:

@@ -62,7 +62,9 @@ def clip_gradients(parameters: Mapping[str, nn.Parameter], max_norm: float) -> T
             parameter.grad = torch.zeros_like(parameter)
     norm = gradient_norm(parameters.values())
     if max_norm:
-        torch.nn.utils.clip_grads_with_norm_(parameters.values(), max_norm, norm)
+        scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_
+        for _, (grads,) in joined([p.grad for p in parameters.values() if p.grad is not None]):
+            grads.mul_(scale)
     return norm
 
 
@@ -186,11 +188,15 @@ class Moments:
         exp_avg, exp_avg_sq = (torch.zeros(like.shape, dtype=torch.float32, device=like.device) for _ in range(2))
         return cls(exp_avg, exp_avg_sq)
 
-    def reset(self) -> None:
+    @staticmethod
+    def reset(several: Iterable[Moments]) -> None:
         """Back to the start."""
-        self.num_steps = 0
-        self.exp_avg.zero_()
-        self.exp_avg_sq.zero_()
+        several = list(several)
+        for moments in several:
+            moments.num_steps = 0
+        for _, vectors in joined([m.exp_avg for m in several], [m.exp_avg_sq for m in several]):
+            for vector in vectors:
+                vector.zero_()
 
     @classmethod
     def side_by_side(cls, like: Mapping[str, Tensor]) -> dict[str, Moments]:

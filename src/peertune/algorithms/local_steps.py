@@ -124,8 +124,7 @@ class LocalSteps(Algorithm):
             is_whole = not any(hasattr(parameter, "ranks") for parameter in self.active.values())
             self.flat = FlatParameters(self.active) if self.config.adapter != "none" and is_whole else None
         if self.config.reset_moments:
-            for moments in self.moments.values():
-                moments.reset()
+            Moments.reset(self.moments.values())
         new = {name: parameter for name, parameter in self.active.items() if name not in self.moments}
         self.moments |= Moments.side_by_side(new)
 
