@@ -35,6 +35,7 @@ from peertune.consortium import new_charter
 from peertune.data.stdlib import load_stdlib
 from peertune.identity import load_identity, make_identity
 from peertune.runtimes import edge
+from peertune.runtimes.message import Outgoing
 
 FORK = multiprocessing.get_context("fork")
 PHASES = ("training", "sending", "receiving", "checkpoint")
@@ -67,14 +68,14 @@ class Fault:
 
             ALGORITHMS[method].local = train  # type: ignore[method-assign]
         elif self.phase == "sending":
-            chunks = edge._chunks
+            chunks = edge.Edge._chunks
 
-            def send(key: edge.Key, message: edge.Outgoing, offset: int) -> Iterator[bytes]:
-                for frame in chunks(key, message, offset):
+            def send(one: edge.Edge, key: edge.Key, message: Outgoing, offset: int) -> Iterator[bytes]:
+                for frame in chunks(one, key, message, offset):
                     reached(key[0])
                     yield frame
 
-            edge._chunks = send
+            edge.Edge._chunks = send  # type: ignore[method-assign]
         elif self.phase == "receiving":
             receive = edge.Edge.receive
 

@@ -94,7 +94,8 @@ def adapters(model: Any, repeats: int) -> dict[str, Any]:
                 parameter.grad = torch.zeros_like(parameter)
             moments = {name: Moments.zeros(p) for name, p in parameters.items()}
         else:
-            FlatParameters(parameters)
+            flat = FlatParameters(parameters)
+            flat.begin_gradients(torch.empty_like(flat.data))
             moments = Moments.side_by_side(parameters)
         for parameter in parameters.values():
             assert parameter.grad is not None

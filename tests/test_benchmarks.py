@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from peertune import checkpoint
+from peertune.runtimes.edge import Edge
+
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 
@@ -271,3 +274,22 @@ def test_robust_means_are_measured_at_toy_size(tmp_path: Path, monkeypatch: pyte
     for who in ("peer", "server"):
         assert figures[who].keys() == {"plain", "clip", "trimmed_mean"}
         assert figures[who]["plain"]["cpu_over_plain"] == 1 and figures[who]["clip"]["peak_over_block"] < 2.5
+
+
+@pytest.mark.parametrize("phase", ["sending", "receiving", "checkpoint"])
+def test_a_fault_happens_in_its_phase(phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sites, happened = script("_sites"), []
+    for owner, name in ((Edge, "_chunks"), (Edge, "receive"), (checkpoint, "save_file")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # put back after the test
+    sites.Fault(phase, 2, lambda: happened.append(phase)).arm("deca")
+    for round in (1, 2, 3):
+        here, there, key, payload = Edge(), Edge(), (round, 0), {"x": torch.ones(3)}
+        there.round = round
+        there.expect(key, payload, lambda _: None)
+        (offer,) = here.post(key, payload)
+        (want,) = there.receive(offer)
+        for chunk in here.receive(want):
+            there.receive(chunk)
+        (tmp_path / f"round-{round}.tmp").mkdir()
+        checkpoint.save_file(payload, tmp_path / f"round-{round}.tmp" / "weights")
+        assert happened == [phase] * (round >= 2)

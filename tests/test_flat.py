@@ -49,6 +49,8 @@ def test_neighbours_of_other_types_or_with_gaps_are_no_run() -> None:
 def test_flat_parameters_keep_values_identity_and_take_gradients() -> None:
     before, after = separate(0), separate(0)
     flat = FlatParameters(after)
+    size = flat.data.numel()
+    flat.begin_gradients(torch.ones(size))
     x = torch.linspace(-1, 1, 33)
     for parameters in (before, after):
         loss = sum((p * x[: p.shape[-1]]).square().sum() for p in parameters.values())
@@ -58,18 +60,22 @@ def test_flat_parameters_keep_values_identity_and_take_gradients() -> None:
         assert torch.equal(parameter, before[name])
         assert parameter.grad is not None
         assert torch.equal(parameter.grad, before[name].grad)
+    assert flat.gradient is not None
     assert torch.equal(flat.gradient, torch.cat([p.grad.flatten() for p in before.values()]))
     after["1"].grad = torch.ones(7)  # someone's own
     flat.zero_gradients()
     assert not after["1"].grad.any()
     assert after["1"].grad.data_ptr() == flat.gradient[15:].data_ptr()
+    flat.end_gradients()
+    assert all(parameter.grad is None for parameter in after.values())
 
 
 def test_flat_parameters_move_with_their_values() -> None:
     parameters = separate(0)
     flat = FlatParameters(parameters)
     data, gradients = torch.empty(2, flat.data.numel()), torch.ones(2, flat.data.numel())
-    flat.move_to(data[1], gradients[1])
+    flat.move_to(data[1])
+    flat.begin_gradients(gradients[1])
     assert all(torch.equal(p, before) for p, before in zip(parameters.values(), separate(0).values(), strict=True))
     assert not gradients[1].any()
     rows = flat.rows(data)
@@ -84,7 +90,7 @@ def test_adam_takes_the_same_step_wherever_tensors_lie() -> None:
         parameters, gradients = separate(0), separate(1)
         moments = {name: Moments.zeros(p) for name, p in parameters.items()}
         if is_flat:
-            FlatParameters(parameters)
+            FlatParameters(parameters).begin_gradients(torch.empty(sum(p.numel() for p in parameters.values())))
             moments = Moments.side_by_side(parameters)
         for name, parameter in parameters.items():
             parameter.grad = gradients[name].detach().clone() if parameter.grad is None else parameter.grad

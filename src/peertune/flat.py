@@ -38,7 +38,7 @@ def cut(vector: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 class FlatParameters:
-    """Parameters of one type that are trained together, moved to one vector, and their gradients, to another.
+    """Parameters of one type that are trained together, moved to one vector; while they are, their gradients too.
 
     Args:
         parameters: by name; they keep their identity, shapes and values.
@@ -47,28 +47,43 @@ class FlatParameters:
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.parameters = dict(parameters)
         self.shapes = {name: p.shape for name, p in self.parameters.items()}
-        self.data = torch.cat([p.detach().reshape(-1) for p in self.parameters.values()])
-        self._place(torch.zeros_like(self.data))
+        self.gradient: Tensor | None = None
+        self._gradients: Sequence[Tensor] = ()
+        self.data = torch.empty(0)
+        self.move_to(torch.cat([p.detach().reshape(-1) for p in self.parameters.values()]))
 
-    def move_to(self, data: Tensor, gradient: Tensor) -> None:
-        """Live in other vectors, with the values that are there now, and gradients of zero."""
-        if data.data_ptr() != self.data.data_ptr():
-            self.data = data.copy_(self.data)
-            self._place(gradient.zero_())
-
-    def _place(self, gradient: Tensor) -> None:
-        self.gradient, parameters = gradient, list(self.parameters.values())
-        self._gradients = cut(gradient, parameters)
-        for parameter, part in zip(parameters, cut(self.data, parameters), strict=True):
+    def move_to(self, data: Tensor) -> None:
+        """Live in another vector, with the values that are there now."""
+        if data.data_ptr() == self.data.data_ptr():
+            return
+        if self.data.numel():
+            data.copy_(self.data)
+        self.data = data
+        for parameter, part in zip(self.parameters.values(), self._cut(data), strict=True):
             parameter.data = part
+
+    def begin_gradients(self, vector: Tensor) -> None:
+        """Let gradients be added up in a vector, from zero."""
+        if self.gradient is None or vector.data_ptr() != self.gradient.data_ptr():
+            self.gradient, self._gradients = vector, self._cut(vector)
         self.zero_gradients()
 
     def zero_gradients(self) -> None:
         """Make ready for the next step's, also where someone has put gradients of his own in their place."""
+        assert self.gradient is not None
         self.gradient.zero_()
         for parameter, part in zip(self.parameters.values(), self._gradients, strict=True):
             if parameter.grad is not part:
                 parameter.grad = part
+
+    def end_gradients(self) -> None:
+        """Let go of them."""
+        self.gradient, self._gradients = None, ()
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def _cut(self, vector: Tensor) -> Sequence[Tensor]:
+        return cut(vector, list(self.parameters.values()))
 
     def rows(self, matrix: Tensor) -> dict[str, Tensor]:
         """The rows of a matrix [rows, size], each a vector like `data`: by name, views [rows, ...]."""

@@ -59,8 +59,8 @@ class LocalSteps(Algorithm):
         assert isinstance(config, LocalStepsConfig)
         self.config = config
         self.active: dict[str, torch.nn.Parameter] = {}
-        self.flat: FlatParameters | None = None
-        """`active` side by side in memory, where it is an adapter: many small tensors."""
+        self.flat = self._side_by_side(self.masters.parameters)
+        """What is trained, side by side in memory, where that is an adapter: many small tensors."""
         self.moments: dict[str, Moments] = {}
         self.num_taken = 0
         """Local steps this peer has taken."""
@@ -83,9 +83,13 @@ class LocalSteps(Algorithm):
     def local(self, round: int) -> LocalReport | None:
         """K AdamW steps."""
         count, taken = self.begin(round), []
+        if count and self.flat is not None:
+            self.flat.begin_gradients(torch.empty_like(self.flat.data))
         for n in range(count):
             loss = self.peer.backward(self.num_taken, self.config.grad_accumulation)
             taken.append((loss, *self.take_step(round, n, count)))
+        if self.flat is not None:
+            self.flat.end_gradients()
         return report_of(taken)
 
     def feeds_moments(self, name: str) -> bool:
@@ -121,12 +125,16 @@ class LocalSteps(Algorithm):
             self.active = {name: active[name] for name in names}
             for name in self.active:
                 self.masters.activate(name)
-            is_whole = not any(hasattr(parameter, "ranks") for parameter in self.active.values())
-            self.flat = FlatParameters(self.active) if self.config.adapter != "none" and is_whole else None
+            if self.flat is None or tuple(self.flat.parameters) != names:
+                self.flat = self._side_by_side(self.active)
         if self.config.reset_moments:
             Moments.reset(self.moments.values())
         new = {name: parameter for name, parameter in self.active.items() if name not in self.moments}
         self.moments |= Moments.side_by_side(new)
+
+    def _side_by_side(self, parameters: Mapping[str, torch.nn.Parameter]) -> FlatParameters | None:
+        is_whole = not any(hasattr(parameter, "ranks") for parameter in parameters.values())
+        return FlatParameters(parameters) if self.config.adapter != "none" and is_whole else None
 
     def adjust_gradients(self) -> None:
         """Change the gradients at hand before they are clipped and used."""

@@ -69,7 +69,8 @@ class StackedModels:
             self._flat, self._data = first, first.data.new_empty(len(self.models), first.data.numel())
             self._gradients = torch.empty_like(self._data)
         for i, flat in trained.items():
-            flat.move_to(self._data[i], self._gradients[i])
+            flat.move_to(self._data[i])
+            flat.begin_gradients(self._gradients[i])
 
     def _factors(self, members: Sequence[int], rows: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
         """By layer, the members' A and B, each as one tensor: of `rows`, or put together here."""
