@@ -258,12 +258,26 @@ def test_an_exchange_is_measured_at_toy_size(tmp_path: Path, monkeypatch: pytest
     assert figures["bytes"] == 2_000_000 and figures["mb_per_s"].keys() == {
         "raw",
         "tls",
+        "socket_tls",
         "grpc_tls",
         "peertune",
         "first_round",
     }
-    assert all(figures[f"{name}_over_raw"] > 0 for name in ("bare_tls", "bare_grpc_tls", "peertune"))
+    assert all(figures[f"{name}_over_raw"] > 0 for name in ("bare_tls", "bare_socket_tls", "bare_grpc_tls", "peertune"))
     assert figures["training"]["steps_per_s_alone"] > 0
+
+
+def test_norms_and_small_tensors_are_measured_at_toy_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    overhead, stored = script("overhead"), []
+    monkeypatch.setattr(overhead, "finish", lambda name, figures: stored.append(figures))
+    monkeypatch.setattr(
+        sys, "argv", ["overhead.py", "--repeats", "1", "--model", str(ROOT / "src" / "peertune" / "tiny")]
+    )
+    overhead.main()
+    (figures,) = stored
+    assert figures["norm, bfloat16"]["kept_bytes"]["ours"] < figures["norm, bfloat16"]["kept_bytes"]["theirs"]
+    assert figures["adapter"]["tensors"] > 0
+    assert figures["adapter"]["side by side over loose, cpu"] > 0
 
 
 def test_robust_means_are_measured_at_toy_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
