@@ -198,6 +198,17 @@ def interleaved(
     return {name: median_times(clocks) for name, clocks in samples.items()}
 
 
+def ratio(
+    work: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, one: str, other: str
+) -> dict[str, Any]:
+    """`interleaved` times, after a run of each that is not counted, and the CPU time of `one` over that of `other`."""
+    for run in work.values():
+        run()
+    times = interleaved(work, repeats, device)
+    key = f"{one}_over_{other}_cpu".replace(" ", "_")
+    return {**times, key: times[one]["cpu_s"] / times[other]["cpu_s"]}
+
+
 def median_times(clocks: list[Clock]) -> dict[str, float]:
     """{"cpu_s", "wall_s"}: each the median of its own."""
     return {

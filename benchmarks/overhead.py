@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import finish, interleaved
+from _harness import finish, ratio
 from torch import Tensor, nn
 
 from peertune.config import AlgorithmConfig, ModelSection
@@ -60,7 +60,7 @@ def norms(model: Any, repeats: int) -> dict[str, Any]:
     both = {"theirs": theirs, "ours": ours}
     kept = {name: bytes_kept(module, x) for name, module in both.items()}
     work = {name: partial(ten_times, module, x, gradient) for name, module in both.items()}
-    return {**compared(work, repeats, "ours", "theirs"), "kept_bytes": kept}
+    return {**ratio(work, repeats, CPU, "ours", "theirs"), "kept_bytes": kept}
 
 
 def ten_times(module: nn.Module, x: Tensor, gradient: Tensor) -> None:
@@ -102,7 +102,7 @@ def adapters(model: Any, repeats: int) -> dict[str, Any]:
             parameter.grad.normal_()
         work[kind] = partial(step_and_mix, parameters, moments, kind == "loose")
     sizes = {"tensors": len(trained), "elements": sum(p.numel() for p in trained.values())}
-    return {**sizes, **compared(work, repeats, "side by side", "loose")}
+    return {**sizes, **ratio(work, repeats, CPU, "side by side", "loose")}
 
 
 def step_and_mix(parameters: dict[str, nn.Parameter], moments: dict[str, Moments], is_loose: bool) -> None:
@@ -118,13 +118,6 @@ def step_and_mix(parameters: dict[str, nn.Parameter], moments: dict[str, Moments
     else:
         for values in inbox.means(names):
             masters.write_all(values)
-
-
-def compared(work: dict[str, Callable[[], object]], repeats: int, one: str, other: str) -> dict[str, Any]:
-    for run in work.values():
-        run()
-    times = interleaved(work, repeats, CPU)
-    return {**times, f"{one} over {other}, cpu": times[one]["cpu_s"] / times[other]["cpu_s"]}
 
 
 if __name__ == "__main__":

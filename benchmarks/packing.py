@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import finish, interleaved
+from _harness import finish, ratio
 
 from peertune.algorithms import METHODS
 from peertune.config import AlgorithmConfig, ModelSection, load_recipe
@@ -82,7 +82,7 @@ def packed_over_padded(model: LanguageModel, batches: list[Batch], repeats: int)
         "packed": partial(steps, model, iter(batches), True),
     }
     share = sum(int(b.attention_mask.sum()) for b in batches) / sum(b.attention_mask.numel() for b in batches)
-    return {"tokens": share, **ratio(work, repeats, "packed", "padded")}
+    return {"tokens": share, **ratio(work, repeats, CPU, "packed", "padded")}
 
 
 def steps(model: LanguageModel, batches: Iterator[Batch], packs: bool) -> None:
@@ -108,14 +108,7 @@ def together_over_in_turn(section: ModelSection, repeats: int) -> dict[str, Any]
             model.backward(batch, 1)
 
     together = partial(stack.backward, range(PEERS), [batch] * PEERS, 1)
-    return ratio({"in turn": in_turn, "together": together}, repeats, "together", "in turn")
-
-
-def ratio(work: dict[str, Callable[[], Any]], repeats: int, one: str, other: str) -> dict[str, Any]:
-    for run in work.values():
-        run()
-    times = interleaved(work, repeats, CPU)
-    return {**times, f"{one}_over_{other.replace(' ', '_')}_cpu": times[one]["cpu_s"] / times[other]["cpu_s"]}
+    return ratio({"in turn": in_turn, "together": together}, repeats, CPU, "together", "in turn")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from peertune import checkpoint
+from peertune.algorithms import ALGORITHMS
 from peertune.runtimes.edge import Edge
 
 ROOT = Path(__file__).parents[1]
@@ -277,7 +278,7 @@ def test_norms_and_small_tensors_are_measured_at_toy_size(monkeypatch: pytest.Mo
     (figures,) = stored
     assert figures["norm, bfloat16"]["kept_bytes"]["ours"] < figures["norm, bfloat16"]["kept_bytes"]["theirs"]
     assert figures["adapter"]["tensors"] > 0
-    assert figures["adapter"]["side by side over loose, cpu"] > 0
+    assert figures["adapter"]["side_by_side_over_loose_cpu"] > 0
 
 
 def test_robust_means_are_measured_at_toy_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,13 +291,15 @@ def test_robust_means_are_measured_at_toy_size(tmp_path: Path, monkeypatch: pyte
         assert figures[who]["plain"]["cpu_over_plain"] == 1 and figures[who]["clip"]["peak_over_block"] < 2.5
 
 
-@pytest.mark.parametrize("phase", ["sending", "receiving", "checkpoint"])
+@pytest.mark.parametrize("phase", ["training", "sending", "receiving", "checkpoint"])
 def test_a_fault_happens_in_its_phase(phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sites, happened = script("_sites"), []
     for owner, name in ((Edge, "_chunks"), (Edge, "receive"), (checkpoint, "save_file")):
         monkeypatch.setattr(owner, name, getattr(owner, name))  # put back after the test
+    monkeypatch.setattr(ALGORITHMS["deca"], "local", lambda algorithm, round: None)
     sites.Fault(phase, 2, lambda: happened.append(phase)).arm("deca")
     for round in (1, 2, 3):
+        ALGORITHMS["deca"].local(None, round)
         here, there, key, payload = Edge(), Edge(), (round, 0), {"x": torch.ones(3)}
         there.round = round
         there.expect(key, payload, lambda _: None)
