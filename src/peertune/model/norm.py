@@ -1,4 +1,4 @@
-"""RMSNorm with a backward pass of its own: half of autograd's time, and in bfloat16 half of what that keeps.
+"""RMSNorm with a backward pass of its own: 0.6 of autograd's time, and in bfloat16 half of what that keeps.
 
 y = w (x / r),   r^2 = mean(x x) + eps;   dx = (g - u mean(g u)) / r,   g = w dy,   u = x / r
 
