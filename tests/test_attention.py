@@ -22,19 +22,19 @@ class Site(torch.nn.Module):
     num_key_value_groups = 1
 
 
-def inputs(key_heads: int = 4, length: int = 17) -> list[torch.Tensor]:
+def inputs(key_heads: int = 4, length: int = 17, value_size: int = 8) -> list[torch.Tensor]:
     rng = torch.Generator().manual_seed(0)
-    shapes = [(3, 4, length, 8), (3, key_heads, length, 8), (3, key_heads, length, 8)]
+    shapes = [(3, 4, length, 8), (3, key_heads, length, 8), (3, key_heads, length, value_size)]
     return [torch.randn(s, generator=rng).bfloat16().requires_grad_() for s in shapes]
 
 
 @pytest.mark.parametrize("chunk", [1 << 20, 1])
-@pytest.mark.parametrize(("key_heads", "length"), [(4, 17), (2, 17), (1, 17), (4, 32)])
+@pytest.mark.parametrize(("key_heads", "length", "value_size"), [(4, 17, 8), (2, 17, 8), (1, 17, 6), (4, 32, 8)])
 def test_it_is_causal_attention_and_its_gradient(
-    key_heads: int, length: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+    key_heads: int, length: int, value_size: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "SCORES_BYTES", chunk)
-    q, k, v = inputs(key_heads, length)
+    q, k, v = inputs(key_heads, length, value_size)
     out, _ = attention.attention_forward(Site(), q, k, v, None, scaling=0.3)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
     found = torch.autograd.grad(out, (q, k, v), grad)

@@ -84,6 +84,26 @@ def test_a_batch_with_hardly_any_padding_stays_as_it_is() -> None:
     assert seen == [(2, 5), (4, 9)]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_full_rows_go_through_attention_as_they_are(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed texts are such: two groups, each of sequences of one length that leave no place empty."""
+    batches = [ragged(seed, (packing.PLACES // 2,) * 2) for seed in (0, 1)]
+    tokens = packing.pack(batches, CPU)
+    assert tokens.is_full and not packing.pack([ragged()], CPU).is_full
+    model = ours(make_model("llama").to(dtype))
+    moved = [packed_gradient(model, tokens)]
+    with monkeypatch.context() as patch:
+        patch.setattr(packing.Packing, "is_full", False)
+        moved.append(packed_gradient(model, tokens))
+    assert torch.equal(*moved)
+
+
+def packed_gradient(model: LanguageModel, tokens: packing.Packing) -> torch.Tensor:
+    hidden = torch.cat(model.hidden_before_targets(tokens))
+    found = torch.autograd.grad(hidden.float().square().sum(), list(model.core.base_model.parameters()))
+    return torch.cat([grad.float().flatten() for grad in found])
+
+
 def test_batches_of_many_sizes_have_few_shapes() -> None:
     """For each, oneDNN would make and keep code of its own."""
     batches = [ragged(seed, (30, 20 + seed, 1, 1)) for seed in range(10)]

@@ -101,12 +101,9 @@ def attention_forward(
         and query.dtype == torch.bfloat16
         and query.device.type == "cpu"
     ):
-        groups = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (key, value))
-        key, value = (F.pad(x, (0, 0, 0, -length % COLUMNS)) for x in (key, value))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        short: Tensor = _ShortAttention.apply(query * scale, key, value)  # type: ignore[no-untyped-call]
-        return short.transpose(1, 2).contiguous(), None
+        short: Tensor = _ShortAttention.apply(query, key, value, scale)  # type: ignore[no-untyped-call]
+        return short, None
     # By name: that the module stands in the package is not for type checkers to know.
     sdpa = importlib.import_module("transformers.integrations.sdpa_attention").sdpa_attention_forward
     found: tuple[Tensor, None] = sdpa(
@@ -116,45 +113,67 @@ def attention_forward(
 
 
 class _ShortAttention(torch.autograd.Function):
-    """softmax(q k' + causal mask) v, for q [batch, heads, length, head size], already scaled, and k, v of as many or
-    more places; those behind are seen by none."""
+    """softmax(s q k' + causal mask) v.
+
+    q is [batch, heads, length, size]; k and v are [batch, key heads, length, size], each for as many heads in a row,
+    whose queries are taken as one longer sequence. The result is [batch, length, heads, size].
+    """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        ctx.save_for_backward(q, k, v)
-        mask = _causal_mask(q, k)
-        out = torch.empty(q.shape, dtype=q.dtype)
-        for q_, k_, v_, out_ in _chunks(q, k, v, out):
-            torch.bmm(_probabilities(q_, k_, mask), v_, out=out_)
-        return out
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        batch, heads, length, _ = q.shape
+        rows = _by_key_head(q, k.shape[1])
+        places = length + -length % COLUMNS
+        keys, values = _filled_up(k, places), _filled_up(v, places)
+        ctx.save_for_backward(rows, keys, values)
+        ctx.scale, ctx.shape = scale, q.shape
+        mask = _causal_mask(length, rows, keys)
+        out = rows.new_empty(*rows.shape[:2], v.shape[-1])
+        for q_, k_, v_, out_ in _chunks(places, rows, keys, values, out):
+            torch.bmm(_probabilities(q_, k_, mask, scale), v_, out=out_)
+        return out.view(batch, heads, length, -1).transpose(1, 2).contiguous()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = ctx.saved_tensors
-        mask = _causal_mask(q, k)
-        grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-        for q_, k_, v_, grad, gq, gk, gv in _chunks(q, k, v, *grads, grad_q, grad_k, grad_v):
-            p = _probabilities(q_, k_, mask)
-            torch.bmm(p.transpose(1, 2), grad, out=gv)
-            grad_p = torch.bmm(grad, v_.transpose(1, 2))
-            grad_s = torch._softmax_backward_data(grad_p, p, -1, p.dtype)
-            torch.bmm(grad_s, k_, out=gq)
-            torch.bmm(grad_s.transpose(1, 2), q_, out=gk)
-        return grad_q, grad_k, grad_v
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, keys, values = ctx.saved_tensors
+        batch, _, length, _ = ctx.shape
+        mask = _causal_mask(length, rows, keys)
+        grad_rows = _by_key_head(grads[0].transpose(1, 2), len(keys) // batch)
+        grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (rows, keys, values))
+        every = (rows, keys, values, grad_rows, grad_q, grad_k, grad_v)
+        for q_, k_, v_, grad, gq, gk, gv in _chunks(keys.shape[1], *every):
+            p = _probabilities(q_, k_, mask, ctx.scale)
+            torch.bmm(p.mT, grad, out=gv)
+            grad_s = torch._softmax_backward_data(torch.bmm(grad, v_.mT), p, -1, p.dtype)
+            torch.baddbmm(gq, grad_s, k_, beta=0, alpha=ctx.scale, out=gq)
+            torch.baddbmm(gk, grad_s.mT, q_, beta=0, alpha=ctx.scale, out=gk)
+        grad_k, grad_v = (x.view(batch, -1, *x.shape[1:])[:, :, :length] for x in (grad_k, grad_v))
+        return grad_q.view(ctx.shape), grad_k, grad_v, None
 
 
-def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """q, k and others [batch, heads, their length, head size] as [some sequences x heads, their length, head size]."""
-    _, heads, length, _ = tensors[0].shape
-    size = max(1, SCORES_BYTES // (2 * heads * length * tensors[1].shape[2]))
-    for parts in zip(*(torch.split(x, size) for x in tensors), strict=True):
-        yield tuple(x.flatten(0, 1) for x in parts)
+def _by_key_head(x: Tensor, key_heads: int) -> Tensor:
+    """[batch, heads, length, size] -> [batch x key heads, heads of each x length, size]."""
+    return x.reshape(len(x) * key_heads, -1, x.shape[-1])
 
 
-def _causal_mask(q: Tensor, k: Tensor) -> Tensor:
-    return torch.full((q.shape[2], k.shape[2]), float("-inf"), dtype=q.dtype).triu_(1)
+def _filled_up(x: Tensor, places: int) -> Tensor:
+    """[batch, key heads, length, size] -> [batch x key heads, places, size], zeros behind."""
+    missing = places - x.shape[2]
+    return (F.pad(x, (0, 0, 0, missing)) if missing else x).reshape(-1, places, x.shape[-1])
 
 
-def _probabilities(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
-    """[n, length, places] of q [n, length, head size] and k [n, places, head size]."""
-    return torch.baddbmm(mask, q, k.transpose(1, 2)).softmax(-1)
+def _chunks(places: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Some of [batch x key heads, ...] at a time: as many as their scores for so many places allow."""
+    size = max(1, SCORES_BYTES // (2 * tensors[0].shape[1] * places))
+    return zip(*(torch.split(x, size) for x in tensors), strict=True)
+
+
+def _causal_mask(length: int, rows: Tensor, keys: Tensor) -> Tensor:
+    """[rows, places], for queries of sequences one after the other and keys of one; those behind are seen by none."""
+    mask = torch.full((length, keys.shape[1]), float("-inf"), dtype=rows.dtype).triu_(1)
+    return mask.repeat(rows.shape[1] // length, 1)
+
+
+def _probabilities(rows: Tensor, keys: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """[n, rows, places] of queries [n, rows, size] and keys [n, places, size]."""
+    return torch.baddbmm(mask, rows, keys.mT, alpha=scale).softmax(-1)

@@ -44,16 +44,24 @@ class Packing:
     targets: Tensor
     """bool [groups, places]; the tokens to predict, each from the place before."""
 
+    @property
+    def is_full(self) -> bool:
+        """Whether sequences are of one length and fill all places: a row is then its sequences, one after the other."""
+        return len(self.token_places) == self.input_ids.numel() == self.num_sequences * self.length
+
     def unpack(self, x: Tensor) -> Tensor:
         """[groups, heads, places, size] -> [batch, heads, length, size], zeros where there is no token."""
-        rows = x.transpose(1, 2).flatten(0, 1)
-        spread = _Move.apply(rows, self.token_places, self.token_slots, self.num_sequences * self.length)  # type: ignore[no-untyped-call]
-        return spread.unflatten(0, (self.num_sequences, self.length)).transpose(1, 2)  # type: ignore[no-any-return]
+        spread = x.transpose(1, 2).flatten(0, 1)
+        if not self.is_full:
+            spread = _Move.apply(spread, self.token_places, self.token_slots, self.num_sequences * self.length)  # type: ignore[no-untyped-call]
+        return spread.view(self.num_sequences, self.length, *x.shape[1::2]).transpose(1, 2)
 
     def pack(self, x: Tensor) -> Tensor:
         """[batch, length, heads, size] -> [groups, places, heads, size]."""
-        rows = _Move.apply(x.flatten(0, 1), self.token_slots, self.token_places, self.input_ids.numel())  # type: ignore[no-untyped-call]
-        return rows.unflatten(0, self.input_ids.shape)  # type: ignore[no-any-return]
+        rows = x.flatten(0, 1)
+        if not self.is_full:
+            rows = _Move.apply(rows, self.token_slots, self.token_places, self.input_ids.numel())  # type: ignore[no-untyped-call]
+        return rows.view(*self.input_ids.shape, *x.shape[2:])
 
 
 class _Move(torch.autograd.Function):
