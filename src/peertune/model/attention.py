@@ -101,6 +101,8 @@ def attention_forward(
         and query.dtype == torch.bfloat16
         and query.device.type == "cpu"
     ):
+        if (repeats := _repeats(query.shape[1] // key.shape[1], length)) > 1:
+            key, value = (x.repeat_interleave(repeats, 1) for x in (key, value))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         short: Tensor = _ShortAttention.apply(query, key, value, scale)  # type: ignore[no-untyped-call]
         return short, None
@@ -110,6 +112,12 @@ def attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
     )
     return found
+
+
+def _repeats(sharing: int, length: int) -> int:
+    """How often to repeat a key that heads share, so that the scores of those that share one still fit the cache."""
+    fitting = max(1, SCORES_BYTES // (2 * length * length))
+    return next(n for n in range(1, sharing + 1) if sharing % n == 0 and sharing // n <= fitting)
 
 
 class _ShortAttention(torch.autograd.Function):
