@@ -5,12 +5,16 @@ from __future__ import annotations
 import csv
 import json
 import re
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -456,6 +460,30 @@ def test_workers_change_nothing_but_the_time(path: Path, tmp_path: Path) -> None
         return rows
 
     assert found("one", 1) == found("two", 2)
+
+
+def test_workers_end_when_the_comparison_is_killed(path: Path, tmp_path: Path) -> None:
+    """Else they would go on for hours, and the same command, given again, would find their folders locked."""
+    out = tmp_path / "compared"
+    command = [sys.executable, "-m", "peertune", "compare", str(path), "--algorithms", "deca,dpsgd", "--seeds", "0"]
+    settings = ["--set", "run.threads=1", "--set", "algorithm.outer_rounds=100000", "--workers", "2", "--out", str(out)]
+    with subprocess.Popen([*command, *settings], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        limit = time.monotonic() + 120
+        while len(list(out.glob("cells/*/*/events.jsonl"))) < 2 and process.poll() is None and time.monotonic() < limit:
+            time.sleep(0.1)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+    assert len(workers) >= 2
+    assert not psutil.wait_procs(workers, timeout=60)[1]
+
+
+def test_a_contestant_may_have_batched_peers_and_another_not(
+    make: Callable[..., tuple[Comparison, Quiet]], tmp_path: Path
+) -> None:
+    make(algorithms="dec_lora:local_steps=1:run.batched_peers=2,local", seeds="0")
+    recipes = sorted(tmp_path.glob("compared/cells/*/seed-0/recipe.json"))  # dec_lora's, local's
+    sections = [json.loads(path.read_text())["config"]["run"] for path in recipes]
+    assert [section["batched_peers"] for section in sections] == [2, 1]
 
 
 RECKLESS = "local:lr=1e30"

@@ -11,8 +11,9 @@ from peertune.compare.options import Options, split_outside_brackets
 from peertune.config import RunConfig, flatten, load_recipe
 from peertune.errors import ConfigError
 
-AXES = ("topology.", "data.partition.", "exchange.", "link.", "model.quantization")
-"""How the keys begin that a contestant may set for itself, beside those of [algorithm]."""
+AXES = ("topology.", "data.partition.", "exchange.", "link.", "model.quantization", "run.batched_peers")
+"""How the keys begin that a contestant may set for itself, beside those of [algorithm]. The last is here because not
+all methods can have it; it changes time and memory only."""
 _UNSAFE = re.compile(r"[^\w.-]+")
 
 

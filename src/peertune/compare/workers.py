@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import shutil
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing.connection import wait
 from pathlib import Path
 
 from peertune import run as runs
@@ -58,7 +61,7 @@ def play_ahead(
         if not folder.summary.exists() and not diverged(folder.path):
             todo.append((config, label))
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(workers, spawn, _end_with_parent, max_tasks_per_child=1) as pool:
         futures = {pool.submit(carry_out, config, base): label for config, label in todo}
         try:
             for number, future in enumerate(as_completed(futures), 1):
@@ -67,3 +70,15 @@ def play_ahead(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _end_with_parent() -> None:
+    """Let this process die when the one that started it is killed: its cell goes on from its checkpoint next time."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
