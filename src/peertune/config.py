@@ -20,6 +20,8 @@ from peertune.errors import ConfigError
 Sources = str | list[str]
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
+LearningRate = Annotated[float, Field(gt=0, le=1e30)]
+"""Above, a step is more than float32 can hold."""
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Decays = Annotated[tuple[Decay, Decay], Field(strict=False)]
 """Two decay rates of moving averages; TOML has lists, not tuples."""
@@ -140,7 +142,7 @@ class AlgorithmConfig(Section):
     """Keys that every method has. A method adds its own by subclassing."""
 
     name: str = "deca"
-    lr: Annotated[float, Field(gt=0)] = 5e-5
+    lr: LearningRate = 5e-5
     """Peak learning rate. Default: DECA's."""
     warmup_steps: NonNegative = 0
     """Local steps over which the rate rises linearly from 0."""

@@ -6,16 +6,14 @@ All peers start from one base and one adapter initialisation; W is symmetric and
 state the optimiser; AdamW, whose moments stay at home, is ours.
 """
 
-from typing import Annotated, ClassVar, Literal
-
-from pydantic import Field
+from typing import ClassVar, Literal
 
 from peertune.algorithms.local_steps import LocalSteps, LocalStepsConfig
-from peertune.config import AlgorithmConfig
+from peertune.config import AlgorithmConfig, LearningRate
 
 
 class DecLoraConfig(LocalStepsConfig):
-    lr: Annotated[float, Field(gt=0)] = 1e-3
+    lr: LearningRate = 1e-3
     """Peak learning rate. Default: Dec-LoRA's."""
     adapter: Literal["none", "lora", "bottleneck", "prompt", "prefix"] = "lora"
     """What is trained and exchanged."""

@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import Tensor
 
 from peertune.algorithms.local_steps import LocalSteps, LocalStepsConfig
-from peertune.config import AlgorithmConfig, Decays, NonNegative, TopologySection
+from peertune.config import AlgorithmConfig, Decays, LearningRate, NonNegative, TopologySection
 from peertune.exchange import Hop, Inbox
 from peertune.optim import adam_moments
 from peertune.peer import Peer
@@ -44,7 +44,7 @@ class FedavgConfig(LocalStepsConfig):
     """FedProx's mu."""
     server_optimizer: Literal["average", "adam", "nesterov"] = "average"
     """What the server does with the mean."""
-    server_lr: Annotated[float, Field(gt=0)] | None = None
+    server_lr: LearningRate | None = None
     """The server's learning rate (adam, nesterov); none: 1 for nesterov, 0.01 for adam, which moves each weight by
     about that. Ours: FedAdam's authors tune it."""
     server_betas: Decays = (0.9, 0.99)

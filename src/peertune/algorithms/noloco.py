@@ -26,7 +26,7 @@ from pydantic import Field
 from torch import Tensor
 
 from peertune.algorithms.local_steps import LocalSteps, LocalStepsConfig
-from peertune.config import AlgorithmConfig, Positive
+from peertune.config import AlgorithmConfig, LearningRate, Positive
 from peertune.errors import ConfigError
 from peertune.exchange import Hop, Inbox, Payload
 from peertune.peer import Peer
@@ -37,11 +37,11 @@ from peertune.topology import Topology
 class NolocoConfig(LocalStepsConfig):
     local_steps: Positive = 50
     """H: inner steps of a round."""
-    lr: Annotated[float, Field(gt=0)] = 4e-4
+    lr: LearningRate = 4e-4
     """Peak inner learning rate. Default: DiLoCo's."""
     group_size: Annotated[int, Field(ge=2)] = 2
     """Peers that average with each other in a round. Default: NoLoCo's."""
-    outer_lr: Annotated[float, Field(gt=0)] = 0.7
+    outer_lr: LearningRate = 0.7
     """Outer learning rate. Default: NoLoCo's."""
     outer_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """mu of the outer momentum. Default: NoLoCo's."""
