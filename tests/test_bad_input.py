@@ -90,6 +90,10 @@ CASES = {
         put("algorithm", name="decaf", local_modules=["lora_A"]), ["local_modules", "lora_A", "both or neither"]
     ),
     "impossible value": Case(put("algorithm", lr=-1.0), ["algorithm.lr", "-1.0", "greater than 0"]),
+    "outer rate beyond float32": Case(put("algorithm", name="diloco", server_lr=1e38), ["server_lr", "1e+38"]),
+    "embedding's LoRA under a method of two factors": Case(
+        put("algorithm", name="decaf", target_modules=["embed_tokens", "q_proj"]), ["target_modules", "lora_embedding"]
+    ),
     "rate beyond float32": Case(put("algorithm", lr=1e38), ["algorithm.lr", "1e+38", "less than or equal to 1000"]),
     "unknown choice": Case(put("topology", kind="rign"), ["topology.kind", "rign", "did you mean ring"]),
     "disconnected graph": Case(put("topology", kind="edges", edges=[[0, 1], [2, 3]]), ["connected"]),

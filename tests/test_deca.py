@@ -32,7 +32,8 @@ def reference(w: np.ndarray, c: DecaConfig) -> np.ndarray:
                 g = np.array([gradient(i, step, theta[i]) for i in range(n)])[:, block]
                 m_half, v_half = a1 * m + (1 - a1) * g, a2 * v + (1 - a2) * g * g
                 half_m, half_v = a1 * weight_m + 1 - a1, a2 * weight_v + 1 - a2
-                c1, c2 = (1 - a1 ** (r + 1), 1 - a2 ** (r + 1)) if c.bias_correction == "count" else (half_m, half_v)
+                by_count = c.bias_correction == "count" and c.discrepancy != "trivial"
+                c1, c2 = (1 - a1 ** (r + 1), 1 - a2 ** (r + 1)) if by_count else (half_m, half_v)
                 denom = np.sqrt(v_half / c2) + c.eps
                 theta[:, block] -= lr * (m_half / c1) / denom
                 step, since = step + 1, since + 1

@@ -1,6 +1,7 @@
 """The methods beside DECA: against NumPy references on quadratic losses, and against each other where they coincide."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,16 +11,20 @@ import torch
 from peertune.algorithms import ALGORITHMS
 from peertune.algorithms.alternating_lora import AlternatingLora, AlternatingLoraConfig
 from peertune.algorithms.dec_lora import DecLora, DecLoraConfig
-from peertune.algorithms.decaf import average_product, turn_towards
+from peertune.algorithms.decaf import Decaf, average_product, turn_towards
 from peertune.algorithms.diloco import Diloco, DilocoConfig
+from peertune.algorithms.dpsgd import Dpsgd
 from peertune.algorithms.fedavg import Fedavg, FedavgConfig
 from peertune.algorithms.gt import TRACKED, Gt
 from peertune.algorithms.local_steps import LocalSteps, LocalStepsConfig
 from peertune.algorithms.noloco import Noloco, NolocoConfig
 from peertune.algorithms.qg import Qg
 from peertune.algorithms.rw_lora import RwLora
+from peertune.algorithms.turns import BlockwiseConfig
 from peertune.config import TopologySection
 from peertune.errors import ConfigError
+from peertune.exchange import Inbox
+from peertune.peer import Peer
 from peertune.topology import Topology, build_topology
 from tests.quadratic import NUM_PEERS, SIZE, QuadraticPeer, gradient, simulate, start, weights_of
 
@@ -339,6 +344,42 @@ def test_one_factor_is_trained_at_a_time() -> None:
     assert phases("complete") == [True, False] * 3
     assert phases("ring") == [True, True, False, False, True, True], "a slower graph needs longer phases"
     assert phases("complete", phase_rounds=3) == [True] * 3 + [False] * 3
+
+
+def test_a_phases_length_does_not_hang_on_the_last_bit_of_an_eigenvalue() -> None:
+    """On a complete graph of six lambda_2 comes out as 1e-16, not 0."""
+    method = AlternatingLora(
+        QuadraticPeer(0), AlternatingLoraConfig(), build_topology(TopologySection(kind="complete"), 6, 0)
+    )  # type: ignore[arg-type]
+    assert method.phase_rounds == 1
+
+
+def test_epochs_count_all_batches_of_a_step() -> None:
+    peer: Any = Peer(0, None, [], SimpleNamespace(num_samples=40, batch_size=8), 0)  # type: ignore[arg-type]
+    assert [peer.num_steps(1, 1), peer.num_steps(1, 4), peer.num_steps(3, 4)] == [5, 2, 4]
+
+
+def test_a_peer_that_joins_within_a_turn_takes_adams_first_step() -> None:
+    """Its moments are zero again, so what undoes that begins anew too, and is as it was after a resumption."""
+    config = BlockwiseConfig(lr=LR, outer_rounds=1, inner_steps=200)
+    joined, resumed = (Dpsgd(QuadraticPeer(0), config, graph("complete", num_peers=1)) for _ in range(2))  # type: ignore[arg-type]
+    joined.local(0)
+    joined.joined(300)
+    tensors, plain = joined.state_dict(300)
+    resumed.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, plain, 300)
+    for method in (joined, resumed):
+        before = method.shared("a")
+        method.local(300)
+        assert (method.shared("a") - before).abs().numpy() == pytest.approx(LR, rel=1e-3)
+
+
+def test_decaf_keeps_a_layer_in_which_nobody_learned_anything() -> None:
+    """The product of such a layer is zero, and its best factors would be as well, for ever."""
+    a, b = torch.randn(2, 5), torch.zeros(4, 2)
+    method = SimpleNamespace(common=("x.lora_A", "x.lora_B"), masters={})
+    method.masters = SimpleNamespace(write=lambda name, value: setattr(method, name, value))
+    Decaf.mix(method, None, Inbox({0: 0.5, 1: 0.5}, {i: {"x.lora_A": a, "x.lora_B": b} for i in range(2)}))  # type: ignore[arg-type]
+    assert torch.equal(getattr(method, "x.lora_A"), a) and not getattr(method, "x.lora_B").any()
 
 
 def test_local_modules_never_leave_their_peer() -> None:

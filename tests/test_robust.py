@@ -99,7 +99,7 @@ def test_where_nothing_is_clipped_it_is_bitwise_the_plain_mean_and_none_is_the_i
 
 
 @pytest.mark.parametrize("is_server", [False, True])
-@pytest.mark.parametrize("value", [1e4, -1e15, 1e38, float("inf")])
+@pytest.mark.parametrize("value", [1e4, -1e15, 1e38, float("inf"), float("nan")])
 @pytest.mark.parametrize("rule", [CLIP, TRIM], ids=["clip", "trimmed_mean"])
 def test_one_message_moves_the_mean_no_further_than_the_good_ones(
     rule: ExchangeSection, value: float, is_server: bool

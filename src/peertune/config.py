@@ -145,9 +145,9 @@ class AlgorithmConfig(Section):
     lr: LearningRate = 5e-5
     """Peak learning rate. Default: DECA's."""
     warmup_steps: NonNegative = 0
-    """Local steps over which the rate rises linearly from 0."""
+    """Local steps over which the rate rises linearly from 0; those of rounds that a peer sits out count too."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """What the rate does after warm-up: stays, or falls to 0 at the last local step."""
+    """What the rate does after warm-up: stays, or falls to 0, where it would be one local step after the last."""
     grad_accumulation: Positive = 1
     """Batches a local step averages its gradient over."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

@@ -3,7 +3,7 @@
 A round is a local phase and then hops. A hop says who sends to whom with which weight; the runtime carries payloads
 along it and hands each receiver an inbox; the algorithm mixes. Algorithms know no runtime, runtimes no algorithm.
 
-    for hop in algorithm.hops(round, topology):
+    for hop in algorithm.hops(round):
         exchange.start(round, hop, algorithm.outgoing(hop))       # for every peer that sends
         inbox = exchange.finish(round, hop, like)                 # for every peer that receives
         algorithm.mix(hop, inbox)

@@ -55,7 +55,7 @@ class Peer:
         assert self.batches is not None
         return self.batches.next()
 
-    def num_steps(self, epochs: int) -> int:
-        """Batches in so many passes over the peer's own samples, the last one filled up."""
+    def num_steps(self, epochs: int, num_batches: int) -> int:
+        """Steps of `num_batches` batches in so many passes over the peer's own samples, the last one filled up."""
         assert self.batches is not None
-        return -(-epochs * self.batches.num_samples // self.batches.batch_size)
+        return -(-epochs * self.batches.num_samples // (self.batches.batch_size * num_batches))

@@ -76,6 +76,11 @@ def _is_relay(sources: Iterable[int], target: int) -> bool:
     return len(list(sources)) == 1 and target not in sources
 
 
+def _ordered(piece: Tensor) -> Tensor:
+    """With infinity for NaN, which is neither larger nor smaller than anything."""
+    return piece.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+
+
 @dataclass(frozen=True)
 class RobustInbox(Inbox):
     peer: int
@@ -132,7 +137,7 @@ class ClippedInbox(RobustInbox):
         flat = [self.payloads[j][name].reshape(-1) for j in self.others]
         found = torch.empty_like(flat[0])
         for start in range(0, len(found), PIECE):
-            pieces = torch.stack([each[start : start + PIECE] for each in flat])
+            pieces = torch.stack([_ordered(each[start : start + PIECE]) for each in flat])
             found[start : start + PIECE] = pieces.median(0).values
         return found.view_as(self.payloads[self.others[0]][name])
 
@@ -149,7 +154,7 @@ class TrimmedInbox(RobustInbox):
         own = self.payloads[self.peer][name].reshape(-1) if self.sends else None
         found = torch.empty_like(flat[0] if own is None else own)
         for start in range(0, len(found), PIECE):
-            pieces = [each[start : start + PIECE] for each in flat]
+            pieces = [_ordered(each[start : start + PIECE]) for each in flat]
             found[start : start + PIECE] = self._trimmed(pieces, None if own is None else own[start : start + PIECE])
         return found.view_as(self.payloads[next(iter(self.weights))][name])
 

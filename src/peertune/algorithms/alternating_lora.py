@@ -9,7 +9,7 @@ which gossip on this graph shrinks disagreement by a constant factor; `phase_rou
 
 import math
 
-from peertune.algorithms.dec_lora import DecLora, TwoFactorConfig
+from peertune.algorithms.dec_lora import TwoFactor, TwoFactorConfig
 from peertune.config import NonNegative
 
 
@@ -18,14 +18,15 @@ class AlternatingLoraConfig(TwoFactorConfig):
     """Rounds for which one factor is trained; 0: by the graph's spectral gap."""
 
 
-class AlternatingLora(DecLora):
+class AlternatingLora(TwoFactor):
     Config = AlternatingLoraConfig
 
     @property
     def phase_rounds(self) -> int:
         assert isinstance(self.config, AlternatingLoraConfig)
         gap = max(1e-6, 1 - self.topology.second_eigenvalue)
-        return self.config.phase_rounds or math.ceil(1 / math.sqrt(gap))
+        # Rounded first: sites whose linear algebra differs in the last bit would train different factors.
+        return self.config.phase_rounds or math.ceil(round(1 / math.sqrt(gap), 6))
 
     def trains(self, name: str, round: int) -> bool:
         resting = "lora_A" if round // self.phase_rounds % 2 == 0 else "lora_B"

@@ -10,6 +10,9 @@ from typing import ClassVar, Literal
 
 from peertune.algorithms.local_steps import LocalSteps, LocalStepsConfig
 from peertune.config import AlgorithmConfig, LearningRate
+from peertune.errors import ConfigError
+from peertune.peer import Peer
+from peertune.topology import Topology
 
 
 class DecLoraConfig(LocalStepsConfig):
@@ -28,3 +31,18 @@ class TwoFactorConfig(DecLoraConfig):
 
 class DecLora(LocalSteps):
     Config: ClassVar[type[AlgorithmConfig]] = DecLoraConfig
+
+
+class TwoFactor(DecLora):
+    """What methods that treat LoRA's two factors differently have in common."""
+
+    Config = TwoFactorConfig
+
+    def __init__(self, peer: Peer, config: AlgorithmConfig, topology: Topology) -> None:
+        super().__init__(peer, config, topology)
+        if embeddings := [name for name in self.masters if "lora_embedding" in name]:
+            raise ConfigError(
+                f"algorithm.target_modules: got an embedding ({embeddings[0]}), expected linear layers alone, as"
+                f" {config.name} treats LoRA's two factors differently, and an embedding's begin the other way round;"
+                " leave it out, or take algorithm.name = 'dec_lora'"
+            )

@@ -39,7 +39,7 @@ class DecaConfig(BlockwiseConfig):
     """What corrects the moments; "none" is the ablation. Default: the best measured: docs/discrepancy.md."""
     bias_correction: Literal["count", "weight"] = "count"
     """What undoes the moments' start at zero: 1 - a^(r+1) as transcribed, or the total weight of all that entered them,
-    which a correction changes ("weight", ours)."""
+    which a correction changes ("weight", ours; always so with discrepancy = "trivial")."""
 
 
 class Deca(Algorithm):
@@ -51,11 +51,15 @@ class Deca(Algorithm):
         self.config = config
         self.discrepancy: Discrepancy = config.discrepancy if isinstance(config, DecaConfig) else "none"
         self.calendar = self.make_calendar(config)
-        self.tracks_weights = isinstance(config, DecaConfig) and config.bias_correction == "weight"
+        # The moments of "trivial" are fed once a mix, not once a step.
+        by_weight = isinstance(config, DecaConfig) and config.bias_correction == "weight"
+        self.tracks_weights = by_weight or self.discrepancy == "trivial"
         self.active: dict[str, torch.nn.Parameter] = {}
         self.moments: dict[str, Moments] = {}
         self.anchor: dict[str, Tensor] = {}
         self.weights = self.corrections = (0.0, 0.0)
+        self.first_step = 0
+        """Of the turn, the step at which its moments were zero: a later one where the peer joined within the turn."""
         self.interval_lr = 0.0
 
     def make_calendar(self, config: BlockwiseConfig) -> Calendar:
@@ -77,8 +81,7 @@ class Deca(Algorithm):
         turn = self.calendar.at(round)
         if turn.is_first:
             self.begin_turn(turn.block)
-            self.moments = {name: Moments.zeros(p) for name, p in self.active.items()}
-            self.weights = (0.0, 0.0)
+            self.reset_moments(0)
         if self.discrepancy != "none" and not self.anchor:
             self.anchor = {name: self.masters.snapshot(name) for name in self.shared_names(round)}
         self.interval_lr = 0.0
@@ -86,7 +89,7 @@ class Deca(Algorithm):
         for n in range(turn.num_steps):
             losses.append(self.peer.backward(turn.global_step + n, self.config.grad_accumulation))
             lr = learning_rate(self.config, turn.global_step + n, self.calendar.num_steps)
-            norms.append(self.step(turn.first_step + n, lr))
+            norms.append(self.step(turn.first_step + n - self.first_step, lr))
             self.interval_lr += lr
         return LocalReport(torch.stack(losses).mean(), torch.stack(norms).mean(), lr)
 
@@ -99,8 +102,16 @@ class Deca(Algorithm):
         for name in self.active:
             self.masters.activate(name)
 
+    def reset_moments(self, first_step: int) -> None:
+        """Zero moments for what is active, from a step of its turn on."""
+        self.moments = {name: Moments.zeros(p) for name, p in self.active.items()}
+        self.weights, self.first_step = (0.0, 0.0), first_step
+
     def step(self, r: int, lr: float) -> Tensor:
-        """theta_r -> theta_{r+1/2} from the gradients at hand. Returns the gradient's L2 norm before clipping."""
+        """theta_r -> theta_{r+1/2} from the gradients at hand, r counted from where the moments were zero.
+
+        Returns the gradient's L2 norm before clipping.
+        """
         norm = clip_gradients(self.active, self.config.max_grad_norm)
         (a1, a2), (c1, c2) = self.config.alphas, self.weights
         half = (a1 * c1 + 1 - a1, a2 * c2 + 1 - a2)
@@ -194,7 +205,7 @@ class Deca(Algorithm):
         turn = self.calendar.at(round)
         if not turn.is_first:
             self.begin_turn(turn.block)
-            self.moments = {name: Moments.zeros(p) for name, p in self.active.items()}
+            self.reset_moments(turn.first_step)
         self.anchor = {}
 
     def is_boundary(self, round: int) -> bool:
@@ -210,7 +221,7 @@ class Deca(Algorithm):
         if self.moments and not self.calendar.at(round - 1).is_last:
             for name, moments in self.moments.items():
                 tensors |= {f"exp_avg/{name}": moments.exp_avg, f"exp_avg_sq/{name}": moments.exp_avg_sq}
-            plain["weights"] = list(self.weights)
+            plain |= {"weights": list(self.weights), "first_step": self.first_step}
         return tensors, plain
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any], round: int) -> None:
@@ -222,4 +233,4 @@ class Deca(Algorithm):
                 name: Moments(tensors[f"exp_avg/{name}"].to(device), tensors[f"exp_avg_sq/{name}"].to(device))
                 for name in self.active
             }
-            self.weights = (plain["weights"][0], plain["weights"][1])
+            self.weights, self.first_step = (plain["weights"][0], plain["weights"][1]), plain["first_step"]

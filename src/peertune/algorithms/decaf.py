@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from peertune.algorithms.dec_lora import DecLora, TwoFactorConfig
+from peertune.algorithms.dec_lora import TwoFactor
 from peertune.config import AlgorithmConfig
 from peertune.errors import ConfigError
 from peertune.exchange import Hop, Inbox
@@ -29,8 +29,7 @@ from peertune.peer import Peer
 from peertune.topology import Topology
 
 
-class Decaf(DecLora):
-    Config = TwoFactorConfig
+class Decaf(TwoFactor):
     averages = False
     elementwise = False
 
@@ -54,7 +53,10 @@ class Decaf(DecLora):
             peers = sorted(inbox.weights)
             factors = [(inbox.payloads[j][other], inbox.payloads[j][name]) for j in peers]
             b, a = average_product([inbox.weights[j] for j in peers], factors)
-            b, a = turn_towards(b, a, inbox.mean(other), inbox.mean(name))
+            if b.any():  # else neither factor would ever have a gradient again
+                b, a = turn_towards(b, a, inbox.mean(other), inbox.mean(name))
+            else:
+                b, a = inbox.mean(other), inbox.mean(name)
             self.masters.write(other, b)
             self.masters.write(name, a)
 

@@ -4,12 +4,10 @@ FedAvg whose server holds the outer optimiser; peers keep their inner optimiser'
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from peertune.algorithms.fedavg import Fedavg, FedavgConfig
-from peertune.config import Positive
+from peertune.config import LearningRate, Positive
 
 
 class DilocoConfig(FedavgConfig):
@@ -17,13 +15,13 @@ class DilocoConfig(FedavgConfig):
     """T: outer steps."""
     local_steps: Positive = 500
     """H: inner steps of a round. Default: DiLoCo's."""
-    lr: Annotated[float, Field(gt=0)] = 4e-4
+    lr: LearningRate = 4e-4
     """Peak inner learning rate. Default: DiLoCo's."""
     reset_moments: bool = False
     """Inner moments live as long as the run. Default: DiLoCo's."""
     server_optimizer: Literal["average", "adam", "nesterov"] = "nesterov"
     """The outer optimiser. Default: DiLoCo's."""
-    server_lr: Annotated[float, Field(gt=0)] | None = 0.7
+    server_lr: LearningRate | None = 0.7
     """Outer learning rate. Default: DiLoCo's."""
 
 

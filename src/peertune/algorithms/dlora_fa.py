@@ -3,9 +3,8 @@
 With one A for all, averaging B averages the products: sum_j w_ij B_j A = (sum_j w_ij B_j) A.
 """
 
-from peertune.algorithms.dec_lora import DecLora, TwoFactorConfig
+from peertune.algorithms.dec_lora import TwoFactor
 
 
-class DloraFa(DecLora):
-    Config = TwoFactorConfig
+class DloraFa(TwoFactor):
     frozen = ("lora_A",)

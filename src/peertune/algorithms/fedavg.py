@@ -114,7 +114,7 @@ class Fedavg(LocalSteps):
             return 0
         if not self.config.local_epochs:
             return self.config.local_steps
-        return self.peer.num_steps(self.config.local_epochs)
+        return self.peer.num_steps(self.config.local_epochs, self.config.grad_accumulation)
 
     def begin(self, round: int) -> int:
         serves = self.config.server_optimizer != "average" and not self.topology.has_hub

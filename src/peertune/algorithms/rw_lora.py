@@ -1,7 +1,8 @@
 """RW-LoRA (arXiv 2609.00078): one adapter walks the graph; whoever holds it trains it for K steps and passes it on.
 
-The walk is Metropolis-Hastings: from i to j with probability W_ij of the Metropolis matrix, whose stationary
-distribution is uniform. It is drawn from the run's seed, so every peer knows who holds the adapter in every round.
+The walk goes from i to j with probability W_ij. With topology.weights = "metropolis", the default, that is
+Metropolis-Hastings, which in the long run is everywhere equally often. It is drawn from the run's seed, so every peer
+knows who holds the adapter in every round.
 A round costs one message, or none where the walk stays.
 """
 
