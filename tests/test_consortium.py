@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from datetime import date
@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 from peertune import __version__
 from peertune.algorithms import METHODS
 from peertune.algorithms.deca import Deca
+from peertune.algorithms.fedavg import Fedavg
 from peertune.charter import Charter, Member, difference, joined, parse_member, read_charter, write_charter
 from peertune.cli import main
 from peertune.config import from_dict
@@ -68,6 +69,7 @@ class Consortium:
         algorithm: dict[str, Any],
         grace: float = 60.0,
         quorum: int = 1,
+        doors: Sequence[str] = ("north", "south", "server"),
         **sections: Any,
     ) -> None:
         self.folder, self.model = folder, model
@@ -80,8 +82,8 @@ class Consortium:
         self.recipe = folder / "recipe.toml"
         self.recipe.write_text(tomli_w.dumps(recipe))
         self.charter = folder / "charter.toml"
-        # North and south open a port; east and west, who are no neighbours on the ring, only dial out.
-        ports = dict(zip(("north", "south", "server"), free_ports(3), strict=True))
+        # By default north and south open a port; east and west, who are no neighbours on the ring, only dial out.
+        ports = dict(zip(doors, free_ports(len(doors)), strict=True))
         members = []
         for i, name in enumerate(self.names):
             id = make_identity(folder / name / "key").id
@@ -93,7 +95,7 @@ class Consortium:
             assert main(["charter", "sign", str(self.charter), "--identity", str(folder / name / "key")]) == 0
 
     def site(self, name: str, delay: float = 0.0) -> Any:
-        """Start one site's process; with a delay, each local phase of its first turn takes so much longer."""
+        """Start one site's process; with a delay, each local phase of its first rounds takes so much longer."""
         fork = multiprocessing.get_context("fork")
         process = fork.Process(target=self._join, args=(name, delay), daemon=True)
         process.start()
@@ -101,9 +103,8 @@ class Consortium:
 
     def _join(self, name: str, delay: float) -> None:
         torch.set_num_threads(1)
-        local = Deca.local
-        if delay:
-            Deca.local = lambda self, round: [time.sleep(delay * (round < 12)), local(self, round)][1]  # type: ignore[assignment]
+        for method in (Deca, Fedavg) if delay else ():
+            slowly(method, delay)
         data = ["--data", str(self.folder / f"{name}.jsonl")] if name in NAMES else []
         base = self.folder / name
         with (base / "log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
@@ -127,10 +128,20 @@ class Consortium:
         ]
         return files[0].keys() == files[1].keys() and all(torch.equal(files[0][n], files[1][n]) for n in files[0])
 
+    def models(self, names: Iterable[str]) -> list[dict[str, torch.Tensor]]:
+        """What the sites ended with."""
+        return [load_file(next((self.folder / name / "run" / "model").glob("*.safetensors"))) for name in names]
+
     def ended(self, processes: dict[str, Any]) -> None:
         for name, process in processes.items():
             process.join(120)
             assert process.exitcode == 0, (self.folder / name / "log").read_text()
+
+
+def slowly(method: Any, delay: float) -> None:
+    """Have the local phases of a method's first twelve rounds take so many seconds longer."""
+    local = method.local
+    method.local = lambda self, round: [time.sleep(delay * (round < 12)), local(self, round)][1]
 
 
 STAR = {"topology": {"kind": "star", "weights": "samples"}}
@@ -176,6 +187,51 @@ def test_a_killed_site_comes_back_and_nothing_is_lost(tmp_path: Path, micro_mode
     for site in NAMES:
         assert consortium.same_model(site)
         assert not consortium.events(site, "left_out")
+
+
+def test_the_sites_of_a_server_wait_for_it(tmp_path: Path, micro_model: Path) -> None:
+    """For longer than the grace: alone each would only go its own way. When it is back all end with one model."""
+    section = {"num_peers": 4, "threads": 1}
+    fedavg = {"name": "fedavg", "rounds": 30, "local_steps": 2}
+    consortium = Consortium(tmp_path, micro_model, fedavg, grace=2.0, run=section, **STAR)
+    processes = {site: consortium.site(site, delay=0.1) for site in consortium.names}
+    wait_for(lambda: len(consortium.events("east", "round", "events.jsonl")) >= 5)
+    os.kill(processes["server"].pid, signal.SIGKILL)
+    processes.pop("server").join()
+    wait_for(lambda: all(consortium.events(site, "waiting") for site in NAMES))  # they say so after five seconds
+    assert all(process.is_alive() for process in processes.values())
+    processes["server"] = consortium.site("server")
+    consortium.ended(processes)
+    assert not any(consortium.events(site, "left_out") for site in NAMES), "each had the server's answer in all rounds"
+    models = consortium.models(processes)
+    assert all(torch.equal(model[name], models[0][name]) for model in models for name in model)
+
+
+def test_an_average_of_all_goes_on_without_the_lost_and_ends_with_one_model(tmp_path: Path, micro_model: Path) -> None:
+    """FedAvg without a server: everybody averages everybody, so no round of theirs ends with one model by itself."""
+    section = {"num_peers": 4, "threads": 1}
+    fedavg = {"name": "fedavg", "rounds": 30, "local_steps": 2, "server_optimizer": "nesterov"}
+    graph = {"kind": "complete", "weights": "samples"}
+    consortium = Consortium(tmp_path, micro_model, fedavg, grace=1.0, doors=NAMES, run=section, topology=graph)
+    processes = {site: consortium.site(site, delay=0.1) for site in NAMES}
+    wait_for(lambda: len(consortium.events("east", "round", "events.jsonl")) >= 5)
+    os.kill(processes["east"].pid, signal.SIGKILL)
+    processes.pop("east").join()
+    consortium.ended(processes)
+    models = consortium.models(processes)
+    assert all(torch.equal(model[name], models[0][name]) for model in models for name in model)
+    for site in processes:
+        told = json.loads((tmp_path / site / "run" / "summary.json").read_text())["agreement"]
+        assert told["without"] == ["east"] and sorted([site, *told["with"]]) == sorted(processes)
+
+
+def test_a_block_that_is_personal_as_a_whole_is_not_waited_for(tmp_path: Path, micro_model: Path) -> None:
+    personal = {"local_modules": ["embed_tokens"]}
+    consortium = Consortium(tmp_path, micro_model, personal)
+    run(consortium.config)
+    consortium.ended({site: consortium.site(site) for site in NAMES})
+    shared = [model["lm_head.weight"] for model in consortium.models(NAMES)]
+    assert all(torch.equal(shared[0], other) for other in shared)
 
 
 def test_a_site_that_stays_away_is_left_out_and_the_others_finish(tmp_path: Path, micro_model: Path) -> None:
@@ -396,6 +452,7 @@ def test_the_weight_of_the_missing_goes_to_self_or_is_spread() -> None:
     row = {0: 0.5, 1: 0.3, 2: 0.2}
     assert without(row, [1], 0) == {0: pytest.approx(0.8), 2: 0.2}
     assert without(row, [1, 2], 0) == {0: pytest.approx(1.0)}
+    assert without(row, [1], 0, spreads=True) == without(row, [1], 7)
     assert without(row, [1], 7) == {0: pytest.approx(0.5 / 0.7), 2: pytest.approx(0.2 / 0.7)}  # a server's
     assert without(row, [0, 1, 2], 7) == {}
 

@@ -18,7 +18,7 @@ from rich.console import Console
 
 import peertune
 from peertune.cli_consortium import add_consortium
-from peertune.cli_output import Bars, GridBars, loading, print_paths, summary_table
+from peertune.cli_output import Bars, GridBars, loading, print_paths, progress_console, summary_table
 from peertune.cli_watch import add_watch
 from peertune.errors import PeertuneError
 
@@ -67,7 +67,7 @@ def _reader_is_gone() -> bool:
 
 def _main(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
-    console = Console(stderr=True)
+    console = progress_console()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:

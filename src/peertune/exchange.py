@@ -32,9 +32,13 @@ class Hop:
     """One wave of messages; the same on every peer, as it is a pure function of (recipe, round)."""
 
     name: str
-    """What the wave is for, such as "gossip" or "agree"."""
+    """What the wave is for. Payloads of "gossip" are weights of the model, whose mean takes their place, so that one
+    which comes late can be added afterwards."""
     weights: Mapping[tuple[int, int], float]
     """(source, target) -> weight of the source's payload at the target; no key, no message."""
+    spreads: bool = False
+    """Where a source is lost, its weight goes to all that are heard, so that all who hear the same have the same mean;
+    else to the receiver's own payload, so that the mean over all peers stays where W is symmetric."""
 
     def sources(self, peer: int) -> dict[int, float]:
         """Who `peer` hears, itself included, with weights, in ascending order of the peers."""

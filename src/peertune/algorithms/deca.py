@@ -140,6 +140,10 @@ class Deca(Algorithm):
             self.weights = half
         return norm
 
+    def hops(self, round: int) -> Sequence[Hop]:
+        """None in the turn of a block that is personal as a whole."""
+        return super().hops(round) if self.shared_names(round) else ()
+
     def outgoing(self, hop: Hop) -> Payload:
         return {name: self.masters.snapshot(name) for name in self.active if name in self.common}
 

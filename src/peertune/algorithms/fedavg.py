@@ -100,8 +100,8 @@ class Fedavg(LocalSteps):
         return self.shares()
 
     def agreement(self, pairs: Collection[tuple[int, int]] | None = None) -> Sequence[Hop]:
-        """None is needed: each round ends with one model."""
-        return ()
+        """None is needed, as each round ends with one model; but where there is no server, after losses."""
+        return () if self.topology.has_hub or pairs is None else super().agreement(pairs)
 
     def sampled(self, round: int) -> list[int]:
         """The peers that train in a round, ascending."""
@@ -135,7 +135,7 @@ class Fedavg(LocalSteps):
         total = sum(shares[i] for i in chosen)
         n = self.topology.num_peers
         if not self.topology.has_hub:
-            return (Hop("gossip", {(i, j): shares[i] / total for i in chosen for j in range(n)}),)
+            return (Hop("average", {(i, j): shares[i] / total for i in chosen for j in range(n)}, spreads=True),)
         up = Hop("up", {(i, self.hub): shares[i] / total for i in chosen})
         return up, Hop("down", {(self.hub, j): 1.0 for j in range(n)})
 
@@ -164,6 +164,11 @@ class Fedavg(LocalSteps):
         if key not in self.server:
             self.server[key] = torch.full_like(like, start)
         return self.server[key]
+
+    def joined(self, round: int) -> None:
+        """The server's moments are not handed on: they begin anew here, and the final agreement evens out the rest."""
+        super().joined(round)
+        self.server.clear()
 
     def extra_tensors(self) -> Mapping[str, Tensor]:
         return self.server

@@ -84,7 +84,7 @@ class Noloco(LocalSteps):
     def hops(self, round: int) -> Sequence[Hop]:
         groups = self.groups(round)
         alone = [[i] for i in set(range(self.topology.num_peers)).difference(*groups)]
-        return (Hop("gossip", {(i, j): 1 / len(g) for g in groups + alone for i in g for j in g}),)
+        return (Hop("outer", {(i, j): 1 / len(g) for g in groups + alone for i in g for j in g}),)
 
     def begin(self, round: int) -> int:
         self.slow = {name: self.masters.snapshot(name) for name in self.common}

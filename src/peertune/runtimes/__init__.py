@@ -190,15 +190,17 @@ def agree(round: int, members: Sequence[Member], may_lose: bool = False) -> tupl
     """
     algorithm = members[0].algorithm
     hops, absent, plan = algorithm.agreement(), list[int](), dict[str, torch.Tensor]()
-    if may_lose and hops:
-        known = edges(algorithm)
-        lost = roll_call(round, members, known)
-        if lost.any():
-            pairs = [pair for pair, is_lost in zip(known, lost.tolist(), strict=True) if not is_lost]
-            hops, plan = algorithm.agreement(pairs), {PLAN: lost}
+    if may_lose and algorithm.agreement(known := edges(algorithm)):
+        told = roll_call(round, members, known)
+        *lost, had_losses = told.tolist()
+        if any(lost) or (had_losses and not hops):
+            pairs = [pair for pair, is_lost in zip(known, lost, strict=True) if not is_lost]
+            hops, plan = algorithm.agreement(pairs), {PLAN: told}
             absent = algorithm.topology.cut_off_from(members[0].index, pairs)
     for block in members[0].algorithm.blocks:
         names = [name for name in members[0].algorithm.shared_names() if name in set(block.parameters)]
+        if not names:
+            continue  # a personal block
 
         def outgoing(member: Member, hop: Hop, names: list[str] = names) -> Payload:
             return {name: member.algorithm.shared(name) for name in names} | plan
@@ -234,12 +236,14 @@ def roll_call(round: int, members: Sequence[Member], pairs: Sequence[tuple[int, 
     Args:
         pairs: the run's `edges`.
     Returns:
-        By pair, 1 where no message comes any more; float32.
+        By pair, 1 where no message comes any more, and at the end 1 if any peer once went on without another; float32.
     """
     num_peers = members[0].algorithm.topology.num_peers
     own = {(peer, peer): 1.0 for peer in range(num_peers)}
     wave = Hop(ROLL, own | {way: 1.0 for i, j in pairs for way in ((i, j), (j, i))})
-    lost = {member.index: torch.zeros(len(pairs)) for member in members}
+    lost = {member.index: torch.zeros(len(pairs) + 1) for member in members}
+    for member in members:
+        lost[member.index][-1] = float(bool(member.exchange.rounds_without))
     for _ in range(2 * (num_peers - 1)):
         for member, inbox in _carry(round, wave, members, lambda member, hop: {"lost": lost[member.index].clone()}):
             known = lost[member.index]

@@ -47,7 +47,7 @@ class Neighbor(Listener):
         self.log("fetched", peer=self.name, round=key[0], hop="state" if key[1] == STATE else key[1], bytes=size)
 
     def asked(self, key: Key, size: int) -> None:
-        if size > self._coming.get(key, (0, 0.0))[0]:  # not where a transfer goes on after a break
+        if size > self._coming.get(key, (-1, 0.0))[0]:  # not where a transfer goes on after a break
             self._coming[key] = (size, time.monotonic())
 
     def arrived(self, key: Key) -> None:

@@ -147,6 +147,7 @@ class NetworkGroup:
         pairs, topology = edges(algorithm), algorithm.topology
         check_members(self.node.charter.members, topology.num_peers + topology.has_hub, pairs)
         self._exchange.corrects = algorithm.averages and not self._is_robust
+        self._exchange.hub = topology.num_peers if topology.has_hub else None
         self.node.start(pairs)
         self.node.soon(self._log_start)  # in the thread that logs connections: they stand before it or after it
 
@@ -212,6 +213,8 @@ class NetworkExchange:
         self.corrects = False
         """Whether a late message is worth fetching: what the method makes of messages is their mean."""
         self._has_begun = False
+        self.hub: int | None = None
+        """The server's index, where there is one: without it there are no rounds."""
 
     def start(self, round: int, hop: Hop, out: Payload | None) -> None:
         if self._key[0] != round:
@@ -252,6 +255,11 @@ class NetworkExchange:
             corrects = self.corrects and hop.name == "gossip"
             payload = self._wait(source, arrival, patience, lenient_s, corrects=corrects)
             if payload is None:
+                neighbor = self._node.neighbors[source]
+                if source == self.hub and neighbor.edge.peer_is_finished:
+                    raise PeerLostError(
+                        f"the server, {neighbor.name}, has ended the run without this site, in its round {round}"
+                    )
                 missing.append(source)
             else:
                 self.late_weight[source] = 0.0
@@ -264,7 +272,7 @@ class NetworkExchange:
             self.left_out = [*self.left_out, *missing]
             if hop.name == "agree":
                 raise PeerLostError(f"the final agreement went without {names}, so it is none")
-            weights = without(weights, missing, self._peer)
+            weights = without(weights, missing, self._peer, spreads=hop.spreads)
         return Inbox(weights, payloads) if weights else None
 
     def _expect(self, source: int, like: Payload) -> Future[Payload | None]:
@@ -305,6 +313,8 @@ class NetworkExchange:
                 self._node.soon(partial(neighbor.miss, self._key, corrects))
             if self.is_leaving and not (neighbor.is_connected and self._node.has_quorum):
                 raise Left(f"left while waiting for {neighbor.name} in round {self._key[0]}")
+            if neighbor.index == self.hub and neighbor.is_ejected:
+                raise PeerLostError(f"the server, {neighbor.name}, was ejected, so there are no more rounds")
             if time.monotonic() - began > patience:
                 self._node.soon(partial(neighbor.edge.give_up, self._key))
             with suppress(TimeoutError):
@@ -325,8 +335,15 @@ class NetworkExchange:
         self._node.log("resumed", round=round, present=", ".join(self._node.present))
 
     def _may_go_on(self, neighbor: Neighbor) -> bool:
-        """Whether a neighbour may be left out: the run has begun, and enough members are there."""
-        return not self._begins(neighbor) and self._node.has_quorum
+        """Whether a neighbour may be left out: the run has begun, and enough members are there.
+
+        A server is waited for, and itself waits while it hears nobody.
+        """
+        if self._begins(neighbor) or not self._node.has_quorum:
+            return False
+        if self._peer == self.hub:
+            return any(not other.is_out_of_reach for other in self._node.neighbors.values())
+        return neighbor.index != self.hub
 
     def _begins(self, neighbor: Neighbor) -> bool:
         """Whether the run has not begun, for all this site knows, and waits until everyone is there."""
@@ -351,14 +368,17 @@ def _state(algorithm: Algorithm) -> Payload:
     return {name: algorithm.shared(name) for name in algorithm.shared_names()}
 
 
-def without(weights: Mapping[int, float], missing: Sequence[int], peer: int) -> dict[int, float]:
+def without(
+    weights: Mapping[int, float], missing: Sequence[int], peer: int, *, spreads: bool = False
+) -> dict[int, float]:
     """A row of weights when some sources are missing: their share goes to the peer's own message.
 
-    A receiver who sends nothing himself, as a server, spreads it over the others alike; empty where nobody is left.
+    With `spreads`, or at a receiver who sends nothing himself, as a server, it is spread over all that are heard, by
+    their weights; empty where nobody is left.
     """
     lost = sum(weights[source] for source in missing)
     left = {source: weight for source, weight in weights.items() if source not in missing}
-    if peer in left:
+    if peer in left and not spreads:
         return left | {peer: left[peer] + lost}
     total = sum(left.values())
     return {source: weight * (total + lost) / total for source, weight in left.items()}
