@@ -48,6 +48,7 @@ class CheckpointStore:
         """
         home = self._home(peer, self.shard)
         final, aside = home / f"round-{round:08d}", home / f".round-{round:08d}.partial"
+        replaced = home / f".round-{round:08d}.replaced"
         try:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
@@ -57,9 +58,12 @@ class CheckpointStore:
             (aside / "state.json").write_text(json.dumps(state), encoding="utf-8")
             for path in (weights, aside / "state.json", aside):
                 _sync(path)
-            shutil.rmtree(final, ignore_errors=True)
+            if final.exists():  # of the same round once before: never without one of the two for as long as it takes
+                shutil.rmtree(replaced, ignore_errors=True)
+                final.rename(replaced)
             aside.rename(final)
             _sync(home)
+            shutil.rmtree(replaced, ignore_errors=True)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
             raise StorageError(

@@ -116,8 +116,11 @@ def summary_table(summary: dict[str, Any]) -> Table:
 
 
 def print_paths(out: Path) -> None:
-    exported = next(folder for folder in (out / "model", out / "adapter") if folder.exists())
+    exported = next((folder for folder in (out / "model", out / "adapter") if folder.exists()), None)
     print(f"report: {out / 'report.html'}")
+    if exported is None:
+        print(f"model:  deleted; where the checkpoints are left, `peertune export {out} --to FOLDER` makes it anew")
+        return
     print(f"{exported.name + ':':<8}{exported}")
     print(f"load it with: {loading(exported)}")
 

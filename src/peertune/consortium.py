@@ -41,7 +41,7 @@ from peertune.peer import Peer
 from peertune.prepare import base_print, model_blocks, prepare_model, prepare_tokenizer
 from peertune.robust import check_rule
 from peertune.run import Progress, Site, run
-from peertune.run_folder import RunFolder, storage_errors
+from peertune.run_folder import RunFolder, append_line, storage_errors
 from peertune.runtimes import edges
 from peertune.runtimes.network import NetworkGroup
 from peertune.runtimes.node import Node
@@ -331,5 +331,4 @@ class AuditLog:
         line = json.dumps({"time": round(time.time(), 3), "event": event, **fields})
         with self._lock, storage_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            append_line(self.path, line)

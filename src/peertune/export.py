@@ -40,18 +40,24 @@ def export(run: Path, to: Path, peer: int | None = None) -> None:
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise CheckpointError(f"--to: {to} exists already; name a new folder")
     check_writable(to, "--to")
-    recipe = folder.read_recipe() if peer is not None or not folder.summary.exists() else {}
-    if recipe and peer is not None:
-        _check_peer(recipe["config"], peer)
-    if folder.summary.exists() and peer is None:
+    finished = [path for path in (folder.model, folder.adapter) if path.exists() and folder.summary.exists()]
+    if finished and peer is None:
         with storage_errors(to):
-            shutil.copytree(folder.model if folder.model.exists() else folder.adapter, to, dirs_exist_ok=True)
+            shutil.copytree(finished[0], to, dirs_exist_ok=True)
         return
+    recipe = folder.read_recipe()
+    if peer is not None:
+        _check_peer(recipe["config"], peer)
     config, _ = from_dict(recipe["config"], METHODS)
     store = CheckpointStore(folder.checkpoints, recipe["members"], config.run.ranks_per_peer)
     done = store.newest_complete()
     if done is None:
-        raise CheckpointError(f"{run}: the run has no complete checkpoint yet; wait for one")
+        what = (
+            "has neither model nor checkpoints any more"
+            if folder.summary.exists()
+            else "has no complete checkpoint yet"
+        )
+        raise CheckpointError(f"{run}: the run {what}; expected one of them to export")
     base, cpu = Path(recipe["base"]), torch.device("cpu")
     module = prepare_model(config, cpu, base)
     average: dict[str, torch.Tensor] = {}

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peertune.config import RunConfig
+from peertune.config import DataSection, RunConfig
 from peertune.data.chat import plain_template
 from peertune.data.load import Row, Table, load_table
 from peertune.data.partition import describe_partition, partition
-from peertune.data.render import Rendered, Sample, find_labels, label_tokens, render
+from peertune.data.render import Rendered, Rows, Sample, find_labels, label_tokens, render
 from peertune.data.tools import LOSSES
 from peertune.errors import ConfigError, DataError, ModelError
 from peertune.evaluation import HeldOut, references, remarks
@@ -79,7 +79,11 @@ def prepare_data(config: RunConfig, base: Path | None, site: int | None = None) 
     # Labels are those of all rows: one that only validation rows have is still a class. A site may lack one to learn.
     label_names: list[str] = []
     if section.task == "classification":
-        label_names = find_labels(table.rows if site is None else [*table.rows, *test], section)
+        # To learn, a site needs one; to be measured, two.
+        known, at_least = (table.rows, 2) if site is None else ([*table.rows, *test], 2 if test else 1)
+        label_names = find_labels(known, section, at_least)
+        if site is not None and table.rows and test:
+            _require_common_labels(table.rows, test, section)
     partition_seed = seed if section.partition.seed is None else section.partition.seed
     if table.rows:
         table, validation = keep_back(table, section.validation_rows, partition_seed)
@@ -102,8 +106,8 @@ def prepare_data(config: RunConfig, base: Path | None, site: int | None = None) 
         if limit and len(held_out) > limit:
             keep = numpy_rng(seed, "eval").choice(len(held_out), limit, replace=False)
             held_out = [held_out[i] for i in sorted(keep)]
-    known = references(test, held_out, section, tokenizer)
-    measured = HeldOut(held_out, known, tokenizer, label_tokens(tokenizer, label_names))
+    answers = references(test, held_out, section, tokenizer)
+    measured = HeldOut(held_out, answers, tokenizer, label_tokens(tokenizer, label_names))
     return Prepared(
         tokenizer=tokenizer,
         train=train,
@@ -111,6 +115,16 @@ def prepare_data(config: RunConfig, base: Path | None, site: int | None = None) 
         classes=describe_partition(table.rows, list(parts.values()), section),
         notes=[*_shortened(list(train.values()), length), *remarks(measured, config.eval)],
     )
+
+
+def _require_common_labels(train: Rows, test: Rows, section: DataSection) -> None:
+    """Refuse a site's files that have no class in common: one of them names its classes otherwise. Raises DataError."""
+    own, measured = (find_labels(rows, section, 1) for rows in (train, test))
+    if not set(own) & set(measured):
+        raise DataError(
+            f"data.test: its labels ({', '.join(measured[:4])}) are none of the training rows' ({', '.join(own[:4])}),"
+            " expected the same names; give both files the same, or name the right field with data.label_field"
+        )
 
 
 def keep_back(table: Table, num_rows: int, seed: int) -> tuple[Table, list[Row]]:

@@ -125,8 +125,8 @@ class RunFolder:
         if not self.is_written:
             return
         try:
-            with storage_errors(self.path), self.events.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"event": event, "time": round(time.time(), 3), **fields}) + "\n")
+            with storage_errors(self.path):
+                append_line(self.events, json.dumps({"event": event, "time": round(time.time(), 3), **fields}))
             self._refuses = False
         except StorageError as error:
             if self.refused is None:
@@ -152,7 +152,23 @@ class RunFolder:
             ) from error
 
     def read_summary(self) -> dict[str, Any]:
-        return dict(json.loads(self.summary.read_text(encoding="utf-8")))
+        """What `write_summary` wrote. Raises CheckpointError where it is damaged."""
+        try:
+            return dict(json.loads(self.summary.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"{self.summary}: damaged: {error}; delete it and go on with --resume, which makes it anew"
+            ) from error
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file; what a full disk left of the one before stays on a line of its own. Raises OSError."""
+    with path.open("ab+") as file:
+        is_whole = True
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            is_whole = file.read(1) == b"\n"
+        file.write(f"{'' if is_whole else chr(10)}{line}\n".encode())
 
 
 class storage_errors:

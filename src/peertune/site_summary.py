@@ -9,10 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from peertune.watch.fields import items, number, parse_line, text, whole
-
-MAX_NAMES = 1 << 16
-"""Letters of a list of names at most."""
+from peertune.watch.fields import MAX_NAMES, items, number, parse_line, text, whole
 
 
 def agreement_of(

@@ -96,6 +96,7 @@ class Grid:
             self._check_tune()
             self.validation_rows = self.validation_rows or self._rows_for_tuning()
         self.num_blocks = self._count_blocks()
+        self._say_what_the_budget_sets()
         self._number = 0
         self._heard: set[str] = set()
         self._check_known_cells()
@@ -316,6 +317,16 @@ class Grid:
                     " expected 0; set algorithm.local_steps instead"
                 )
 
+    def _say_what_the_budget_sets(self) -> None:
+        """A name may claim another length of training than the one it gets."""
+        for contestant in self.contestants[1:]:
+            keys = budgets.fitted_keys(contestant.config.algorithm)
+            if claimed := [key for key in sorted(keys) if f":{key}=" in contestant.name.replace(" ", "")]:
+                self.progress.note(
+                    f"{contestant.name}: --budget {self.options.budget} sets {', '.join(claimed)} anew, so that it"
+                    " spends what the first contestant does"
+                )
+
     def _check_tune(self) -> None:
         tune = self.options.tune
         assert tune is not None
@@ -331,6 +342,11 @@ class Grid:
                 raise ConfigError(
                     f"--tune {tune.key}: {contestant.name} has no such number under [algorithm]; it has"
                     f" {', '.join(numeric)}"
+                )
+            if tune.key in budgets.fitted_keys(algorithm):
+                raise ConfigError(
+                    f"--tune {tune.key}: the budget sets how long {contestant.name} trains, and this with it; tune"
+                    " another key, or set it in the recipe of the first contestant, from which the budget comes"
                 )
             if f":{tune.key}=" in contestant.name.replace(" ", ""):
                 raise ConfigError(

@@ -156,9 +156,13 @@ def _parse_object(line: str, where: str) -> Row:
         value = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: broken JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise DataError(f"{where}: broken JSON: nested too deeply") from None
+    except (RecursionError, ValueError) as error:  # ValueError: a number of thousands of digits
+        raise DataError(f"{where}: broken JSON: {_unreadable(error)}") from None
     return _as_object(value, where)
+
+
+def _unreadable(error: Exception) -> str:
+    return "nested too deeply" if isinstance(error, RecursionError) else "a number is too long"
 
 
 def _as_object(value: Any, where: str) -> Row:
@@ -170,8 +174,9 @@ def _as_object(value: Any, where: str) -> Row:
 def _read_json(text: str, name: str) -> Located:
     try:
         values = json.loads(text) if text.strip() else []
-    except (json.JSONDecodeError, RecursionError) as error:
-        place, reason = (error.lineno, error.msg) if isinstance(error, json.JSONDecodeError) else (1, "too deep")
+    except (ValueError, RecursionError) as error:
+        is_syntax = isinstance(error, json.JSONDecodeError)
+        place, reason = (error.lineno, error.msg) if is_syntax else (1, _unreadable(error))  # type: ignore[union-attr]
         raise DataError(
             f"{name}:{place}: broken JSON: {reason}; a file of one object a line must be named .jsonl"
         ) from None

@@ -62,19 +62,19 @@ class Rendered:
     """Rows whose function schemas were shortened to make room, by what the schemas lost; see `data.tools.LOSSES`."""
 
 
-def find_labels(rows: Rows, config: DataSection) -> list[str]:
+def find_labels(rows: Rows, config: DataSection, at_least: int = 2) -> list[str]:
     """The classes of a data set: its distinct labels, sorted. Rows without a label do not count.
 
     Raises:
-        DataError: there are fewer than two.
+        DataError: there are fewer than `at_least`.
     """
     labels = sorted({_label(row, config) for row in rows} - {""})
-    if len(labels) < 2:
+    if len(labels) < at_least:
         got = f"only the class {labels[0]!r}" if labels else "no label at all"
         files = config.train if isinstance(config.train, str) else ", ".join(config.train)
         raise DataError(
-            f"{files}: got {got} in field {config.label_field!r} of {len(rows)} rows, expected at least two "
-            "classes; name the right field with data.label_field"
+            f"{files}: got {got} in field {config.label_field!r} of {len(rows)} rows, expected at least"
+            f" {at_least}; name the right field with data.label_field"
         )
     return labels
 

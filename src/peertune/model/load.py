@@ -156,6 +156,8 @@ def _from_pretrained(kind: Any, config: ModelSection, base: Path | None, **optio
         if "attn_implementation" in reason:
             reason = f"model.attention = {config.attention!r} is not to be had for it: {reason}"
         place = "this folder" if Path(source).is_dir() else "no such local folder, and the hub did not give it"
+        if (Path(source) / "events.jsonl").exists():
+            reason = f"it is a run's; its model, once it is finished, is {Path(source) / 'model'}"
         raise ModelError(
             f"model.path: got {config.path!r}, expected a folder or hub name of a {what}; {place}: {reason}"
         ) from error

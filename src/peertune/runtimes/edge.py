@@ -139,6 +139,8 @@ class Edge:
         """Whether it said that it goes, and is not back."""
         self.peer_asks = False
         """Whether the neighbour is behind, and wants the state."""
+        self._fetched: set[Key] = set()
+        """Messages that the neighbour has asked for on the stream that is open."""
         self.delivered: set[Key] = set()
         """Messages of the outbox that the neighbour has."""
         self.late: dict[Key, Payload] = {}
@@ -153,6 +155,7 @@ class Edge:
     def connected(self) -> Iterator[bytes]:
         """A new stream begins: forget what was said on the old one, and say it anew."""
         self.offers.clear()
+        self._fetched.clear()
         frames = [_pack(Kind.HELLO, self.boot), *self.checkpointed(self.saved)]
         frames += [_pack(Kind.MISSED, *key) for key in self.missed]
         frames += [_pack(Kind.OFFER, *key, message.size, message.hash) for key, message in self.outbox.items()]
@@ -161,10 +164,17 @@ class Edge:
 
     def post(self, key: Key, payload: Payload) -> Iterable[bytes]:
         """Make a message ready for the neighbour."""
+        if key[1] == STATE:  # an older one serves nobody any more
+            for old in [old for old in self.outbox if old[1] == STATE]:
+                self._drop(old)
         self.outbox[key] = message = Outgoing(payload)
         if key in self.peer_missed:
             self._listener.was_missed(key)
-        droppable = [old for old in self.outbox if old != key and (self.peer_is_away or old in self.delivered)]
+        droppable = [
+            old
+            for old in self.outbox
+            if old != key and (self.peer_is_away or old in self.delivered or old[0] < self.peer_round - 1)
+        ]
         while droppable and sum(kept.size for kept in self.outbox.values()) > KEPT_BYTES:
             self._drop(droppable.pop(0))
         return [_pack(Kind.OFFER, *key, message.size, message.hash)]
@@ -231,6 +241,7 @@ class Edge:
     def _drop(self, key: Key) -> None:
         del self.outbox[key]
         self.delivered.discard(key)
+        self._fetched.discard(key)
 
     def checkpointed(self, round: int) -> Iterable[bytes]:
         """This site has a checkpoint of that round."""
@@ -382,7 +393,9 @@ class Edge:
             return [_pack(Kind.GONE, *key)]
         if offset > message.size or offset % CHUNK_SIZE:
             raise ProtocolError(f"asked for byte {offset} of a message of {message.size}")
-        self._listener.fetched(key, message.size - offset)
+        if key not in self._fetched:  # a line a message and stream, however often it is asked for
+            self._fetched.add(key)
+            self._listener.fetched(key, message.size - offset)
         return self._chunks(key, message, offset)
 
     def _chunks(self, key: Key, message: Outgoing, offset: int) -> Iterator[bytes]:

@@ -59,6 +59,8 @@ class NetworkGroup:
         self._asked: Neighbor | None = None
         self._pace = Pace()
         self._states: SimpleQueue[tuple[int, Payload | None]] = SimpleQueue()
+        self._joined = 0
+        """The round from whose beginning this site holds what another one made of those before."""
 
     @property
     def is_leaving(self) -> bool:
@@ -82,7 +84,10 @@ class NetworkGroup:
         ahead = max(within_reach, key=lambda n: n.edge.peer_round, default=None)
         if self._asked is not None and self._asked.is_out_of_reach:
             self.node.soon(self._asked.edge.no_state)
-        behind = 0 if ahead is None else max(0, ahead.edge.peer_round - round)
+        rounds = sorted((neighbor.edge.peer_round for neighbor in within_reach), reverse=True)
+        # Where members may send garbage, one alone is not believed to be far ahead.
+        believed = rounds[1] if self._is_robust and len(rounds) > 1 else rounds[0] if rounds else 0
+        behind = max(0, believed - round)
         # Where rounds pass without messages, others may be ahead who will wait for this site.
         is_left_behind = any(neighbor.edge.missed_until >= round for neighbor in self.node.neighbors.values())
         falls_back = self._pace.is_too_slow(round, behind if is_left_behind else 0)
@@ -95,7 +100,8 @@ class NetworkGroup:
             return round
         self._asked = None
         then, found = self._states.get()
-        if found is None or not round < then < algorithm.num_rounds or not algorithm.can_join(then):
+        is_sound = round < then < algorithm.num_rounds and (not self._is_robust or then <= believed + 1)
+        if found is None or not is_sound or not algorithm.can_join(then):
             return round
         for name, value in found.items():
             algorithm.set_shared(name, value.to(algorithm.peer.model.device))
@@ -104,6 +110,7 @@ class NetworkGroup:
         for neighbor in self.node.neighbors.values():
             self.node.soon(partial(neighbor.skip_to, then))
         self.node.log("joined", round=then, missed=then - round)
+        self._joined = then
         return then
 
     def _take_late(self, algorithm: Algorithm) -> None:
@@ -118,7 +125,7 @@ class NetworkGroup:
                 weight = algorithm.hops(round)[number].weights[index, self.node.index]
                 change = {name: (theirs[name] - mine[name]).mul_(weight) for name in mine}
                 total = self._exchange.late_weight[index] + weight
-                used = change.keys() <= set(algorithm.shared_names()) and total <= 1.0
+                used = change.keys() <= set(algorithm.shared_names()) and total <= 1.0 and round >= self._joined
                 if used:
                     self._exchange.late_weight[index] = total
                     for name, value in change.items():

@@ -35,6 +35,8 @@ HANDSHAKE_S = 10.0
 """Seconds after which one who dialled and has not shown a member's key is let go of; gRPC's own choice is 120."""
 EJECTED, TWICE = grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.ALREADY_EXISTS
 """How a stream ends whose member takes part no more, or whose process is a second one."""
+MAX_STREAMS = 8
+"""Streams that a member may have open over one connection: a talk, a probe, and those that are just ending."""
 REDIAL_S = (0.2, 10.0)
 """Seconds between attempts to reach a neighbour: first, and at most; doubled in between."""
 
@@ -141,7 +143,8 @@ class Node:
         pair = [(self.identity.key_pem, self.identity.certificate_pem)]
         credentials = grpc.ssl_server_credentials(pair, roots, require_client_auth=True)
         patience = ("grpc.server_handshake_timeout_ms", int(1000 * HANDSHAKE_S))
-        self._server = grpc.aio.server(options=[*OPTIONS, ("grpc.so_reuseport", 0), patience])
+        streams = ("grpc.max_concurrent_streams", MAX_STREAMS)
+        self._server = grpc.aio.server(options=[*OPTIONS, ("grpc.so_reuseport", 0), patience, streams])
         self._server.add_generic_rpc_handlers([_Handler({METHOD: self._serve, PROBE: self._probed})])
         try:
             self._server.add_secure_port(self.listen, credentials)

@@ -73,6 +73,10 @@ FRAMES = Frames(
 _pack = FRAMES.pack
 
 
+MAX_S = 1e10
+"""More seconds than any clock is wrong by."""
+
+
 @dataclass(frozen=True)
 class Measured:
     """What a probe found, as seen from this site."""
@@ -88,6 +92,16 @@ class Measured:
     """What the neighbour runs, of `DOINGS`."""
     differs: str
     """Parts in which its charter is another; empty: none."""
+
+
+def _plausible(found: Measured) -> Measured:
+    """What was measured, part of which is the other's word. Raises ProtocolError where it can be no measurement."""
+    is_sane = (
+        0 < found.rtt_s < MAX_S and abs(found.clock_s) < MAX_S and all(1 < r < 1e15 for r in (found.up, found.down))
+    )
+    if not is_sane:  # NaN is in no range
+        raise ProtocolError("reported what cannot be")
+    return found
 
 
 class Probe:
@@ -157,9 +171,7 @@ class Probe:
                         await context.write(chunk)
             elif kind is Kind.REPORT:
                 rtt_s, up, down, clock_s = fields
-                if not all(map(math.isfinite, fields)) or min(rtt_s, up, down) <= 0:
-                    raise ProtocolError("reported what cannot be")
-                self.visits[index] = Measured(rtt_s, down, up, -clock_s, doing, differs)
+                self.visits[index] = _plausible(Measured(rtt_s, down, up, -clock_s, doing, differs))
             if max(taken, given) > LIMIT:
                 raise ProtocolError(f"a probe has {LIMIT} bytes each way")
         raise ProtocolError(f"a probe has {MAX_FRAMES} frames")
@@ -219,7 +231,7 @@ class Probe:
         await call.done_writing()
         if await call.read() is not grpc.aio.EOF:
             raise ProtocolError("sent more than it was asked for")
-        return Measured(rtt_s, up, down, clock_s, doing, differs)
+        return _plausible(Measured(rtt_s, up, down, clock_s, doing, differs))
 
     def _hello(self) -> bytes:
         told = {"doing": self.doing, "charter": self.charter.parts(), "pieces": joined(self.charter)}

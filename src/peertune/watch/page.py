@@ -52,7 +52,8 @@ def sentence(state: Snapshot) -> str:
     if state.state == "empty":
         return "There is no run in this folder yet."
     if state.state == "stopped":
-        return "No process is at work on this run, and it is not finished. The same command goes on."
+        way = "The same command goes on." if state.is_site else "The same command with --resume goes on."
+        return f"No process is at work on this run, and it is not finished. {way}"
     parts = [f"{state.site or 'The run'} is {known}"]
     if state.waiting_for:
         parts.append(f"waits for {', '.join(state.waiting_for)}")

@@ -218,7 +218,7 @@ class Links(_Log):
             self._moved(self._link(name), kind, event, time, round)
             self.waiting.pop(name, None)
         elif kind == "left_out":
-            for other in filter(None, fields.text(event.get("peers")).split(", ")):
+            for other in filter(None, fields.text(event.get("peers"), fields.MAX_NAMES).split(", ")):
                 self._link(other).without.add(-1 if round is None else round)
                 self.waiting.pop(other, None)
         elif kind == "ejected" and name:
