@@ -71,6 +71,9 @@ CASES = {
     "row is no object": Case(lambda r: rows(r, line("a") + "[1]\n"), ["train.jsonl:2"]),
     "label missing": Case(lambda r: rows(r, line("a") + '{"text": "b"}\n'), ["train.jsonl:2", "label"]),
     "field of another name": Case(put("data", text_field="sentence"), ["sentence", "data.text_field"]),
+    "a number of thousands of digits": Case(
+        lambda r: rows(r, '{"text": "x", "label": ' + "9" * 5000 + "}\n"), [":1", "broken JSON", "too long"]
+    ),
     "one class only": Case(lambda r: rows(r, "".join(line(f"x{i}") for i in range(30))), ["red"]),
     "test label never seen": Case(lambda r: Path(r["data"]["test"]).write_text(line("a", "violet")), ["violet"]),
     "unknown extension": Case(lambda r: renamed(r, "rows.xyz"), ["rows.xyz"]),

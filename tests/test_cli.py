@@ -1,9 +1,11 @@
 """The command line on good input: what it prints, writes and returns."""
 
 import contextlib
+import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import peertune
 from peertune.cli import main
+from peertune.cli_output import Bars, progress_console
 from peertune.demo import comparison, demo
 from peertune.errors import CheckpointError
 from peertune.run import Silent
@@ -166,3 +169,42 @@ def test_demo_compares_local_deca_and_pooled(tmp_path: Path) -> None:
     shares = list(comparison(summaries).columns[2].cells)
     assert shares[0] == "0%" and shares[-1] == shares[-2] == "100%"
     assert all(math.isfinite(float(str(share).rstrip("%"))) for share in shares)
+
+
+class Refusing(io.StringIO):
+    """Stands in for a terminal or a log, behind which is a full disk, or nobody any more."""
+
+    def __init__(self, error: type[OSError]) -> None:
+        super().__init__()
+        self.error, self.asked = error, 0
+
+    def write(self, text: str) -> int:
+        self.asked += 1
+        raise self.error("refused")
+
+
+@pytest.mark.parametrize("error", [OSError, BrokenPipeError])
+def test_progress_that_cannot_be_written_is_lost_and_nothing_else(
+    error: type[OSError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", stream := Refusing(error))
+    with Bars(progress_console()) as bars:
+        bars.note("the disk is full")
+        bars.rounds(1, 2, 0.5)
+    assert stream.asked
+
+
+def test_a_finished_run_whose_model_or_summary_is_spoilt_says_so(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = ["run", str(tmp_path / "recipe.toml"), "--out", str(finished), "--resume"]
+    expected = load_file(finished / "model" / "model.safetensors")
+    shutil.rmtree(finished / "model")
+    assert main(again) == 0
+    assert "deleted" in capsys.readouterr().out
+    assert main(["export", str(finished), "--to", str(tmp_path / "exported")]) == 0
+    found = load_file(tmp_path / "exported" / "model.safetensors")
+    assert all(torch.allclose(found[name], expected[name], atol=1e-6) for name in expected)
+    (finished / "summary.json").write_text("{")
+    assert main(again) != 0
+    assert "summary.json: damaged" in capsys.readouterr().err

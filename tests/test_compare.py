@@ -462,6 +462,23 @@ def test_workers_change_nothing_but_the_time(path: Path, tmp_path: Path) -> None
     assert found("one", 1) == found("two", 2)
 
 
+@pytest.mark.parametrize(("key", "names"), [("inner_steps", "deca,dpsgd"), ("rounds", "dec_lora,fedavg")])
+def test_what_the_budget_sets_cannot_be_tuned(key: str, names: str, path: Path, tmp_path: Path) -> None:
+    """Each value would give the same run."""
+    asked = Options.parse([str(path)], str(tmp_path / "compared"), algorithms=names, seeds="0", tune=f"{key}=1,2")
+    with pytest.raises(ConfigError, match=f"--tune {key}: the budget sets how long"):
+        compare(asked, Quiet())
+    assert not (tmp_path / "compared").exists()
+
+
+def test_a_name_that_claims_another_length_than_the_budgets_is_remarked_on(
+    make: Callable[..., tuple[Comparison, Quiet]],
+) -> None:
+    _, told = make(algorithms="deca,deca:inner_steps=4,deca:gossip_every=2", seeds="0")
+    assert [note for note in told.notes if "sets inner_steps anew" in note and note.startswith("deca:inner_steps=4")]
+    assert not any(note.startswith("deca:gossip_every") for note in told.notes)
+
+
 def test_workers_end_when_the_comparison_is_killed(path: Path, tmp_path: Path) -> None:
     """Else they would go on for hours, and the same command, given again, would find their folders locked."""
     out = tmp_path / "compared"

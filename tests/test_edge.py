@@ -166,6 +166,20 @@ def test_old_messages_make_room_for_new_ones(monkeypatch: pytest.MonkeyPatch) ->
     assert list(pair.ends[0].outbox) == [(6, 0)]
 
 
+def test_a_neighbor_that_is_there_and_fetches_nothing_takes_no_more_memory_either(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "KEPT_BYTES", 250)
+    pair = Pair()
+    pair.ends[0].peer_round = 9  # so it did without what is older
+    for round in range(10):
+        pair.post(0, (round, 0), make_payload(round))
+    assert list(pair.ends[0].outbox) == [(8, 0), (9, 0)]
+    for round in range(10):
+        pair.post(0, (round, module.STATE), make_payload(round))
+    assert [key for key in pair.ends[0].outbox if key[1] == module.STATE] == [(9, module.STATE)]
+
+
 def test_messages_that_were_delivered_make_room_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "KEPT_BYTES", 250)
     pair = Pair()

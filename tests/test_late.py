@@ -58,6 +58,41 @@ def test_late_messages_of_one_absence_do_not_add_up_beyond_a_weight_of_one() -> 
     assert all(event["amount"] > 0 for event in log)
 
 
+def test_late_messages_from_before_a_join_are_not_used() -> None:
+    """What another site made of its rounds came in their place."""
+    log: list[dict[str, Any]] = []
+    group, algorithm, late = late_group(log)
+    group._joined = 10
+    late.put(((9, 0), {"w": torch.tensor([100.0, 100.0])}, {"w": torch.zeros(2)}))
+    group._take_late(algorithm)
+    assert algorithm.shared("w").tolist() == [1.0, 2.0] and [event["used"] for event in log] == [False]
+
+
+@pytest.mark.parametrize("is_robust", [False, True])
+def test_under_a_robust_rule_one_neighbor_alone_leads_nobody_away(is_robust: bool) -> None:
+    """It says that it is far ahead and did without this site, and would hand on a state of its own."""
+    asked: list[str] = []
+
+    def neighbor(name: str) -> Any:
+        edge = SimpleNamespace(peer_asks=False, peer_round=0, missed_until=-1)
+        return SimpleNamespace(
+            name=name, edge=edge, is_out_of_reach=False, late=SimpleQueue(), ask=lambda *_: asked.append(name)
+        )
+
+    neighbors = {1: neighbor("liar"), 2: neighbor("east"), 3: neighbor("west")}
+    node: Any = SimpleNamespace(
+        neighbors=neighbors, index=0, log=lambda *_, **__: None, soon=lambda call: call(), turned_away="",
+        has_quorum=True,
+    )  # fmt: skip
+    group, algorithm = NetworkGroup(node, None, is_robust=is_robust), late_group([])[1]
+    for round in range(20):
+        for honest in (2, 3):
+            neighbors[honest].edge.peer_round = round
+        neighbors[1].edge.peer_round, neighbors[1].edge.missed_until = round + 3, 99
+        assert group.catch_up(round, algorithm) == round
+    assert asked == ([] if is_robust else ["liar"])
+
+
 @pytest.mark.parametrize(
     ("behind", "expected"),
     [

@@ -22,6 +22,7 @@ from peertune.errors import CheckpointError, ConfigError, DivergedError, Storage
 from peertune.evaluation import measure
 from peertune.lock import FolderLock
 from peertune.run import run
+from peertune.run_folder import append_line
 from tests.recipes import recipe, tree
 
 
@@ -379,3 +380,14 @@ def test_peers_with_one_model_are_measured_once(
     assert len(models) == times and len(metrics["peers"]) == 4
     alike = [peer == metrics["average_model"] for peer in metrics["peers"]]
     assert all(alike) if name == "fedavg" else not any(alike)
+
+
+def test_half_a_line_does_not_take_the_next_one_with_it(tmp_path: Path) -> None:
+    """A full disk may take a part of a line; there is space again for the next."""
+    path = tmp_path / "events.jsonl"
+    for line in ("one", "two"):
+        append_line(path, line)
+    with path.open("a") as file:
+        file.write("thr")
+    append_line(path, "four")
+    assert path.read_text() == "one\ntwo\nthr\nfour\n"
