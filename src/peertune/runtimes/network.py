@@ -1,8 +1,9 @@
 """One process a site, over the internet: what a run sees of the connections that `node` holds.
 
-A neighbour out of reach is waited for `grace_s`; then the round goes on without him, his weight on this site's own
-message, until he has caught up. One who is behind plays the rounds he missed, from messages that were kept; where some
-are kept no more, or he is no faster than the others, he takes the state from a neighbour.
+A neighbour out of reach is waited for `grace_s`, a server for as long as it takes; then the round goes on without him,
+his weight on this site's own message, until he has caught up. One who is behind plays the rounds he missed, from
+messages that were kept; where some are kept no more, or he is no faster than the others, he takes the state from a
+neighbour.
 """
 
 from __future__ import annotations
