@@ -466,7 +466,7 @@ def test_workers_change_nothing_but_the_time(path: Path, tmp_path: Path) -> None
 def test_what_the_budget_sets_cannot_be_tuned(key: str, names: str, path: Path, tmp_path: Path) -> None:
     """Each value would give the same run."""
     asked = Options.parse([str(path)], str(tmp_path / "compared"), algorithms=names, seeds="0", tune=f"{key}=1,2")
-    with pytest.raises(ConfigError, match=f"--tune {key}: the budget sets how long"):
+    with pytest.raises(ConfigError, match=f"--tune {key}: got .*, but the budget sets how long"):
         compare(asked, Quiet())
     assert not (tmp_path / "compared").exists()
 
@@ -474,9 +474,17 @@ def test_what_the_budget_sets_cannot_be_tuned(key: str, names: str, path: Path, 
 def test_a_name_that_claims_another_length_than_the_budgets_is_remarked_on(
     make: Callable[..., tuple[Comparison, Quiet]],
 ) -> None:
-    _, told = make(algorithms="deca,deca:inner_steps=4,deca:gossip_every=2", seeds="0")
-    assert [note for note in told.notes if "sets inner_steps anew" in note and note.startswith("deca:inner_steps=4")]
+    _, told = make(algorithms="deca,deca:inner_steps=2,deca:gossip_every=2", seeds="0")
+    assert [note for note in told.notes if note.startswith("deca:inner_steps=2: the budget sets inner_steps to 4")]
     assert not any(note.startswith("deca:gossip_every") for note in told.notes)
+
+
+def test_sweeps_can_be_tuned_where_the_budget_leaves_room_for_them(
+    make: Callable[..., tuple[Comparison, Quiet]],
+) -> None:
+    """T stays as it is tuned, and R gives way."""
+    found, _ = make(algorithms="deca,deca:discrepancy=none", seeds="0", tune="outer_rounds=1,2")
+    assert [choice.key for choice in found.tuned] == ["outer_rounds"] * 2
 
 
 def test_workers_end_when_the_comparison_is_killed(path: Path, tmp_path: Path) -> None:

@@ -24,12 +24,6 @@ def steps_for_samples(first: AlgorithmConfig, first_blocks: int, other: Algorith
     return max(1, int(batches / (other.grad_accumulation * other.share_at_work(num_peers)) + 1e-9))
 
 
-def fitted_keys(algorithm: AlgorithmConfig) -> set[str]:
-    """Keys that say how long a method trains, which a budget therefore sets."""
-    now, others = algorithm.model_dump(), (algorithm.with_steps(steps, 1).model_dump() for steps in (1, 10**9))
-    return {key for other in others for key in now if other[key] != now[key]}
-
-
 def with_whole_rounds(algorithm: AlgorithmConfig, steps: int, num_blocks: int) -> AlgorithmConfig:
     """As `with_steps`, but without a shorter last round of a turn, which would send as much as a full one."""
     if not isinstance(algorithm, BlockwiseConfig):

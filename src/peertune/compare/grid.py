@@ -96,7 +96,7 @@ class Grid:
             self._check_tune()
             self.validation_rows = self.validation_rows or self._rows_for_tuning()
         self.num_blocks = self._count_blocks()
-        self._say_what_the_budget_sets()
+        self._check_what_the_budget_sets()
         self._number = 0
         self._heard: set[str] = set()
         self._check_known_cells()
@@ -317,15 +317,28 @@ class Grid:
                     " expected 0; set algorithm.local_steps instead"
                 )
 
-    def _say_what_the_budget_sets(self) -> None:
-        """A name may claim another length of training than the one it gets."""
-        for contestant in self.contestants[1:]:
-            keys = budgets.fitted_keys(contestant.config.algorithm)
-            if claimed := [key for key in sorted(keys) if f":{key}=" in contestant.name.replace(" ", "")]:
-                self.progress.note(
-                    f"{contestant.name}: --budget {self.options.budget} sets {', '.join(claimed)} anew, so that it"
-                    " spends what the first contestant does"
-                )
+    def _check_what_the_budget_sets(self) -> None:
+        """Refuse values to tune, and remark on names, that say how long to train otherwise than the budget does."""
+        tune, first = self.options.tune, self.contestants[0]
+        for contestant in self.contestants:
+            algorithm, blocks = contestant.config.algorithm, self.num_blocks[contestant.name]
+            num_peers = first.config.run.num_peers
+            steps = budgets.steps_for_samples(first.config.algorithm, self.num_blocks[first.name], algorithm, num_peers)
+            for value in () if tune is None else tune.values:
+                assert tune is not None
+                fitted = self._fit(algorithm.model_copy(update={tune.key: value}), steps, blocks)
+                if getattr(fitted, tune.key) != value:
+                    raise ConfigError(
+                        f"--tune {tune.key}: got {value:g}, but the budget sets how long {contestant.name} trains, and"
+                        f" this with it, to {getattr(fitted, tune.key):g}; tune another key"
+                    )
+            for key, given in algorithm.model_dump().items():
+                is_named = f":{key}=" in contestant.name.replace(" ", "")
+                if is_named and getattr(found := self._fit(algorithm, steps, blocks), key) != given:
+                    self.progress.note(
+                        f"{contestant.name}: the budget sets {key} to {getattr(found, key)}, so that it spends what"
+                        f" {first.name} does"
+                    )
 
     def _check_tune(self) -> None:
         tune = self.options.tune
@@ -342,11 +355,6 @@ class Grid:
                 raise ConfigError(
                     f"--tune {tune.key}: {contestant.name} has no such number under [algorithm]; it has"
                     f" {', '.join(numeric)}"
-                )
-            if tune.key in budgets.fitted_keys(algorithm):
-                raise ConfigError(
-                    f"--tune {tune.key}: the budget sets how long {contestant.name} trains, and this with it; tune"
-                    " another key, or set it in the recipe of the first contestant, from which the budget comes"
                 )
             if f":{tune.key}=" in contestant.name.replace(" ", ""):
                 raise ConfigError(
