@@ -139,9 +139,9 @@ class Consortium:
 
 
 def slowly(method: Any, delay: float) -> None:
-    """Have the local phases of a method's first twelve rounds take so many seconds longer."""
+    """Have the local phases of a method's first 24 rounds take so many seconds longer."""
     local = method.local
-    method.local = lambda self, round: [time.sleep(delay * (round < 12)), local(self, round)][1]
+    method.local = lambda self, round: [time.sleep(delay * (round < 24)), local(self, round)][1]
 
 
 STAR = {"topology": {"kind": "star", "weights": "samples"}}
