@@ -291,7 +291,7 @@ def test_a_site_far_behind_takes_up_the_run_from_a_neighbor(
     """It is slow, whether what it missed was kept or not: it joins at the beginning of a block's turn."""
     monkeypatch.setattr(edge, "KEPT_BYTES", kept_bytes)
     consortium, processes = lose_east(tmp_path, micro_model)
-    processes["east"] = consortium.site("east", delay=0.3)
+    processes["east"] = consortium.site("east", delay=0.05)  # the others must not have ended before it judges
     consortium.ended(processes)
     (joined,) = consortium.events("east", "joined")
     assert joined["round"] % 12 == 0 and joined["missed"] > 1
