@@ -10,7 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from peertune.algorithms import METHODS
 from peertune.cli import main
+from peertune.config import from_dict
+from peertune.errors import DataError
+from peertune.prepare import prepare_data
 from tests.recipes import tree
 
 Recipe = dict[str, dict[str, Any]]
@@ -187,3 +191,16 @@ def test_a_key_of_another_method_is_only_noted(
     write_toml(recipe, tmp_path / "recipe.toml")
     assert main(["run", str(tmp_path / "recipe.toml")]) == 0
     assert "algorithm.discrepancy is not used by local" in capsys.readouterr().err
+
+
+def test_a_site_may_hold_one_class_but_not_other_ones_than_its_test_file(tmp_path: Path, micro_model: Path) -> None:
+    """It is one of several, and its file works in their simulation."""
+    data = tree(tmp_path, micro_model)
+    own, test = tmp_path / "own.jsonl", tmp_path / "measured.jsonl"
+    own.write_text("".join(json.dumps({"text": f"x{i}", "label": "red"}) + "\n" for i in range(12)))
+    data["data"] |= {"train": str(own), "test": "", "validation_rows": 0}
+    assert len(prepare_data(from_dict(data, METHODS)[0], None, 0).train[0].samples) == 12
+    test.write_text("".join(json.dumps({"text": f"y{i}", "label": i % 2}) + "\n" for i in range(4)))
+    data["data"]["test"] = str(test)
+    with pytest.raises(DataError, match=r"data.test: its labels \(0, 1\) are none of the training rows' \(red\)"):
+        prepare_data(from_dict(data, METHODS)[0], None, 0)

@@ -5,6 +5,7 @@ All that dials or listens is in processes of its own, as gRPC does not survive a
 
 import asyncio
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -13,6 +14,7 @@ import struct
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout, suppress
+from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,9 +36,10 @@ from peertune.doctor import Finding, check_charter, check_clock, check_data, che
 from peertune.identity import load_identity, make_identity
 from peertune.run import run
 from peertune.runtimes import probe, survey
+from peertune.runtimes.frames import ProtocolError
 from peertune.runtimes.message import CHUNK_SIZE
 from peertune.runtimes.node import Node
-from peertune.runtimes.probe import LIMIT, Kind, Measured, Probe
+from peertune.runtimes.probe import LIMIT, Kind, Measured, Probe, _plausible
 from peertune.workload import Workload, rehearse
 from tests.recipes import recipe, tree, write_rows
 from tests.test_consortium import free_ports, is_open, wait_for
@@ -593,3 +596,12 @@ def test_what_a_round_sends_is_what_a_run_sends(
     assert sum(workload.sent.values()) * workload.rounds == pytest.approx(last["bytes_sent"][0])
     assert workload.steps * workload.rounds == config.algorithm.num_steps(len(made.peer.blocks))
     assert workload.step_s > 0 and type(made) is ALGORITHMS[algorithm["name"]]
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, 1e300])
+@pytest.mark.parametrize("key", ["rtt_s", "up", "down", "clock_s"])
+def test_what_a_neighbor_reports_that_can_be_no_measurement_is_refused(key: str, value: float) -> None:
+    sound = Measured(0.1, 1e6, 1e6, -3.0, "join", "")
+    assert _plausible(sound) is sound
+    with pytest.raises(ProtocolError, match="what cannot be"):
+        _plausible(replace(sound, **{key: value}))

@@ -391,3 +391,22 @@ def test_half_a_line_does_not_take_the_next_one_with_it(tmp_path: Path) -> None:
         file.write("thr")
     append_line(path, "four")
     assert path.read_text() == "one\ntwo\nthr\nfour\n"
+
+
+def test_a_checkpoint_of_the_same_round_takes_the_first_ones_place_or_leaves_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, rename = CheckpointStore(tmp_path, 1), Path.rename
+    store.save(0, 3, {"w": torch.zeros(2)}, {})
+    store.save(0, 3, {"w": torch.ones(2)}, {})
+    assert store.load(0, 3)[0]["w"].tolist() == [1, 1]
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path.name.endswith(".partial"):
+            raise OSError("no space")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(StorageError):
+        store.save(0, 3, {"w": torch.zeros(2)}, {})
+    assert store.load(0, 3)[0]["w"].tolist() == [1, 1]

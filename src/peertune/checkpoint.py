@@ -66,6 +66,8 @@ class CheckpointStore:
             shutil.rmtree(replaced, ignore_errors=True)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
+            if replaced.exists() and not final.exists():
+                replaced.rename(final)
             raise StorageError(
                 f"{final}: cannot write the checkpoint: {getattr(error, 'strerror', None) or error};"
                 " earlier checkpoints are intact: free some space and go on with --resume"

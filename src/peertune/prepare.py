@@ -119,8 +119,8 @@ def prepare_data(config: RunConfig, base: Path | None, site: int | None = None) 
 
 def _require_common_labels(train: Rows, test: Rows, section: DataSection) -> None:
     """Refuse a site's files that have no class in common: one of them names its classes otherwise. Raises DataError."""
-    own, measured = (find_labels(rows, section, 1) for rows in (train, test))
-    if not set(own) & set(measured):
+    own, measured = (find_labels(rows, section, 0) for rows in (train, test))
+    if own and measured and not set(own) & set(measured):  # rows without any label are refused where they are used
         raise DataError(
             f"data.test: its labels ({', '.join(measured[:4])}) are none of the training rows' ({', '.join(own[:4])}),"
             " expected the same names; give both files the same, or name the right field with data.label_field"

@@ -53,10 +53,9 @@ class Decaf(TwoFactor):
             peers = sorted(inbox.weights)
             factors = [(inbox.payloads[j][other], inbox.payloads[j][name]) for j in peers]
             b, a = average_product([inbox.weights[j] for j in peers], factors)
-            if b.any():  # else neither factor would ever have a gradient again
-                b, a = turn_towards(b, a, inbox.mean(other), inbox.mean(name))
-            else:
-                b, a = inbox.mean(other), inbox.mean(name)
+            means = inbox.mean(other), inbox.mean(name)
+            # Two zero factors would never have a gradient again.
+            b, a = turn_towards(b, a, *means) if b.any() else means
             self.masters.write(other, b)
             self.masters.write(name, a)
 

@@ -215,9 +215,7 @@ class Grid:
         config = self._config(contestant, seed, value, folder, validation)
         algorithm, blocks = config.algorithm, self.num_blocks[contestant.name]
         first = self.contestants[0]
-        steps = budgets.steps_for_samples(
-            first.config.algorithm, self.num_blocks[first.name], algorithm, first.config.run.num_peers
-        )
+        steps = self._steps_for_samples(algorithm)
         if self.options.budget == "samples" or contestant is first:
             return _with_algorithm(config, algorithm.with_steps(steps, blocks))
         if reference is None:
@@ -242,6 +240,11 @@ class Grid:
         else:
             steps = budgets.steps_for_seconds(float(reference["cpu_s"]), summary, taken)
         return _with_algorithm(config, self._fit(algorithm, steps, blocks))
+
+    def _steps_for_samples(self, algorithm: AlgorithmConfig) -> int:
+        first = self.contestants[0]
+        num_peers = first.config.run.num_peers
+        return budgets.steps_for_samples(first.config.algorithm, self.num_blocks[first.name], algorithm, num_peers)
 
     def _fit(self, algorithm: AlgorithmConfig, steps: int, num_blocks: int) -> AlgorithmConfig:
         if self.options.budget == "bytes":
@@ -319,25 +322,24 @@ class Grid:
 
     def _check_what_the_budget_sets(self) -> None:
         """Refuse values to tune, and remark on names, that say how long to train otherwise than the budget does."""
-        tune, first = self.options.tune, self.contestants[0]
+        tune = self.options.tune
         for contestant in self.contestants:
             algorithm, blocks = contestant.config.algorithm, self.num_blocks[contestant.name]
-            num_peers = first.config.run.num_peers
-            steps = budgets.steps_for_samples(first.config.algorithm, self.num_blocks[first.name], algorithm, num_peers)
-            for value in () if tune is None else tune.values:
-                assert tune is not None
-                fitted = self._fit(algorithm.model_copy(update={tune.key: value}), steps, blocks)
-                if getattr(fitted, tune.key) != value:
+            steps = self._steps_for_samples(algorithm)
+            for key, value in () if tune is None else [(tune.key, value) for value in tune.values]:
+                set_to = getattr(self._fit(algorithm.model_copy(update={key: value}), steps, blocks), key)
+                if set_to != value:
                     raise ConfigError(
-                        f"--tune {tune.key}: got {value:g}, but the budget sets how long {contestant.name} trains, and"
-                        f" this with it, to {getattr(fitted, tune.key):g}; tune another key"
+                        f"--tune {key}: got {value:g}, but the budget sets how long {contestant.name} trains, and this"
+                        f" with it, to {set_to:g}; tune another key"
                     )
-            for key, given in algorithm.model_dump().items():
+            fitted = self._fit(algorithm, steps, blocks)
+            for key in type(algorithm).model_fields:
                 is_named = f":{key}=" in contestant.name.replace(" ", "")
-                if is_named and getattr(found := self._fit(algorithm, steps, blocks), key) != given:
+                if is_named and getattr(fitted, key) != getattr(algorithm, key):
                     self.progress.note(
-                        f"{contestant.name}: the budget sets {key} to {getattr(found, key)}, so that it spends what"
-                        f" {first.name} does"
+                        f"{contestant.name}: the budget sets {key} to {getattr(fitted, key)}, so that it spends what"
+                        f" {self.contestants[0].name} does"
                     )
 
     def _check_tune(self) -> None:

@@ -74,7 +74,7 @@ def find_labels(rows: Rows, config: DataSection, at_least: int = 2) -> list[str]
         files = config.train if isinstance(config.train, str) else ", ".join(config.train)
         raise DataError(
             f"{files}: got {got} in field {config.label_field!r} of {len(rows)} rows, expected at least"
-            f" {at_least}; name the right field with data.label_field"
+            f" {at_least} classes; name the right field with data.label_field"
         )
     return labels
 

@@ -53,6 +53,10 @@ BUSY, TOO_OFTEN = grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.FAILED_PRE
 DOINGS = ("join", "doctor")
 
 
+MAX_S = 1e10
+"""More seconds than any clock is wrong by."""
+
+
 class Kind(IntEnum):
     HELLO, PING, PONG, CHUNK, COUNT, FETCH, REPORT = range(1, 8)
 
@@ -71,10 +75,6 @@ FRAMES = Frames(
     open_ended=(Kind.HELLO, Kind.CHUNK),
 )
 _pack = FRAMES.pack
-
-
-MAX_S = 1e10
-"""More seconds than any clock is wrong by."""
 
 
 @dataclass(frozen=True)
