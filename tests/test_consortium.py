@@ -431,7 +431,7 @@ def test_a_refused_message_ends_the_stream_and_the_edge_is_dialled_anew(tmp_path
         )
         node.start([(0, 1)])
         exchange = NetworkExchange(node)
-        hop = Hop("gossip", {(i, j): 0.5 for i in range(2) for j in range(2)})
+        hop = Hop("gossip", {(i, j): 0.5 for i in range(2) for j in range(2)}, takes_late=True)
         inboxes = []
         for round, size in enumerate((3, 3 + index, 3)):
             out = {"w": torch.full((size,), float(index))}

@@ -18,7 +18,7 @@ from peertune.runtimes.node import Node
 from tests.test_consortium import make_charter, wait_for
 
 CUT_S = 360.0
-HOP = Hop("gossip", {(i, j): 0.5 for i in range(2) for j in range(2)})
+HOP = Hop("gossip", {(i, j): 0.5 for i in range(2) for j in range(2)}, takes_late=True)
 
 
 class Clock:

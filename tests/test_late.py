@@ -1,6 +1,7 @@
 """Messages that come after a round went on without them: what they put right, and what they may not do."""
 
 import json
+from collections.abc import Sequence
 from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from peertune.cli_output import summary_table
 from peertune.exchange import Hop
+from peertune.runtimes.edge import Edge
 from peertune.runtimes.network import NetworkGroup, Pace
 from peertune.site_summary import contributions
 
@@ -22,7 +24,7 @@ def late_group(log: list[dict[str, Any]]) -> tuple[NetworkGroup, Any, SimpleQueu
         index=0,
         log=lambda kind, **about: log.append({"event": kind, **about}),
     )
-    hop = Hop("gossip", {(0, 0): 0.7, (1, 0): 0.3, (0, 1): 0.3, (1, 1): 0.7})
+    hop = Hop("gossip", {(0, 0): 0.7, (1, 0): 0.3, (0, 1): 0.3, (1, 1): 0.7}, takes_late=True)
     held = {"w": torch.tensor([1.0, 2.0])}
     algorithm: Any = SimpleNamespace(
         hops=lambda round: [hop],
@@ -68,29 +70,55 @@ def test_late_messages_from_before_a_join_are_not_used() -> None:
     assert algorithm.shared("w").tolist() == [1.0, 2.0] and [event["used"] for event in log] == [False]
 
 
+def asking_group(names: Sequence[str], *, is_robust: bool = False) -> tuple[NetworkGroup, list[Any], list[str]]:
+    """Site 0 and its neighbours, who are within reach and get no further by themselves; whom it asked for the state."""
+    asked: list[str] = []
+
+    class Quiet(SimpleNamespace):
+        """A neighbour that sends no state."""
+
+        def ask(self, like: Any, done: Any) -> None:
+            asked.append(self.name)
+            self.edge.ask(like, done)
+
+    neighbors = [Quiet(name=name, edge=Edge(), is_out_of_reach=False, late=SimpleQueue()) for name in names]
+    for index, neighbor in enumerate(neighbors, 1):
+        neighbor.index = index
+    node: Any = SimpleNamespace(
+        neighbors=dict(enumerate(neighbors, 1)), index=0, log=lambda *_, **__: None, soon=lambda call: call(),
+        turned_away="", has_quorum=True,
+    )  # fmt: skip
+    return NetworkGroup(node, None, is_robust=is_robust), neighbors, asked
+
+
 @pytest.mark.parametrize("is_robust", [False, True])
 def test_under_a_robust_rule_one_neighbor_alone_leads_nobody_away(is_robust: bool) -> None:
     """It says that it is far ahead and did without this site, and would hand on a state of its own."""
-    asked: list[str] = []
-
-    def neighbor(name: str) -> Any:
-        edge = SimpleNamespace(peer_asks=False, peer_round=0, missed_until=-1)
-        return SimpleNamespace(
-            name=name, edge=edge, is_out_of_reach=False, late=SimpleQueue(), ask=lambda *_: asked.append(name)
-        )
-
-    neighbors = {1: neighbor("liar"), 2: neighbor("east"), 3: neighbor("west")}
-    node: Any = SimpleNamespace(
-        neighbors=neighbors, index=0, log=lambda *_, **__: None, soon=lambda call: call(), turned_away="",
-        has_quorum=True,
-    )  # fmt: skip
-    group, algorithm = NetworkGroup(node, None, is_robust=is_robust), late_group([])[1]
+    group, (liar, *honest), asked = asking_group(["liar", "east", "west"], is_robust=is_robust)
     for round in range(20):
-        for honest in (2, 3):
-            neighbors[honest].edge.peer_round = round
-        neighbors[1].edge.peer_round, neighbors[1].edge.missed_until = round + 3, 99
-        assert group.catch_up(round, algorithm) == round
-    assert asked == ([] if is_robust else ["liar"])
+        for neighbor in honest:
+            neighbor.edge.peer_round = round
+        liar.edge.peer_round, liar.edge.missed_until = round + 3, 99
+        assert group.catch_up(round, joinable()) == round
+    assert asked[:1] == ([] if is_robust else ["liar"])
+
+
+def test_who_does_not_send_the_state_is_not_waited_for() -> None:
+    group, (silent, helpful), asked = asking_group(["silent", "helpful"])
+    silent.edge.missed_until = 99
+    for round in range(30):
+        silent.edge.peer_round, helpful.edge.peer_round = round + 40, round + 39
+        group.catch_up(round, joinable())
+        if len(asked) == 2:
+            break
+    assert asked == ["silent", "helpful"]
+
+
+def joinable() -> Any:
+    """An algorithm of 1000 rounds that can be joined before each tenth."""
+    algorithm = late_group([])[1]
+    algorithm.num_rounds, algorithm.can_join = 1000, lambda round: round % 10 == 0
+    return algorithm
 
 
 @pytest.mark.parametrize(

@@ -32,13 +32,15 @@ class Hop:
     """One wave of messages; the same on every peer, as it is a pure function of (recipe, round)."""
 
     name: str
-    """What the wave is for. Payloads of "gossip" are weights of the model, whose mean takes their place, so that one
-    which comes late can be added afterwards."""
+    """What the wave is for, as events and logs call it."""
     weights: Mapping[tuple[int, int], float]
     """(source, target) -> weight of the source's payload at the target; no key, no message."""
     spreads: bool = False
     """Where a source is lost, its weight goes to all that are heard, so that all who hear the same have the same mean;
     else to the receiver's own payload, so that the mean over all peers stays where W is symmetric."""
+    takes_late: bool = False
+    """Whether a message that comes after its round is added to what the receiver holds by then: where payloads are
+    weights of the model, whose mean takes their place."""
 
     def sources(self, peer: int) -> dict[int, float]:
         """Who `peer` hears, itself included, with weights, in ascending order of the peers."""
@@ -119,7 +121,7 @@ def gossip(topology: Topology) -> Hop:
     """Everyone to all neighbours, weighted by the mixing matrix W (w_ij is what i gives to j's message)."""
     w = topology.weights
     pairs = ((j, i) for i in range(topology.num_peers) for j in range(topology.num_peers))
-    return Hop("gossip", {(j, i): float(w[i, j]) for j, i in pairs if w[i, j] > 0})
+    return Hop("gossip", {(j, i): float(w[i, j]) for j, i in pairs if w[i, j] > 0}, takes_late=True)
 
 
 def agreement(

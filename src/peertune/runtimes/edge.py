@@ -225,6 +225,10 @@ class Edge:
         for key in [key for key in self.inbox if key[1] == STATE]:
             self.offers.pop(key, None)
             self.inbox.pop(key).done(None)
+        self.ask_no_more()
+
+    def ask_no_more(self) -> None:
+        """Want the state no more, but where it is on its way."""
         if self._joining is not None:
             (_, done), self._joining = self._joining, None
             done(0, None)

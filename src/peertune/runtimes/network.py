@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
+from itertools import islice
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -58,6 +59,10 @@ class NetworkGroup:
         self.clock: Clock | None = None
         self._exchange = NetworkExchange(node, requests)
         self._asked: Neighbor | None = None
+        self._asked_until: float = math.inf
+        """Round of the one who was asked for the state, beyond which it would have sent it."""
+        self._in_vain: set[int] = set()
+        """Neighbours who did not send it."""
         self._pace = Pace()
         self._states: SimpleQueue[tuple[int, Payload | None]] = SimpleQueue()
         self._joined = 0
@@ -82,9 +87,13 @@ class NetworkGroup:
                 state = state or _state(algorithm)
                 self._exchange.post(index, (round, STATE), state, "state")
         within_reach = [n for n in self.node.neighbors.values() if not n.is_out_of_reach]
-        ahead = max(within_reach, key=lambda n: n.edge.peer_round, default=None)
+        helpers = [n for n in within_reach if n.index not in self._in_vain] or within_reach
+        ahead = max(helpers, key=lambda n: n.edge.peer_round, default=None)
         if self._asked is not None and self._asked.is_out_of_reach:
             self.node.soon(self._asked.edge.no_state)
+        elif self._asked is not None and self._asked.edge.peer_round > self._asked_until:
+            self._in_vain.add(self._asked.index)
+            self.node.soon(self._asked.edge.ask_no_more)
         rounds = sorted((neighbor.edge.peer_round for neighbor in within_reach), reverse=True)
         # Where members may send garbage, one alone is not believed to be far ahead.
         believed = rounds[1] if self._is_robust and len(rounds) > 1 else rounds[0] if rounds else 0
@@ -94,6 +103,9 @@ class NetworkGroup:
         falls_back = self._pace.is_too_slow(round, behind if is_left_behind else 0)
         if ahead is not None and self._asked is None and behind > 1 and (self._exchange.left_out or falls_back):
             self._asked = ahead
+            # The first of them may be over there before the question arrives.
+            chances = (r for r in range(ahead.edge.peer_round + 1, algorithm.num_rounds) if algorithm.can_join(r))
+            self._asked_until = next(islice(chances, 1, None), math.inf)
             self.node.log("asked", peer=ahead.name, round=round, behind=behind)
             self.node.soon(partial(ahead.ask, _state(algorithm), self._arrived))
         if self._states.empty():
@@ -107,6 +119,7 @@ class NetworkGroup:
         for name, value in found.items():
             algorithm.set_shared(name, value.to(algorithm.peer.model.device))
         algorithm.joined(then)
+        self._in_vain.clear()
         algorithm.peer.model.forget()
         for neighbor in self.node.neighbors.values():
             self.node.soon(partial(neighbor.skip_to, then))
@@ -260,7 +273,7 @@ class NetworkExchange:
         for source, arrival in arrivals.items():
             # At the end of a run, one who is still behind may come in time.
             lenient_s = charter.grace_s if hop.name == ROLL and source not in self.left_out else 0.0
-            corrects = self.corrects and hop.name == "gossip"
+            corrects = self.corrects and hop.takes_late
             payload = self._wait(source, arrival, patience, lenient_s, corrects=corrects)
             if payload is None:
                 neighbor = self._node.neighbors[source]
