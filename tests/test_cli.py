@@ -72,10 +72,14 @@ def test_report_is_written_anew(finished: Path, capsys: pytest.CaptureFixture[st
     assert "report.html" in capsys.readouterr().out
 
 
-def test_export_of_a_finished_run_and_of_its_last_checkpoint_agree(finished: Path, tmp_path: Path) -> None:
+def test_export_of_a_finished_run_and_of_its_last_checkpoint_agree(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["export", str(finished), "--to", str(tmp_path / "one")]) == 0
     (finished / "summary.json").unlink()  # as if it had been killed after the last checkpoint
+    capsys.readouterr()
     assert main(["export", str(finished), "--to", str(tmp_path / "two")]) == 0
+    assert "of its newest checkpoint, after round" in capsys.readouterr().out
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-6)

@@ -803,12 +803,12 @@ def test_addresses_are_host_and_port(address: str, tmp_path: Path, capsys: pytes
 
 
 def test_keys_that_others_can_read_are_refused(tmp_path: Path) -> None:
-    make_identity(tmp_path)
+    own = make_identity(tmp_path)
+    with pytest.raises(IdentityError, match=f"a key is there already, of the id {own.id}"):
+        make_identity(tmp_path)
     (tmp_path / "key.pem").chmod(0o644)
     with pytest.raises(IdentityError, match="got mode 0644, expected 0600"):
         load_identity(tmp_path)
-    with pytest.raises(IdentityError, match="a key is there already"):
-        make_identity(tmp_path)
     with pytest.raises(IdentityError, match="peertune keygen"):
         load_identity(tmp_path / "none")
 

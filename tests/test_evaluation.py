@@ -344,6 +344,8 @@ def test_eval_refuses_what_it_cannot_measure(micro_model: Path, capsys: pytest.C
     for arguments, part in (
         ([], "got nothing to measure on, expected --data FILE with --task, or --lm-eval TASKS"),
         (["--data", "x.jsonl"], "--task: got none, expected text, classification"),
+        (["--data", "x.jsonl", "--task", "text", "--generate", "5"], "--generate: got it with --task text"),
+        (["--data", "x.jsonl", "--task", "instruction", "--choices", "5"], "--choices: got it with --task instruction"),
     ):
         assert main(["eval", str(micro_model), *arguments]) == 2
         assert part in capsys.readouterr().err

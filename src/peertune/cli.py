@@ -143,7 +143,9 @@ def _report(options: argparse.Namespace, console: Console) -> None:
 def _export(options: argparse.Namespace, console: Console) -> None:
     from peertune.export import export
 
-    export(Path(options.folder), Path(options.to), options.peer)
+    done = export(Path(options.folder), Path(options.to), options.peer)
+    if done is not None:
+        print(f"{options.folder}: of its newest checkpoint, after round {done}")
     print(f"{options.to}: load it with {loading(Path(options.to))}")
 
 

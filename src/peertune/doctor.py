@@ -371,7 +371,7 @@ def predict(
 ) -> Finding:
     """Seconds of a round: its local steps, and the slowest line."""
     if workload is None:
-        return Finding("round", "warning", "its time cannot be told without local steps", "name the file with --data")
+        return Finding("round", "warning", "its time cannot be told without local steps", "see to base and data first")
     lines = {i: workload.line_s(i, found.up, found.down, found.rtt_s) for i, found in measured.items()}
     unknown = [charter.members[i].name for i in others if i not in measured]
     train_s = workload.steps * workload.step_s

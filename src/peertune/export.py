@@ -25,11 +25,13 @@ from peertune.run_folder import RunFolder, check_writable, save_trained, storage
 Task = Literal["text", "classification", "instruction", "chat"]
 
 
-def export(run: Path, to: Path, peer: int | None = None) -> None:
+def export(run: Path, to: Path, peer: int | None = None) -> int | None:
     """Write a run's average model to a folder: the finished one, else that of the newest complete checkpoint.
 
     Args:
         peer: whose personal parts (algorithm.local_modules) go on top of the average, from that checkpoint; None: none.
+    Returns:
+        The number of rounds that the checkpoint has behind it; None: it is the finished model.
     Raises:
         ConfigError: there is no such peer, or the run has no personal parts.
         CheckpointError: there is no run, no checkpoint, or `to` exists already.
@@ -44,7 +46,7 @@ def export(run: Path, to: Path, peer: int | None = None) -> None:
     if finished and peer is None:
         with storage_errors(to):
             shutil.copytree(finished[0], to, dirs_exist_ok=True)
-        return
+        return None
     recipe = folder.read_recipe()
     if peer is not None:
         _check_peer(recipe["config"], peer)
@@ -78,6 +80,7 @@ def export(run: Path, to: Path, peer: int | None = None) -> None:
     for name, value in (average | personal).items():
         own[name].data.copy_(value)
     save_trained(to, module, prepare_tokenizer(config, base), lambda: load_full_model(config.model, cpu, base))
+    return done
 
 
 def _check_peer(config: dict[str, Any], peer: int) -> None:
@@ -117,14 +120,18 @@ def evaluate_model(
         For each file "data", "samples", its metrics, and "by_client" where rows have a client; for each task of the
         harness "lm_eval" and its metrics.
     Raises:
-        ConfigError: there are files and no task, an override is no key of [data], or the harness is not installed
-            or refuses.
+        ConfigError: there are files and no task, a setting means nothing for the task, an override is no key of [data],
+            or the harness is not installed or refuses.
         ModelError, DataError: model or data cannot be used.
     """
     if harness_tasks:
         require_harness()
     if files and task is None:
         raise ConfigError("--task: got none, expected text, classification, instruction or chat beside --data")
+    if settings.generate_samples and task in ("text", "classification"):
+        raise ConfigError(f"--generate: got it with --task {task}, expected instruction or chat, which have answers")
+    if settings.choice_samples and task not in ("chat", None):
+        raise ConfigError(f"--choices: got it with --task {task}, expected chat, whose rows offer functions")
     chosen = ModelSection(path=model, trust_remote_code=trust_remote_code)
     if max_length:
         chosen = chosen.model_copy(update={"max_length": max_length})

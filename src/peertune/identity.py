@@ -60,10 +60,13 @@ def make_identity(folder: Path) -> Identity:
     """Make a key and a certificate in a folder.
 
     Raises:
-        IdentityError: the folder holds a key already, or cannot be written.
+        IdentityError: the folder holds a key already, which is named or is damaged, or cannot be written.
     """
     if (folder / KEY).exists():
-        raise IdentityError(f"{folder / KEY}: a key is there already; keep it, or name another folder with --identity")
+        known = load_identity(folder).id
+        raise IdentityError(
+            f"{folder / KEY}: a key is there already, of the id {known}; keep it, or name another with --identity"
+        )
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, _id_of(key.public_key()))])
     certificate = (
