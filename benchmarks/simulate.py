@@ -35,7 +35,8 @@ from peertune.config import RunConfig, load_recipe
 from peertune.data.batches import Batches
 from peertune.model.load import load_model
 from peertune.prepare import prepare_data
-from peertune.run import Silent, run
+from peertune.progress import Silent
+from peertune.run import run
 from peertune.seeds import derive_seed
 
 SHARED = Path(os.environ.get("PEERTUNE_TEST_DATA") or Path(__file__).parents[2] / "shared")

@@ -23,7 +23,8 @@ from _harness import finish
 from peertune.algorithms import METHODS
 from peertune.config import load_recipe
 from peertune.prepare import prepare_data, prepare_model
-from peertune.run import Run, Silent
+from peertune.progress import Silent
+from peertune.run import Run
 from peertune.run_folder import RunFolder
 
 SHARED = Path(os.environ.get("PEERTUNE_TEST_DATA") or Path(__file__).parents[2] / "shared")

@@ -207,7 +207,8 @@ def test_simulations_are_timed_and_joined_with_flowers(
 
 def test_both_sides_of_a_simulation_get_the_same_batches(simulate: ModuleType, toy: list[str], tmp_path: Path) -> None:
     from peertune.model.load import load_model
-    from peertune.run import Run, Silent, prepare_data
+    from peertune.progress import Silent
+    from peertune.run import Run, prepare_data
     from peertune.run_folder import RunFolder
 
     options = simulate.parser().parse_args(toy)

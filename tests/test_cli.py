@@ -21,7 +21,7 @@ from peertune.cli import main
 from peertune.cli_output import Bars, progress_console
 from peertune.demo import comparison, demo
 from peertune.errors import CheckpointError
-from peertune.run import Silent
+from peertune.progress import Silent
 from tests.recipes import tree
 from tests.test_bad_input import write_toml
 

@@ -35,7 +35,8 @@ from peertune.compare.table import terminal_table, verdicts
 from peertune.config import RunConfig, from_dict
 from peertune.errors import CheckpointError, ConfigError, DataError, DivergedError
 from peertune.prepare import keep_back, prepare_data
-from peertune.run import Silent, run
+from peertune.progress import Silent
+from peertune.run import run
 from tests.recipes import recipe, tree
 from tests.test_bad_input import write_toml
 

@@ -19,7 +19,8 @@ from peertune.algorithms import METHODS
 from peertune.config import RunConfig, from_dict
 from peertune.errors import PeertuneError
 from peertune.launch import launch
-from peertune.run import Silent, run
+from peertune.progress import Silent
+from peertune.run import run
 from tests.recipes import recipe, tree
 
 STAR = {"kind": "star", "weights": "samples"}

@@ -19,7 +19,8 @@ from peertune.model.attention import choose_attention
 from peertune.model.language_model import LanguageModel
 from peertune.model.load import clone_model
 from peertune.model.stacked import StackedModels
-from peertune.run import Silent, run
+from peertune.progress import Silent
+from peertune.run import run
 from tests.recipes import recipe
 from tests.shapes import ARCHITECTURES, VOCABULARY, make_model
 

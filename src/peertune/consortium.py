@@ -39,8 +39,9 @@ from peertune.model.language_model import LanguageModel
 from peertune.model.load import TINY, resolve_path
 from peertune.peer import Peer
 from peertune.prepare import base_print, model_blocks, prepare_model, prepare_tokenizer
+from peertune.progress import Progress
 from peertune.robust import check_rule
-from peertune.run import Progress, Site, run
+from peertune.run import Site, run
 from peertune.run_folder import RunFolder, append_line, storage_errors
 from peertune.runtimes import edges
 from peertune.runtimes.network import NetworkGroup

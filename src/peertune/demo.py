@@ -16,7 +16,8 @@ from rich.table import Table
 
 from peertune.algorithms import METHODS
 from peertune.config import load_recipe
-from peertune.run import Progress, run
+from peertune.progress import Progress
+from peertune.run import run
 from peertune.run_folder import RunFolder
 
 RUNS = {"local": "each peer alone", "deca": "DECA", "pooled": "all data pooled"}

@@ -8,7 +8,8 @@ from typing import Any
 from peertune.algorithms import ALGORITHMS
 from peertune.config import RunConfig
 from peertune.errors import ConfigError
-from peertune.run import Progress, Silent, run
+from peertune.progress import Progress, Silent
+from peertune.run import run
 from peertune.runtimes.distributed import DistributedGroup, is_first_rank, is_launched, local_device, process_group
 
 

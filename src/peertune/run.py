@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -23,7 +23,7 @@ from peertune.assemble import make_batches, make_parts, make_pool, make_topology
 from peertune.average import Average
 from peertune.checkpoint import CheckpointStore, newest_common
 from peertune.config import LinkSection, RunConfig
-from peertune.errors import CheckpointError, ConfigError, DivergedError, Left, ModelError, PeerLostError, StorageError
+from peertune.errors import ConfigError, DivergedError, Left, ModelError, PeerLostError, StorageError
 from peertune.evaluation import Measured, measure
 from peertune.memory import keep_freed, reset_peak
 from peertune.model.adapters import core_of
@@ -42,6 +42,7 @@ from peertune.prepare import (
     prepare_model,
     resolve_device,
 )
+from peertune.progress import Progress, Silent
 from peertune.records import (
     combined_fields,
     peer_fields,
@@ -55,6 +56,7 @@ from peertune.records import (
 from peertune.report import write_report
 from peertune.robust import check_rule, ends_in_agreement
 from peertune.run_folder import RunFolder, save_trained
+from peertune.run_state import RunState
 from peertune.runtimes import Group, Member, agree, play_round
 from peertune.runtimes.simulation import SimulatedGroup
 from peertune.site_summary import agreement_of
@@ -79,24 +81,6 @@ class Site:
     """Names, by index."""
     contributions: Callable[[int], list[dict[str, Any]]]
     """Given the number of rounds, what came from each neighbour in them (`site_summary.contributions`)."""
-
-
-class Progress(Protocol):
-    """Told how a run goes on. The command line draws bars; tests listen."""
-
-    def note(self, message: str) -> None:
-        """A sentence for the user."""
-
-    def rounds(self, done: int, total: int, loss: float | None) -> None:
-        """`done` of `total` rounds are over; mean training loss of the last."""
-
-
-class Silent:
-    """A `Progress` that says nothing."""
-
-    def note(self, message: str) -> None: ...
-
-    def rounds(self, done: int, total: int, loss: float | None) -> None: ...
 
 
 def run(
@@ -217,8 +201,8 @@ class Run:
         """Members whose checkpoints lie in this run's folder: at a site of a consortium, its own only."""
         batches = make_batches(config, data, method.pools_data)
         held = {0: list(data.train.values())} if method.pools_data else {i: [r] for i, r in data.train.items()}
-        self.data_prints = {i: data_print(held.get(i, [])) for i in self.group.hosted}
-        self.base_print = self._same_everywhere(base_print(module, own))
+        data_prints = {i: data_print(held.get(i, [])) for i in self.group.hosted}
+        own_base = self._same_everywhere(base_print(module, own))
         self.members: list[Member] = []
         model: LanguageModel | None = None
         for index in self.group.hosted:
@@ -240,10 +224,7 @@ class Run:
         self.store = CheckpointStore(folder.checkpoints, self.num_members, num_shards, shard)
         self.pool = make_pool(config, module, self.device)
         self.parts = make_parts(config, self.peers)
-        self.cpu_s = dict.fromkeys(self.group.hosted, 0.0)
-        """Hosted member -> process CPU seconds of its local phases."""
-        self.before = Measured({})
-        self.started = time.monotonic()
+        self.state = RunState(self.members, data_prints, own_base, self.group.clock)
 
     def carry_out(self, resume: bool) -> dict[str, Any]:
         """Rounds, agreement, summary, exported model, report."""
@@ -276,8 +257,8 @@ class Run:
             self.folder.create(recipe)
             self.folder.rewind(0)
             self.folder.event("start", **start_event(self.config, self.method, self.data, self.notes))
-            self.before = self._evaluate(self.average.model, by_client=True)
-            self.folder.event("eval", round=0, average_model=self.before.overall, peers=None)
+            self.state.before = self._evaluate(self.average.model, by_client=True)
+            self.folder.event("eval", round=0, average_model=self.state.before.overall, peers=None)
         else:
             self.folder.rewind(done)
             self.folder.event("resume", round=done)
@@ -287,7 +268,7 @@ class Run:
         last = round + 1 == self.method.num_rounds
         for member, report in zip(self.peers, reports, strict=True):
             if report is not None:
-                self.cpu_s[member.index] += report.cpu_s
+                self.state.cpu_s[member.index] += report.cpu_s
                 _require_finite(f"peer {member.index}, round {round}: the training loss", float(report.loss))
                 _require_finite(f"peer {member.index}, round {round}: the gradient's norm", float(report.grad_norm))
         if self.group.clock is not None:
@@ -308,13 +289,14 @@ class Run:
     def _log(self, round: int, reports: Sequence[Any]) -> None:
         """Write a round's event; reports are by hosted member."""
         told = self.group.gather(
-            [peer_fields(*pair, self.cpu_s[pair[0].index]) for pair in zip(self.members, reports, strict=True)],
+            [peer_fields(*pair, self.state.cpu_s[pair[0].index]) for pair in zip(self.members, reports, strict=True)],
             combined_fields,
         )
         distance = self.average.consensus_distance(round)
         position = self.method.position(round)
         if self.group.is_recorder:
-            fields = round_event(round, position, told[: self.num_peers], distance, self._simulated_s(), self._wall_s())
+            simulated_s, wall_s = self.state.simulated_s, self.state.wall_s
+            fields = round_event(round, position, told[: self.num_peers], distance, simulated_s, wall_s)
             self.folder.event("round", **fields)
 
     def _evaluate_average(self, round: int) -> None:
@@ -337,7 +319,7 @@ class Run:
             whose = "the others'" if len(absent) < self.num_peers - 1 else "this site's own"
             self.progress.note(f"in the final agreement nothing was heard of peers {names}: the model is {whose}")
         told = self.group.gather(
-            [totals(member, self.cpu_s[member.index], self.device) for member in self.members], combined_fields
+            [totals(member, self.state.cpu_s[member.index], self.device) for member in self.members], combined_fields
         )
         if not self.average.load(rounds, agrees):
             self.average.load(rounds, agreed=True)  # nothing but its own is to be had here
@@ -353,10 +335,10 @@ class Run:
             agreed = self._evaluate(self.average.model, by_client=True)
             for name, value in agreed.overall.items():
                 _require_finite(f"the average model's {name}", value)
-            metrics = quality_of(self.before, agreed, own, personal)
+            metrics = quality_of(self.state.before, agreed, own, personal)
             self.folder.event("eval", round=rounds, average_model=metrics["average_model"], peers=metrics["peers"])
-            wall_s = self._wall_s()
-            found = summary_of(self.config, self.method, metrics, told, self._simulated_s(), wall_s)
+            wall_s = self.state.wall_s
+            found = summary_of(self.config, self.method, metrics, told, self.state.simulated_s, wall_s)
             if self.site is not None:
                 found["agreement"] = agreement_of(
                     self.site.members[: self.num_peers], self.site.index, hops, absent if agrees else None
@@ -436,24 +418,7 @@ class Run:
             self.progress.note(f"{self.folder.path}: no complete checkpoint; starting from the beginning")
             return 0
         for member in self.members:
-            tensors, plain = self.store.load(member.index, done)
-            for what, now in (("data", self.data_prints[member.index]), ("base", self.base_print)):
-                if plain[what] != now:
-                    raise CheckpointError(
-                        f"{self.folder.path}: peer {member.index}'s {what} has"
-                        " changed since this run began; bring the old one back, or start anew in another folder"
-                    )
-            member.algorithm.load_state_dict(tensors, plain["algorithm"], done)
-            if member.algorithm.peer.batches is not None:
-                member.algorithm.peer.batches.load_state_dict(plain["batches"])
-            member.exchange.load_state_dict(plain["exchange"])
-            self.before = Measured(**plain["before"])
-            self.cpu_s[member.index] = plain["cpu_s"]
-            member.exchange.saved(done)
-            elapsed = plain["wall_s"]
-            if self.group.clock is not None:
-                self.group.clock.simulated_s = plain["simulated_s"]
-        self.started = time.monotonic() - elapsed
+            self.state.take_up(member, done, *self.store.load(member.index, done), self.folder.path)
         self.progress.note(f"{self.folder.path}: resuming after round {done} of {self.method.num_rounds}")
         then = self.folder.read_recipe().get("versions")
         if then != versions():
@@ -462,23 +427,8 @@ class Run:
 
     def _checkpoint(self, done: int) -> None:
         for member in self.members:
-            tensors, plain = member.algorithm.state_dict(done)
-            batches = member.algorithm.peer.batches
-            state = {
-                "algorithm": plain,
-                "batches": None if batches is None else batches.state_dict(),
-                "exchange": member.exchange.state_dict(),
-                "common": list(member.algorithm.common),
-                "consensus": list(member.algorithm.consensus(done)),
-                "data": self.data_prints[member.index],
-                "base": self.base_print,
-                "before": asdict(self.before),
-                "wall_s": self._wall_s(),
-                "cpu_s": self.cpu_s[member.index],
-                "simulated_s": self._simulated_s(),
-            }
             try:
-                self.store.save(member.index, done, tensors, state)
+                self.store.save(member.index, done, *self.state.saved(member, done))
             except StorageError as error:
                 if not self.group.survives_loss:
                     raise
@@ -494,12 +444,6 @@ class Run:
         if not self.data.test.samples:
             return Measured({})
         return measure(model, self.data.test, self.config.eval, by_client=by_client)
-
-    def _wall_s(self) -> float:
-        return time.monotonic() - self.started
-
-    def _simulated_s(self) -> float | None:
-        return None if self.group.clock is None else self.group.clock.simulated_s
 
 
 def _require_finite(what: str, value: float) -> None:

@@ -27,8 +27,8 @@ from peertune.data.load import load_table
 from peertune.errors import ConfigError, DivergedError
 from peertune.memory import release
 from peertune.prepare import model_blocks, prepare_model
+from peertune.progress import Progress
 from peertune.report.events import read_run
-from peertune.run import Progress
 from peertune.run_folder import RunFolder, check_writable
 
 NUM_POINTS = 8

@@ -15,7 +15,7 @@ from peertune import run as runs
 from peertune.compare.cells import Summary
 from peertune.config import RunConfig
 from peertune.errors import DivergedError
-from peertune.run import Progress
+from peertune.progress import Progress
 from peertune.run_folder import RunFolder, storage_errors
 
 _DIVERGED = "diverged.txt"

@@ -125,8 +125,13 @@ class ChatRenderer:
             whole = text if i == len(kept) - 1 else self._render(kept[: i + 1], tools, where)
             if i and whole.startswith(opening) and text.startswith(whole):
                 start, end = len(opening), len(whole)
-            else:
-                start, end = _search(kept[i], text, opening, whole, turns[-1][1] if turns else 0, where)
+            else:  # turns of the past are rendered otherwise, or the generation prompt says more than they do
+                since, cursor = (spoken[len(turns) - 1] + 1, turns[-1][1]) if turns else (0, 0)
+                known = bool(opening) and text.startswith(opening)
+                before = self._render(kept[:i], tools, where) if i and not known else ""
+                begin = len(opening) if known else _end_of(before, kept[since:i], text, cursor)
+                start, end = _search(kept[i], text, whole, begin, where)
+                start = begin if known else start
             # white space after the end token is the template's, no generation reaches it
             said = text[start:end].rstrip()
             end = start + len(said) if said.endswith(self._end_tokens) else end
@@ -311,23 +316,40 @@ def _without_oldest(messages: Sequence[Message]) -> list[Message]:
     return [*messages[: users[0]], *messages[users[1] :]] if len(users) > 1 else []
 
 
-def _search(message: Message, text: str, opening: str, whole: str, cursor: int, where: str) -> Span:
+def _end_of(before: str, between: Sequence[Message], text: str, cursor: int) -> int:
+    """The character of a conversation where nothing of the messages before a turn comes any more.
+
+    Args:
+        before: those messages by themselves, rendered.
+        between: the last of them, since the assistant's turn before.
+        cursor: where that turn ended.
+    """
+    if before and text.startswith(before):
+        return len(before)
+    for message in between:
+        content = message["content"].strip()
+        at = text.find(content, cursor)
+        cursor = at + len(content) if at >= 0 else cursor
+    return cursor
+
+
+def _search(message: Message, text: str, whole: str, begin: int, where: str) -> Span:
     """Find a turn by its words, where a template renders it otherwise once later turns follow.
 
     Args:
         message: the assistant's.
         text: the whole conversation.
-        opening: the conversation before the turn, with the generation prompt; "" if there is none.
         whole: the conversation up to the turn.
-        cursor: where the turn before it ended.
+        begin: a character before the turn, and behind all other messages before it.
     """
     # reasoning is left out of turns that lie back
     said = message["content"].rpartition("</think>")[2].strip()
-    known = bool(opening) and text.startswith(opening)
-    at = text.find(said, len(opening) if known else cursor)
     closing = whole[whole.rfind(said) + len(said) :]
-    if said and at >= 0 and said in whole and text.startswith(closing, at + len(said)):
-        return (len(opening) if known else at), at + len(said) + len(closing)
+    at = text.find(said, begin) if said and said in whole else -1
+    while at >= 0:
+        if text.startswith(closing, at + len(said)):
+            return at, at + len(said) + len(closing)
+        at = text.find(said, at + 1)
     raise DataError(
         f"{where}: the model's chat template renders an assistant turn otherwise once later turns follow, so what to "
         "learn cannot be marked; split such conversations so that each ends with its only assistant turn"

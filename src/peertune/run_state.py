@@ -1,0 +1,92 @@
+"""What a process keeps of a run between rounds, beside the messages under way: to a checkpoint, and back from one.
+
+The members' own state is `Algorithm.state_dict`'s business, files are `checkpoint`'s.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from peertune.errors import CheckpointError
+from peertune.evaluation import Measured
+from peertune.link import Clock
+from peertune.runtimes import Member
+
+
+class RunState:
+    """The hosted members and what is counted beside them.
+
+    Args:
+        data: hosted member -> fingerprint of the data it trains on.
+        base: fingerprint of the parameters that are not trained.
+        clock: simulated time, where links are simulated.
+    """
+
+    def __init__(self, members: Sequence[Member], data: Mapping[int, str], base: str, clock: Clock | None) -> None:
+        self.members = members
+        self._data, self._base, self._clock = data, base, clock
+        self.cpu_s = {member.index: 0.0 for member in members}
+        """Hosted member -> process CPU seconds of its local phases."""
+        self.before = Measured({})
+        """The base's quality."""
+        self._started = time.monotonic()
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds that the run has taken, those of earlier processes included."""
+        return time.monotonic() - self._started
+
+    @property
+    def simulated_s(self) -> float | None:
+        return None if self._clock is None else self._clock.simulated_s
+
+    def saved(self, member: Member, done: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and values of a member's checkpoint after `done` rounds."""
+        tensors, plain = member.algorithm.state_dict(done)
+        batches = member.algorithm.peer.batches
+        return tensors, {
+            "algorithm": plain,
+            "batches": None if batches is None else batches.state_dict(),
+            "exchange": member.exchange.state_dict(),
+            "common": list(member.algorithm.common),
+            "consensus": list(member.algorithm.consensus(done)),
+            "data": self._data[member.index],
+            "base": self._base,
+            "before": asdict(self.before),
+            "wall_s": self.wall_s,
+            "cpu_s": self.cpu_s[member.index],
+            "simulated_s": self.simulated_s,
+        }
+
+    def take_up(
+        self, member: Member, done: int, tensors: Mapping[str, Tensor], plain: Mapping[str, Any], folder: Path
+    ) -> None:
+        """Go on from a member's checkpoint.
+
+        Args:
+            folder: the run's, for messages.
+        Raises:
+            CheckpointError: the member's data or the base have changed since.
+        """
+        for what, now in (("data", self._data[member.index]), ("base", self._base)):
+            if plain[what] != now:
+                raise CheckpointError(
+                    f"{folder}: peer {member.index}'s {what} has"
+                    " changed since this run began; bring the old one back, or start anew in another folder"
+                )
+        member.algorithm.load_state_dict(tensors, plain["algorithm"], done)
+        if member.algorithm.peer.batches is not None:
+            member.algorithm.peer.batches.load_state_dict(plain["batches"])
+        member.exchange.load_state_dict(plain["exchange"])
+        member.exchange.saved(done)
+        self.before = Measured(**plain["before"])
+        self.cpu_s[member.index] = plain["cpu_s"]
+        self._started = time.monotonic() - plain["wall_s"]
+        if self._clock is not None:
+            self._clock.simulated_s = plain["simulated_s"]
