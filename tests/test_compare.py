@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 import subprocess
@@ -29,9 +30,10 @@ from peertune.cli import main
 from peertune.compare import Comparison, Options, compare
 from peertune.compare.budget import with_whole_rounds
 from peertune.compare.cells import quality, read_cell
-from peertune.compare.contestants import Contestant
+from peertune.compare.contestants import Contestant, Lineup, read_contestants
+from peertune.compare.grid import Grid
 from peertune.compare.stats import paired_interval, pairs, spread
-from peertune.compare.table import terminal_table, verdicts
+from peertune.compare.table import Row, budget_notes, terminal_table, verdicts
 from peertune.config import RunConfig, from_dict
 from peertune.errors import CheckpointError, ConfigError, DataError, DivergedError
 from peertune.prepare import keep_back, prepare_data
@@ -590,3 +592,89 @@ def test_workers_need_a_thread_count_and_independent_cells(path: Path, tmp_path:
         options: dict[str, Any] = {"algorithms": "deca,fedavg", "workers": 2, **extra}
         with pytest.raises(ConfigError, match=text):
             compare(Options.parse([str(path)], str(tmp_path / "out"), **options), Quiet())
+
+
+def test_the_recipes_own_method_says_how_long_all_train(path: Path, tmp_path: Path) -> None:
+    """Its keys of length mean nothing to a first contestant of another method, whose defaults nobody asked for."""
+    told = Quiet()
+    assert lengths(path, tmp_path, "gt:lr=1e-3,deca", told) == lengths(path, tmp_path, "deca,gt:lr=1e-3")
+    assert told.notes == []  # remarks come with the lineup
+    assert "the recipe's own method, deca" in lineup(path, "gt,deca").notes[0]
+    assert lineup(path, "gt:rounds=3:local_steps=1,deca").pace.name == "gt:rounds=3:local_steps=1"
+    assert lengths(path, tmp_path, "gt:rounds=3:local_steps=1,deca")["gt"] == 3
+
+
+def lineup(path: Path, names: str) -> Lineup:
+    return read_contestants(Options.parse([str(path)], "", algorithms=names))
+
+
+def lengths(path: Path, tmp_path: Path, names: str, told: Quiet | None = None) -> dict[str, int]:
+    """Local steps of each contestant that the budget of samples gives, by method."""
+    asked = Options.parse([str(path)], str(tmp_path / "none"), algorithms=names, seeds="0")
+    grid = Grid(read_contestants(asked), asked, told or Quiet())
+    methods = [contestant.config.algorithm for contestant in grid.contestants]
+    return {method.name: grid._steps_for_samples(method) for method in methods}
+
+
+def test_cells_of_other_data_or_links_are_not_mixed(
+    make: Callable[..., tuple[Comparison, Quiet]], tmp_path: Path
+) -> None:
+    make(algorithms="local,pooled", seeds="0")
+    with pytest.raises(CheckpointError, match=r"link\.bandwidth_mbit"):
+        make(algorithms="local,pooled", seeds="0,1", overrides=["link.bandwidth_mbit=1"])
+    with pytest.raises(CheckpointError, match=r"eval\.points"):
+        make(algorithms="local,pooled", seeds="0", overrides=["eval.points=1"])
+    train = tmp_path / "train.jsonl"
+    train.write_text(train.read_text().replace("a", "b"))
+    with pytest.raises(ConfigError, match=r"train\.jsonl had other contents"):
+        make(algorithms="local,pooled", seeds="0,1")
+
+
+def test_all_cells_keep_back_the_same_rows(tmp_path: Path, micro_model: Path) -> None:
+    data = tree(tmp_path, micro_model)["data"]
+    kept = []
+    for seed, partition_seed in ((0, None), (1, None), (0, 7)):
+        given = {**data, "validation_rows": 6, "validation_seed": 5}
+        given["partition"] = {**data.get("partition", {}), "seed": partition_seed}
+        config = from_dict(tree(tmp_path, micro_model, run={"seed": seed}) | {"data": given}, METHODS)[0]
+        config = config.model_copy(update={"eval": config.eval.model_copy(update={"split": "validation"})})
+        kept.append([sample.input_ids.tolist() for sample in prepare_data(config, None).test.samples])
+    assert kept[0] == kept[1] == kept[2] and len(kept[0]) == 6
+
+
+def test_equal_differences_show_no_noise() -> None:
+    """Accuracies are counts over few rows: two seeds may have the same difference by chance."""
+    [pair] = pairs({"a": [0.62, 0.58], "b": [0.60, 0.56]})
+    assert pair.interval is None and not pair.is_clear
+    assert "no noise can be told" in verdicts([pair], "accuracy")[0]
+    [dust] = pairs({"a": [0.1 + 0.2], "b": [0.3]})
+    assert "equal with this one seed" in verdicts([dust], "accuracy")[0]
+
+
+def test_long_names_have_folders_and_whole_sentences(
+    make: Callable[..., tuple[Comparison, Quiet]], tmp_path: Path
+) -> None:
+    edges = ",".join(f"[{i},{(i + 1) % 4}]" for i in range(4)).replace(" ", "")
+    long = [f"local:topology.kind=edges:topology.edges=[{edges}]:lr=1.{'0' * 200}{i}e-3" for i in (1, 2)]
+    found, _ = make(algorithms=",".join(long), seeds="0")
+    assert len({path.name for path in (tmp_path / "compared" / "cells").iterdir()}) == 2
+    page = found.files["page"].read_text()
+    assert found.verdicts[0].removesuffix("with this one seed.")[-30:].strip() in page
+    assert "All have 0" in page  # nothing was sent
+
+
+def test_a_budget_that_was_missed_is_said(make: Callable[..., tuple[Comparison, Quiet]]) -> None:
+    rows = make(algorithms="deca,local", seeds="0")[0].rows
+    assert budget_notes(rows, "samples") == []
+    [said] = budget_notes([rows[0], replace(rows[1], samples=4 * (rows[0].samples or 0))], "samples")
+    assert said.startswith("local took 4") and "does not compare" in said
+
+
+def test_names_are_no_markup() -> None:
+    console = Console(width=200, file=io.StringIO())
+    row = Row(
+        contestant="[bold]x", num_seeds=1, metric="accuracy", mean=0.5, spread=None, worst_peer=None, macro_f1=None,
+        samples=1.0, bytes_sent=0.0, peak_memory_bytes=1, cpu_s=1.0, simulated_s=None, lambda2=None, tuned="",
+    )  # fmt: skip
+    console.print(terminal_table([row]))
+    assert "[bold]x" in console.file.getvalue()  # type: ignore[attr-defined]

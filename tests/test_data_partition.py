@@ -117,13 +117,17 @@ def test_description_counts_classes_largest_first() -> None:
     data = [{"text": "", "label": name} for name in "aababc"]
     parts = [np.array([0, 1, 2, 3]), np.array([4, 5])]
     assert describe_partition(data, parts, config("iid")) == [
-        {"samples": 4, "classes": {"a": 3, "b": 1}},
-        {"samples": 2, "classes": {"b": 1, "c": 1}},
+        {"samples": 4, "classes": {"a": 3, "b": 1}, "others": 0},
+        {"samples": 2, "classes": {"b": 1, "c": 1}, "others": 0},
     ]
     assert list(describe_partition(data, parts, config("iid"))[0]["classes"]) == ["a", "b"]
-    assert describe_partition([{"text": ""}] * 6, parts, config("iid", task="text"))[0] == {"samples": 4, "classes": {}}
-    many = [{"text": "", "client": i} for i in range(50)]
-    assert len(describe_partition(many, [np.arange(50)], config("iid", task="text"))[0]["classes"]) == 20
+    assert describe_partition([{"text": ""}] * 6, parts, config("iid", task="text"))[0] == {
+        "samples": 4, "classes": {}, "others": 0
+    }  # fmt: skip
+    many = [{"text": "", "client": i // 2} for i in range(300)]  # 150 of two rows
+    halves = describe_partition(many, [np.arange(0, 300, 2), np.arange(1, 300, 2)], config("iid", task="text"))
+    assert halves[0] == halves[1]  # the same hundred classes of both
+    assert len(halves[0]["classes"]) == 100 and halves[0]["others"] == 50
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def test_every_method_runs_learns_and_leaves_a_model(name: str, dtype: str, tmp_
     assert all((sent > 0) == (name not in ("local", "pooled")) for sent in summary["bytes_sent_per_peer"])
     assert summary["config"]["algorithm"]["name"] == summary["algorithm"] == name
     assert summary["seed"] == 0 and summary["peak_memory_bytes"] > 1e6 and summary["wall_s"] > 0
-    assert len(summary["weights"]) == models and 0 <= summary["lambda2"] <= 1
+    assert len(summary["weights"]) in (models, 0) and (summary["lambda2"] is None or 0 <= summary["lambda2"] <= 1)
     assert [e["round"] for e in events(out, "round")] == list(range(summary["rounds"]))
     remote = config.algorithm.adapter == "bottleneck"
     module = AutoModelForCausalLM.from_pretrained(out / "model", trust_remote_code=remote)

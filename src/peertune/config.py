@@ -110,7 +110,9 @@ class DataSection(Section):
     max_samples: NonNegative = 0
     """Rows each peer keeps at most, chosen by the partition's seed; 0: all."""
     validation_rows: NonNegative = 0
-    """Rows taken out of `train` before it is dealt, chosen by the partition's seed: never trained on. 0: none."""
+    """Rows taken out of `train` before it is dealt: never trained on. 0: none."""
+    validation_seed: NonNegative | None = None
+    """Decides which rows those are; none: `run.seed` does."""
     text_field: str = "text"
     text_b_field: str = "text_b"
     """Second text of a pair; used where a row has it."""

@@ -86,7 +86,8 @@ def prepare_data(config: RunConfig, base: Path | None, site: int | None = None) 
             _require_common_labels(table.rows, test, section)
     partition_seed = seed if section.partition.seed is None else section.partition.seed
     if table.rows:
-        table, validation = keep_back(table, section.validation_rows, partition_seed)
+        kept_by = seed if section.validation_seed is None else section.validation_seed
+        table, validation = keep_back(table, section.validation_rows, kept_by)
         test = validation if on_validation else test
     parts = {} if site is None or not table.rows else {site: np.arange(len(table.rows))}
     if site is None:
@@ -132,7 +133,7 @@ def keep_back(table: Table, num_rows: int, seed: int) -> tuple[Table, list[Row]]
 
     Args:
         num_rows: how many; 0: none.
-        seed: the partition's.
+        seed: decides which.
     Returns:
         The rows to train on, in their order, and the others, in theirs.
     Raises:

@@ -12,7 +12,6 @@ import peertune
 from peertune.algorithms.base import Algorithm, LocalReport
 from peertune.config import RunConfig
 from peertune.evaluation import Measured
-from peertune.memory import peak_bytes
 from peertune.model.blocks import Block, frozen_names
 from peertune.model.quantization import num_weights
 from peertune.prepare import Prepared
@@ -31,6 +30,7 @@ def start_event(config: RunConfig, method: Algorithm, data: Prepared, notes: lis
             "peer": peer,
             "samples": shown["samples"],
             "classes": shown["classes"],
+            "others": shown["others"],
             "sequences": len(rendered.samples),
             "tokens": rendered.num_tokens,
             "cut": rendered.num_cut,
@@ -54,8 +54,7 @@ def start_event(config: RunConfig, method: Algorithm, data: Prepared, notes: lis
         "peers": held,
         "edges": topology.edges,
         "hub": topology.num_peers if topology.has_hub else None,
-        "weights": topology.weights.tolist(),
-        "lambda2": topology.second_eigenvalue,
+        **_mixing(method),
         "rounds": method.num_rounds,
     }
 
@@ -144,8 +143,8 @@ def round_event(
     }
 
 
-def totals(member: Member, cpu_s: float, device: torch.device) -> dict[str, Any]:
-    """What one member tells of the whole run."""
+def totals(member: Member, cpu_s: float, peak: int) -> dict[str, Any]:
+    """What one member tells of the whole run; `peak` is its process's memory, bytes."""
     sent = member.exchange.sent
     return {
         "bytes_sent": sent.payload_bytes,
@@ -153,7 +152,7 @@ def totals(member: Member, cpu_s: float, device: torch.device) -> dict[str, Any]
         "bytes_by_target": sent.by_target(),
         "rounds_without": dict(member.exchange.rounds_without),
         "cpu_s": cpu_s,
-        "peak_memory_bytes": peak_bytes(device),
+        "peak_memory_bytes": peak,
     }
 
 
@@ -201,9 +200,16 @@ def summary_of(
         "cpu_s_per_peer": by_peer("cpu_s"),
         "simulated_s": simulated_s,
         "peak_memory_bytes": max(fields["peak_memory_bytes"] for fields in told if fields is not None),
-        "weights": topology.weights.tolist(),
-        "lambda2": topology.second_eigenvalue,
+        **_mixing(method),
     }
+
+
+def _mixing(method: Algorithm) -> dict[str, Any]:
+    """W and its second eigenvalue, where the method mixes by it."""
+    topology = method.topology
+    if not method.mixes:
+        return {"weights": [], "lambda2": None}
+    return {"weights": topology.weights.tolist(), "lambda2": topology.second_eigenvalue}
 
 
 def versions() -> dict[str, str]:

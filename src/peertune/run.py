@@ -224,7 +224,7 @@ class Run:
         self.store = CheckpointStore(folder.checkpoints, self.num_members, num_shards, shard)
         self.pool = make_pool(config, module, self.device)
         self.parts = make_parts(config, self.peers)
-        self.state = RunState(self.members, data_prints, own_base, self.group.clock)
+        self.state = RunState(self.members, data_prints, own_base, self.device, self.group.clock)
 
     def carry_out(self, resume: bool) -> dict[str, Any]:
         """Rounds, agreement, summary, exported model, report."""
@@ -319,7 +319,7 @@ class Run:
             whose = "the others'" if len(absent) < self.num_peers - 1 else "this site's own"
             self.progress.note(f"in the final agreement nothing was heard of peers {names}: the model is {whose}")
         told = self.group.gather(
-            [totals(member, self.state.cpu_s[member.index], self.device) for member in self.members], combined_fields
+            [totals(m, self.state.cpu_s[m.index], self.state.peak_bytes) for m in self.members], combined_fields
         )
         if not self.average.load(rounds, agrees):
             self.average.load(rounds, agreed=True)  # nothing but its own is to be had here

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,11 @@ class RunFolder:
     def holds_run(self) -> bool:
         return any(path.exists() for path in (self.recipe, self.events, self.summary, self.checkpoints))
 
-    def check(self, config: Mapping[str, Any], resume: bool) -> None:
+    def check(self, config: Mapping[str, Any], resume: bool, free: Set[str] = FREE_KEYS) -> None:
         """Refuse a folder that cannot be used, before anything is loaded.
 
+        Args:
+            free: keys that may have changed.
         Raises:
             CheckpointError: it lies under a file, is not writable, holds a run and `resume` is False, or holds a run of
                 another recipe.
@@ -68,7 +70,7 @@ class RunFolder:
             )
         before = flatten(self.read_recipe()["config"])
         now = flatten(config)
-        for key in sorted((before.keys() | now.keys()) - FREE_KEYS):
+        for key in sorted((before.keys() | now.keys()) - free):
             if before.get(key) != now.get(key):
                 raise CheckpointError(
                     f"{self.path}: holds a run with {key} = {json.dumps(before.get(key))},"

@@ -11,11 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from peertune.errors import CheckpointError
 from peertune.evaluation import Measured
 from peertune.link import Clock
+from peertune.memory import peak_bytes
 from peertune.runtimes import Member
 
 
@@ -25,17 +27,30 @@ class RunState:
     Args:
         data: hosted member -> fingerprint of the data it trains on.
         base: fingerprint of the parameters that are not trained.
+        device: this process's.
         clock: simulated time, where links are simulated.
     """
 
-    def __init__(self, members: Sequence[Member], data: Mapping[int, str], base: str, clock: Clock | None) -> None:
-        self.members = members
-        self._data, self._base, self._clock = data, base, clock
+    def __init__(
+        self,
+        members: Sequence[Member],
+        data: Mapping[int, str],
+        base: str,
+        device: torch.device,
+        clock: Clock | None,
+    ) -> None:
+        self._data, self._base, self._device, self._clock = data, base, device, clock
         self.cpu_s = {member.index: 0.0 for member in members}
         """Hosted member -> process CPU seconds of its local phases."""
         self.before = Measured({})
         """The base's quality."""
+        self._peak_before = 0
         self._started = time.monotonic()
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak memory of the process, or of an earlier one of this run."""
+        return max(self._peak_before, peak_bytes(self._device))
 
     @property
     def wall_s(self) -> float:
@@ -62,6 +77,7 @@ class RunState:
             "wall_s": self.wall_s,
             "cpu_s": self.cpu_s[member.index],
             "simulated_s": self.simulated_s,
+            "peak_memory_bytes": self.peak_bytes,
         }
 
     def take_up(
@@ -88,5 +104,6 @@ class RunState:
         self.before = Measured(**plain["before"])
         self.cpu_s[member.index] = plain["cpu_s"]
         self._started = time.monotonic() - plain["wall_s"]
+        self._peak_before = plain.get("peak_memory_bytes", 0)
         if self._clock is not None:
             self._clock.simulated_s = plain["simulated_s"]

@@ -46,6 +46,8 @@ class Algorithm(ABC):
     peer may be several ranks, each with some rows of every tensor."""
     averages: ClassVar[bool] = True
     """Whether it takes nothing but means from its inboxes, which a recipe's exchange.robust can then replace."""
+    mixes: ClassVar[bool] = True
+    """Whether peers' messages are weighed by W; else its second eigenvalue says nothing of how peers come together."""
     frozen: ClassVar[tuple[str, ...]] = ()
     """Parameters of an adapter whose name holds one of these texts are not trained."""
 

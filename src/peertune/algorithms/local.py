@@ -10,6 +10,7 @@ from peertune.exchange import Hop
 class Local(Deca):
     Config = BlockwiseConfig
     agrees = False
+    mixes = False
 
     def hops(self, round: int) -> Sequence[Hop]:
         return ()

@@ -54,6 +54,7 @@ class NolocoConfig(LocalStepsConfig):
 class Noloco(LocalSteps):
     Config = NolocoConfig
     config: NolocoConfig
+    mixes = False
 
     def __init__(self, peer: Peer, config: AlgorithmConfig, topology: Topology) -> None:
         super().__init__(peer, config, topology)

@@ -24,6 +24,7 @@ class RwLoraConfig(DecLoraConfig):
 class RwLora(DecLora):
     Config = RwLoraConfig
     averages = False
+    mixes = False
 
     @cached_property
     def walk(self) -> list[int]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from peertune.report.charts import SIZE, Axis, linear_axis, place_ticks, tick_texts
-from peertune.report.text import NONE, esc
+from peertune.report.text import NONE, esc, middle
 
 Show = Callable[[float | None], str]
 
@@ -46,7 +46,8 @@ def curve_chart(curves: Sequence[Curve], *, x_title: str, y_title: str, show_x: 
     grid = "".join(f'<path class="grid" d="M0 {_down(y_axis, t):.1f}H{SIZE}"/>' for t in y_axis.ticks)
     shapes = "".join(_shape(curve, x_axis, y_axis) for curve in curves)
     legend = "".join(
-        f'<span><i class="key mean" style="--c:{curve.color}"></i>{esc(curve.name, 80)}</span>' for curve in curves
+        f'<span><i class="key mean" style="--c:{curve.color}"></i>{esc(middle(curve.name, 80))}</span>'
+        for curve in curves
     )
     return (
         f'<div class="chart"><div class="y-title">{esc(y_title)}</div><div class="frame">'

@@ -37,9 +37,9 @@ def compare(options: Options, progress: GridProgress) -> Comparison:
         RunError: a cell had to stop; the same call goes on from its last checkpoint. One that diverges is marked, and
             is an error only where no cell is left.
     """
-    contestants, notes = read_contestants(options)
-    grid = Grid(contestants, options, progress)
-    for note in notes:
+    lineup = read_contestants(options)
+    grid = Grid(lineup, options, progress)
+    for note in lineup.notes:
         progress.note(note)
     tuned = grid.tune()
     cells = grid.play(tuned)
@@ -64,7 +64,8 @@ def write(options: Options, cells: list[Cell | DivergedCell], tuned: list[Tuned]
     choices = {choice.contestant: choice for choice in tuned}
     rows = [table.row(name, own, lost[name], metric, choices.get(name)) for name, own in by_name.items()]
     found = pairs({name: [cell.quality for cell in own] for name, own in by_name.items() if not lost[name]})
-    verdicts = table.verdicts(found, metric) + table.diverged_notes(lost) + table.tuning_notes(tuned)
+    verdicts = table.verdicts(found, metric) + table.budget_notes(rows, options.budget)
+    verdicts += table.diverged_notes(lost, len(options.seeds)) + table.tuning_notes(tuned)
     by_name = {name: own for name, own in by_name.items() if own}
     out = options.out
     files = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -14,7 +15,11 @@ from peertune.errors import ConfigError
 AXES = ("topology.", "data.partition.", "exchange.", "link.", "model.quantization", "run.batched_peers")
 """How the keys begin that a contestant may set for itself, beside those of [algorithm]. The last is here because not
 all methods can have it; it changes time and memory only."""
+LENGTHS = ("rounds", "outer_rounds", "inner_steps")
+"""Keys of [algorithm] that say for how long a method trains."""
 _UNSAFE = re.compile(r"[^\w.-]+")
+MAX_SLUG = 100
+"""Characters of a folder's name; file systems end at 255 bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,15 +32,30 @@ class Contestant:
 
     @property
     def slug(self) -> str:
-        """The name as a folder's."""
-        return _UNSAFE.sub("-", self.name).strip("-.") or "unnamed"
+        """The name as a folder's; a long one is cut, and told apart by a hash."""
+        text = _UNSAFE.sub("-", self.name).strip("-.") or "unnamed"
+        if len(text.encode()) <= MAX_SLUG:
+            return text
+        digest = hashlib.sha256(self.name.encode()).hexdigest()[:12]
+        return f"{text.encode()[: MAX_SLUG - 13].decode(errors='ignore')}-{digest}"
 
 
-def read_contestants(options: Options) -> tuple[list[Contestant], list[str]]:
+@dataclass(frozen=True, kw_only=True)
+class Lineup:
+    """Who is compared, and for how long."""
+
+    contestants: list[Contestant]
+    """In the order they were given."""
+    pace: Contestant
+    """Whose local steps, as its recipe says them, the first contestant makes: its own, or those of the recipe's own
+    method, where the first is of another and does not say in its name for how long it trains."""
+    notes: list[str]
+    """Remarks on the recipes."""
+
+
+def read_contestants(options: Options) -> Lineup:
     """Load all recipes and check that they can be compared.
 
-    Returns:
-        The contestants in the order they were given, and remarks on their recipes.
     Raises:
         ConfigError: a recipe, a method or a key cannot be used, there are fewer than two contestants, two have one
             name, or recipes differ in more than [algorithm].
@@ -51,19 +71,35 @@ def read_contestants(options: Options) -> tuple[list[Contestant], list[str]]:
         for item in options.algorithms:
             config, _ = load_recipe(options.recipes[0], [*options.overrides, *_item_overrides(item)], METHODS)
             contestants.append(Contestant(name=item, config=config))
+        pace = _pace(options, contestants[0])
     else:
         for path in options.recipes:
             config, remarks = load_recipe(path, options.overrides, METHODS)
             contestants.append(Contestant(name=path.stem, config=config))
             notes += [f"{path.stem}: {remark}" for remark in remarks]
         _require_agreement(contestants)
+        pace = contestants[0]
     if len(contestants) < 2:
         raise ConfigError(
             f"compare: got one contestant, {contestants[0].name!r}, expected two or more; name several recipes, or one"
             " with --algorithms a,b"
         )
     _require_distinct(contestants)
-    return contestants, notes
+    if pace is not contestants[0]:
+        notes.append(
+            f"{contestants[0].name} trains for as many samples as the recipe's own method, {pace.name}, and so do all"
+        )
+    return Lineup(contestants=contestants, pace=pace, notes=notes)
+
+
+def _pace(options: Options, first: Contestant) -> Contestant:
+    """See `Lineup.pace`. A recipe's keys of length are its own method's, and mean nothing to another."""
+    config, _ = load_recipe(options.recipes[0], options.overrides, METHODS)
+    keys = {setting.partition("=")[0].strip() for setting in split_outside_brackets(first.name, ":")[1:]}
+    says_itself = keys & {f"{prefix}{key}" for key in LENGTHS for prefix in ("", "algorithm.")}
+    if config.algorithm.name == first.config.algorithm.name or says_itself:
+        return first
+    return Contestant(name=config.algorithm.name, config=config)
 
 
 def _item_overrides(item: str) -> list[str]:

@@ -19,7 +19,8 @@ from peertune.algorithms import ALGORITHMS, METHODS
 from peertune.algorithms.turns import BlockwiseConfig
 from peertune.compare import budget as budgets
 from peertune.compare.cells import Cell, DivergedCell, Summary, is_better, metric_of, quality, read_cell
-from peertune.compare.contestants import Contestant
+from peertune.compare.contestants import Contestant, Lineup
+from peertune.compare.inputs import check_inputs, fingerprints, write_inputs
 from peertune.compare.options import Options
 from peertune.compare.workers import carry_out, diverged, play_ahead
 from peertune.config import AlgorithmConfig, RunConfig, from_dict
@@ -36,6 +37,10 @@ NUM_POINTS = 8
 VALIDATION_ROWS = 500
 VALIDATION_SHARE = 10
 """Rows kept back for tuning where the recipe keeps none: VALIDATION_ROWS, at most one row in VALIDATION_SHARE."""
+
+
+FREE_KEYS = {"run.out", "run.log_every", "run.checkpoint_every"}
+"""Keys that may differ between cells done before and those to come: the others show in tables or curves."""
 
 
 class GridProgress(Protocol):
@@ -69,8 +74,9 @@ class Tuned:
 class Grid:
     """All cells. Building it refuses what cannot be compared; nothing is written before `tune` or `play`."""
 
-    def __init__(self, contestants: Sequence[Contestant], options: Options, progress: GridProgress) -> None:
-        self.contestants, self.options, self.progress = contestants, options, progress
+    def __init__(self, lineup: Lineup, options: Options, progress: GridProgress) -> None:
+        contestants = lineup.contestants
+        self.contestants, self.pace, self.options, self.progress = contestants, lineup.pace, options, progress
         self.base = options.recipes[0].parent
         first = contestants[0].config
         check_writable(options.out, "--out")
@@ -95,14 +101,19 @@ class Grid:
         if options.tune is not None:
             self._check_tune()
             self.validation_rows = self.validation_rows or self._rows_for_tuning()
-        self.num_blocks = self._count_blocks()
+        self.num_blocks = {contestant.name: self._count_blocks(contestant.config) for contestant in contestants}
+        is_first = self.pace is contestants[0]
+        self.pace_blocks = self.num_blocks[contestants[0].name] if is_first else self._count_blocks(self.pace.config)
         self._check_what_the_budget_sets()
         self._number = 0
         self._heard: set[str] = set()
+        self._inputs = fingerprints(first, self.base)
+        check_inputs(options.out, self._inputs)
         self._check_known_cells()
 
     def tune(self) -> list[Tuned]:
         """Try the grid's values on the first seed and choose by the validation rows; nothing where none was asked."""
+        write_inputs(self.options.out, self._inputs)
         tune = self.options.tune
         if tune is None:
             return []
@@ -242,9 +253,8 @@ class Grid:
         return _with_algorithm(config, self._fit(algorithm, steps, blocks))
 
     def _steps_for_samples(self, algorithm: AlgorithmConfig) -> int:
-        first = self.contestants[0]
-        num_peers = first.config.run.num_peers
-        return budgets.steps_for_samples(first.config.algorithm, self.num_blocks[first.name], algorithm, num_peers)
+        pace = self.pace.config
+        return budgets.steps_for_samples(pace.algorithm, self.pace_blocks, algorithm, pace.run.num_peers)
 
     def _fit(self, algorithm: AlgorithmConfig, steps: int, num_blocks: int) -> AlgorithmConfig:
         if self.options.budget == "bytes":
@@ -257,6 +267,9 @@ class Grid:
         tree = contestant.config.to_dict()
         tree["run"] |= {"seed": seed, "out": str(folder)}
         tree["data"]["validation_rows"] = self.validation_rows
+        if tree["data"]["validation_seed"] is None:
+            # One choice of rows for all cells: what rates are chosen by is never trained on.
+            tree["data"]["validation_seed"] = self.options.seeds[0]
         if validation:
             tree["eval"] |= {"split": "validation", "every": 0, "points": 0}
         elif not tree["eval"]["every"]:
@@ -282,7 +295,7 @@ class Grid:
         """One run: taken as it is where it is finished, else begun or gone on with; None where it diverged."""
         self._number += 1
         folder = RunFolder(Path(config.run.out))
-        folder.check(config.to_dict(), resume=True)
+        folder.check(config.to_dict(), resume=True, free=FREE_KEYS)
         if folder.summary.exists():
             return folder.read_summary()
         if diverged(folder.path):
@@ -338,8 +351,7 @@ class Grid:
                 is_named = f":{key}=" in contestant.name.replace(" ", "")
                 if is_named and getattr(fitted, key) != getattr(algorithm, key):
                     self.progress.note(
-                        f"{contestant.name}: the budget sets {key} to {getattr(fitted, key)}, so that it spends what"
-                        f" {self.contestants[0].name} does"
+                        f"{contestant.name}: the budget sets {key} to {getattr(fitted, key)}, so that all spend alike"
                     )
 
     def _check_tune(self) -> None:
@@ -378,17 +390,12 @@ class Grid:
             )
         return rows
 
-    def _count_blocks(self) -> dict[str, int]:
-        """Blocks of the model, by contestant; 1 where the schedule does not depend on them."""
-        counts = {}
-        for contestant in self.contestants:
-            config = contestant.config
-            counts[contestant.name] = 1
-            if isinstance(config.algorithm, BlockwiseConfig):
-                # An adapter changes the model, so each contestant gets one of its own.
-                module = prepare_model(config, torch.device("cpu"), self.base)
-                counts[contestant.name] = len(model_blocks(config, module))
-        return counts
+    def _count_blocks(self, config: RunConfig) -> int:
+        """Blocks of a contestant's model; 1 where the schedule does not depend on them."""
+        if not isinstance(config.algorithm, BlockwiseConfig):
+            return 1
+        # An adapter changes the model, so each contestant gets one of its own.
+        return len(model_blocks(config, prepare_model(config, torch.device("cpu"), self.base)))
 
     def _check_known_cells(self) -> None:
         """Refuse a folder of another comparison before hours are spent; what is tuned or probed is known later."""
@@ -398,7 +405,7 @@ class Grid:
                     folder = self._cell_folder(contestant, seed)
                     config = self._fitted(contestant, seed, None, None, folder)
                     assert config is not None  # no probe is needed
-                    RunFolder(folder).check(config.to_dict(), resume=True)
+                    RunFolder(folder).check(config.to_dict(), resume=True, free=FREE_KEYS)
 
 
 class _Once:
@@ -428,4 +435,4 @@ def _is_preferred(one: Summary, other: Summary) -> bool:
 
 
 def _spell(key: str, value: float | int) -> str:
-    return f"{key}-{value:g}"
+    return f"{key}-{value!r}"

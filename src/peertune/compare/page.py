@@ -12,10 +12,10 @@ from peertune.compare.options import Options
 from peertune.compare.stats import Pair, mean
 from peertune.report.charts import linear_axis, peer_color, place_ticks, tick_texts
 from peertune.report.page import document
-from peertune.report.results import card
+from peertune.report.results import card, empty
 from peertune.report.results import table as html_table
 from peertune.report.setup import recipe_text
-from peertune.report.text import count, esc, memory, number, plural, traffic
+from peertune.report.text import count, esc, memory, middle, number, plural, traffic
 
 Cells = Mapping[str, Sequence[Cell]]
 
@@ -116,13 +116,13 @@ _TUNING_LEAD = "On rows kept back from the training data, first seed; the test r
 def _sentences(found: Sequence[Pair], verdicts: Sequence[str]) -> str:
     # The first sentences are those of the pairs, in their order.
     kinds = [" class=clear" if pair.is_clear else "" for pair in found] + [""] * (len(verdicts) - len(found))
-    items = "".join(f"<li{kind}>{esc(text)}</li>" for kind, text in zip(kinds, verdicts, strict=True))
+    items = "".join(f"<li{kind}>{esc(text, 100_000)}</li>" for kind, text in zip(kinds, verdicts, strict=True))
     return f'<ul class="notes">{items}</ul>'
 
 
 def _table(rows: Sequence[table.Row]) -> str:
     keys = table.columns(rows)
-    body = [[esc(cell, 80) for cell in table.cells_of(row, keys)] for row in rows]
+    body = [[esc(middle(cell, 80)) for cell in table.cells_of(row, keys)] for row in rows]
     body = [[f'<i class="dot" style="--c:{peer_color(i)}"></i>{first}', *rest] for i, (first, *rest) in enumerate(body)]
     return html_table([esc(head) for head in table.heads(rows)], body)
 
@@ -148,6 +148,8 @@ def _over(
     for name, own in cells.items():
         marks = [_mark([x_of(p) for p in points], [p.quality for p in points]) for points in _by_position(own)]
         curves.append(Curve(name=name, color=colors[name], marks=marks))
+    if not any(mark.x for curve in curves for mark in curve.marks):
+        return empty(f"All have {show_x(0.0)} here.")
     lead = _curve_note(cells)
     return curve_chart(
         curves, x_title=x_title, y_title=_y_title(metric), show_x=_known(show_x), show_y=shown(metric).show
@@ -202,7 +204,7 @@ def _peers(cells: Cells, colors: Mapping[str, str], metric: str) -> str:
         tip = f"{name}: peers {show(min(values))} to {show(max(values))}"
         strip = spread_strip(values, mean([c.quality for c in own]), axis, colors[name], tip)
         gap = show(max(values) - min(values))
-        body.append([esc(name, 80), show(min(values)), show(max(values)), gap, strip])
+        body.append([esc(middle(name, 80)), show(min(values)), show(max(values)), gap, strip])
     ticks = place_ticks(axis, "left", tick_texts(axis, show))
     head = ["method", "lowest", "highest", "range", f'<div class="when">{ticks}</div>']
     return html_table(head, body, "spread")
@@ -211,7 +213,7 @@ def _peers(cells: Cells, colors: Mapping[str, str], metric: str) -> str:
 def _pairs(found: Sequence[Pair], metric: str) -> str:
     return html_table(
         [esc(head) for head in table.PAIR_HEAD],
-        [[esc(cell, 160) for cell in table.pair_cells(pair, metric)] for pair in found],
+        [[esc(middle(cell, 160)) for cell in table.pair_cells(pair, metric)] for pair in found],
     )
 
 
@@ -225,7 +227,7 @@ def _tuning(tuned: Sequence[Tuned], metric: str) -> str:
             best = choice.values.index(choice.best)
             texts[best] = f"<b>{texts[best]}</b>"
             chosen = f"{choice.best:g}" + (" (the grid's edge)" if choice.is_at_edge else "")
-        body.append([esc(choice.contestant, 80), *texts, chosen])
+        body.append([esc(middle(choice.contestant, 80)), *texts, chosen])
     return html_table(head, body)
 
 

@@ -10,6 +10,8 @@ from itertools import combinations
 from scipy import stats
 
 LEVEL = 0.95
+TIE = 1e-9
+"""Differences this small are the arithmetic's."""
 
 
 def mean(values: Sequence[float]) -> float:
@@ -30,10 +32,10 @@ def paired_interval(differences: Sequence[float], level: float = LEVEL) -> tuple
     Args:
         differences: one a seed.
     Returns:
-        Its ends; None for one seed, which has no spread to judge by.
+        Its ends; None where there is no spread to judge by: for one seed, or where all differences are one.
     """
     deviation = spread(differences)
-    if deviation is None:
+    if deviation is None or deviation < TIE:
         return None
     n = len(differences)
     half = float(stats.t.ppf((1 + level) / 2, n - 1)) * deviation / math.sqrt(n)
@@ -51,6 +53,11 @@ class Pair:
     """Mean over seeds of one's quality minus the other's."""
     interval: tuple[float, float] | None
     num_seeds: int
+
+    @property
+    def is_tie(self) -> bool:
+        """Whether both are equal, on average over the seeds."""
+        return abs(self.difference) < TIE
 
     @property
     def is_clear(self) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from peertune.compare.cells import Cell, DivergedCell, is_better, shown
@@ -50,6 +51,8 @@ class Row:
     """Seeds with which training diverged."""
 
 
+SLACK = 0.1
+"""By which share of the first contestant's another may miss the budget without a word: rounds are whole."""
 DIVERGED = "diverged"
 """Stands in tables in the place of a number that there is none of."""
 HEAD = {
@@ -170,7 +173,7 @@ def terminal_table(rows: Sequence[Row]) -> Table:
         width = max(len(text[index]) for text in texts) if index else None
         table.add_column(title, justify="right" if index else "left", min_width=width, overflow="fold")
     for text in texts:
-        table.add_row(*text)
+        table.add_row(*map(escape, text))
     return table
 
 
@@ -238,11 +241,12 @@ def verdicts(found: Sequence[Pair], metric: str) -> list[str]:
         if is_better(metric, 0.0, pair.difference):
             ahead, behind = behind, ahead
         size = _amount(pair.difference, metric)
-        if pair.interval is None:
-            said = "equal" if pair.difference == 0 else f"{ahead} is ahead by {size}"
-            sentences.append(f"{pair.one} and {pair.other}: {said} with this one seed.")
-            continue
         over = f"in {_seeds(pair.num_seeds)}"
+        if pair.interval is None:
+            said = "equal" if pair.is_tie else f"{ahead} is ahead by {size}"
+            where = "with this one seed" if pair.num_seeds == 1 else f"alike {over}, so no noise can be told"
+            sentences.append(f"{pair.one} and {pair.other}: {said} {where}.")
+            continue
         if pair.is_clear:
             ends = " to ".join(_amount(end, metric) for end in sorted(map(abs, pair.interval)))
             sentences.append(
@@ -255,7 +259,7 @@ def verdicts(found: Sequence[Pair], metric: str) -> list[str]:
                 f"{pair.one} and {pair.other}: the mean difference of {_change(pair.difference, metric)} {over} is not"
                 f" larger than the seed noise ({_LEVEL} interval {ends})."
             )
-    if found and found[0].interval is None:
+    if found and found[0].num_seeds == 1:
         sentences.append("With one seed no noise can be told: no difference here is a finding; use --seeds 0,1,2.")
     elif len(found) > 1:
         sentences.append(
@@ -265,15 +269,33 @@ def verdicts(found: Sequence[Pair], metric: str) -> list[str]:
     return sentences
 
 
-def diverged_notes(lost: Mapping[str, Sequence[int]]) -> list[str]:
+def budget_notes(rows: Sequence[Row], budget: str) -> list[str]:
+    """Who spent clearly more or less than the first contestant, though the budget was to make them equal."""
+    spent: dict[str, Callable[[Row], float | None]] = {
+        "samples": lambda row: row.samples, "bytes": lambda row: row.bytes_sent, "seconds": lambda row: row.cpu_s
+    }  # fmt: skip
+    first = spent[budget](rows[0])
+    notes = []
+    for row in rows[1:] if first else []:
+        own = spent[budget](row)
+        if own and first and abs(own / first - 1) > SLACK:
+            notes.append(
+                f"{row.contestant} took {number(own / first, 2)} times the {budget} of {rows[0].contestant}: the budget"
+                " could not be met, and what they reached does not compare."
+            )
+    return notes
+
+
+def diverged_notes(lost: Mapping[str, Sequence[int]], num_seeds: int) -> list[str]:
     """Who is not in the pairs, because training diverged.
 
     Args:
         lost: by contestant, the seeds with which it did.
+        num_seeds: of all.
     """
     return [
-        f"{name}: training diverged with seed {', '.join(map(str, seeds))}; it is left out of the pairs, and what is"
-        " shown of it is of its other seeds."
+        f"{name}: training diverged with seed {', '.join(map(str, seeds))}; it is left out of the pairs"
+        + (", and what is shown of it is of its other seeds." if len(seeds) < num_seeds else ".")
         for name, seeds in lost.items()
         if seeds
     ]

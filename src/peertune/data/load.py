@@ -77,18 +77,18 @@ def load_table(sources: str | list[str], config: DataSection, *, base: Path | No
 
 
 def _open(name: str, config: DataSection, base: Path | None) -> Located:
-    path = _find(name, base)
+    path = find(name, base)
     kind = _kind(name)
     if path is not None and path.is_dir():
         return _read_dataset(str(path), "train", config)
     if path is None and (split := re.fullmatch(r"(.+):([\w.-]+)", name)):
-        folder = _find(split[1], base)
+        folder = find(split[1], base)
         if folder is not None and folder.is_dir():
             return _read_dataset(str(folder), split[2], config)
     if path is None:
         hub, _, wanted = name.partition(":")
         # `data/train.tsv` is a path with a typing error or an unknown type where there is a folder `data`
-        if not kind and _HUB_NAME.fullmatch(hub) and _find(hub.split("/")[0], base) is None:
+        if not kind and _HUB_NAME.fullmatch(hub) and find(hub.split("/")[0], base) is None:
             return _read_dataset(hub, wanted or "train", config)
         tried = Path(name).absolute() if base is None or Path(name).is_absolute() else f"{Path.cwd()} and {base}"
         raise DataError(f"{name}: no such file (looked in {tried}){_similar(name, base)}; expected {_EXPECTED}")
@@ -110,7 +110,7 @@ def _kind(name: str) -> str:
     return "" if kind == ".parquet" and lower.endswith(".gz") else kind
 
 
-def _find(name: str, base: Path | None) -> Path | None:
+def find(name: str, base: Path | None) -> Path | None:
     for folder in (Path(), base):
         if folder is not None and (folder / name).exists():
             return folder / name

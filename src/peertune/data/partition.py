@@ -26,8 +26,8 @@ Rows = Sequence[Mapping[str, Any]]
 
 MAX_DRAWS = 1000
 """Draws of a whole partition before `min_size` is given up."""
-MAX_CLASSES = 20
-"""Classes that a peer's description lists at most."""
+MAX_CLASSES = 100
+"""Classes that descriptions list at most."""
 
 
 def partition(rows: Rows, source: Sequence[int], num_peers: int, config: DataSection, seed: int) -> list[Indices]:
@@ -89,16 +89,22 @@ def describe_partition(rows: Rows, parts: Sequence[Indices], config: DataSection
         parts: row indices of each peer.
         config: names the field that classes are counted by (as for `dirichlet`).
     Returns:
-        For each peer {"samples": rows held, "classes": {class: rows}}, its 20 largest classes first; classes are empty
-        where the rows have none.
+        For each peer {"samples": rows held, "classes": {class: rows}, "others": rows of classes not listed}, its
+        largest classes first. Those listed are the `MAX_CLASSES` largest over all peers; none where rows have none.
     """
     column = _class_column(rows, config)
+    held = [Counter(str(rows[i].get(column)) for i in piece) if column else Counter[str]() for piece in parts]
+    listed = {name for name, _ in _by_size(sum(held, Counter[str]()))[:MAX_CLASSES]}
     described = []
-    for piece in parts:
-        counts = Counter(str(rows[i].get(column)) for i in piece) if column else Counter[str]()
-        largest = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:MAX_CLASSES]
-        described.append({"samples": len(piece), "classes": dict(largest)})
+    for piece, counts in zip(parts, held, strict=True):
+        classes = {name: number for name, number in _by_size(counts) if name in listed}
+        others = counts.total() - sum(classes.values())
+        described.append({"samples": len(piece), "classes": classes, "others": others})
     return described
+
+
+def _by_size(counts: Counter[str]) -> list[tuple[str, int]]:
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
 
 
 def _class_column(rows: Rows, config: DataSection) -> str:

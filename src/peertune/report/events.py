@@ -48,7 +48,9 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True)
 class Holding:
-    """What one peer holds. `classes` maps a label to its number of samples; empty where there are no labels."""
+    """What one peer holds. `classes` maps a label to its number of samples; empty where there are no labels.
+
+    `others` is the number of samples whose label it leaves out."""
 
     peer: int
     samples: int
@@ -57,6 +59,7 @@ class Holding:
     cut: int
     dropped: int
     classes: Mapping[str, int]
+    others: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,7 +276,7 @@ def _block(position: int, block: Json) -> Block:
 
 
 def _holding(place: int, peer: Json) -> Holding:
-    counts = {name: _integer(peer.get(name)) for name in ("samples", "sequences", "tokens", "cut", "dropped")}
+    counts = {name: _integer(peer.get(name)) for name in ("samples", "sequences", "tokens", "cut", "dropped", "others")}
     classes = {str(k): _integer(v) for k, v in _mapping(peer.get("classes")).items()}
     return Holding(peer=_integer(peer["peer"]) if "peer" in peer else place, classes=classes, **counts)
 

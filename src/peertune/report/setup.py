@@ -183,7 +183,7 @@ def _density(rows: Sequence[object]) -> str:
 
 
 def _size(held: Holding) -> int:
-    return max(held.samples, sum(held.classes.values()))
+    return max(held.samples, sum(held.classes.values()) + held.others)
 
 
 def _class_colors(holdings: Sequence[Holding]) -> dict[str, str]:
@@ -203,7 +203,7 @@ def _totals(holdings: Sequence[Holding]) -> list[tuple[str, int]]:
 def _bar(held: Holding, colors: Mapping[str, str], largest: int) -> str:
     parts = [(name, held.classes[name], color) for name, color in colors.items() if held.classes.get(name)]
     named = [part for part in parts if part[2] != "var(--other)"]
-    rest = sum(n for _, n, c in parts if c == "var(--other)")
+    rest = sum(n for _, n, c in parts if c == "var(--other)") + held.others
     shown = [*named, ("other", rest, "var(--other)")] if rest else named
     shown = shown or ([("samples", held.samples, "var(--accent)")] if held.samples else [])
     size = _size(held) or 1
@@ -226,8 +226,10 @@ def _class_legend(holdings: Sequence[Holding], colors: Mapping[str, str]) -> str
         for name, total in named
     ]
     others = totals[len(named) :]
-    if others:
-        label = f"{count(len(others))} other classes <small>{count(sum(total for _, total in others))}</small>"
+    unlisted = sum(held.others for held in holdings)
+    if others or unlisted:
+        number_of = f"{count(len(others))} " if not unlisted else ""
+        label = f"{number_of}other classes <small>{count(sum(total for _, total in others) + unlisted)}</small>"
         entries.append(f'<span><i class="key swatch" style="--c:var(--other)"></i>{label}</span>')
     return f'<div class="legend top">{"".join(entries)}</div>'
 

@@ -23,6 +23,11 @@ def esc(value: object, limit: int = 400) -> str:
     return html.escape(_UNPRINTABLE.sub("\ufffd", text), quote=True)
 
 
+def middle(text: str, limit: int) -> str:
+    """A long name without its middle: what tells names apart is often at the end."""
+    return text if len(text) <= limit else f"{text[: limit // 2]}…{text[len(text) - (limit - 1) // 2 :]}"
+
+
 def number(value: float | None, digits: int = 4) -> str:
     """About `digits` significant digits; a power of ten for the very small and the very large."""
     if value is None:

@@ -1,0 +1,61 @@
+"""What a comparison's cells are computed from: a folder's cells, done now or weeks ago, are all of the same files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from peertune.config import RunConfig
+from peertune.data.load import find
+from peertune.errors import ConfigError
+from peertune.model.load import resolve_path
+from peertune.run_folder import storage_errors
+
+INPUTS = "inputs.json"
+
+
+def fingerprints(config: RunConfig, base: Path) -> dict[str, str]:
+    """File, as the recipe names it -> SHA-256 of its contents, of data and base; what comes from a hub has none."""
+    found = {}
+    for source in (config.data.train, config.data.test):
+        for name in [source] if isinstance(source, str) else source:
+            path = find(name, base) if name else None
+            if path is not None:
+                found[name] = _hash(path)
+    folder = Path(resolve_path(config.model.path, base))
+    if folder.is_dir():
+        found[config.model.path] = _hash(folder)
+    return found
+
+
+def check_inputs(out: Path, found: dict[str, str]) -> None:
+    """Refuse a folder whose cells were computed from other files. Raises ConfigError."""
+    try:
+        known = json.loads((out / INPUTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # nothing was begun, or by a version that did not write it
+    changed = [name for name in found if isinstance(known, dict) and known.get(name, found[name]) != found[name]]
+    if changed:
+        raise ConfigError(
+            f"--out: {out} holds cells from when {', '.join(changed)} had other contents, and they would not compare;"
+            " bring the old contents back, or name another folder"
+        )
+
+
+def write_inputs(out: Path, found: dict[str, str]) -> None:
+    with storage_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / INPUTS).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def _hash(path: Path) -> str:
+    """Of a file, or of all files in a folder with their names."""
+    digest = hashlib.sha256()
+    files: Iterable[Path] = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    for each in files:
+        with each.open("rb") as file:
+            own = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{each.relative_to(path)} {own}\n".encode())
+    return digest.hexdigest()
