@@ -51,6 +51,18 @@ def test_formats_agree(name: str, tmp_path: Path) -> None:
     assert table.source == [0, 0]
 
 
+def test_objects_in_parquet_have_their_own_keys_only(tmp_path: Path) -> None:
+    """Arrow gives every object of a column the keys of all; the nulls would be learned as arguments of calls."""
+    rows = [
+        {"messages": [{"role": "assistant", "tool_calls": [{"name": name, "arguments": arguments}]}], "tools": [tool]}
+        for name, arguments, tool in (("a", {"x": 1}, {"name": "a"}), ("b", {"y": "z"}, {"name": "b", "doc": "d"}))
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "c.parquet")
+    found = load_table(str(tmp_path / "c.parquet"), DataSection(task="chat")).rows
+    assert [row["messages"][0]["tool_calls"] for row in found] == [row["messages"][0]["tool_calls"] for row in rows]
+    assert [row["tools"] for row in found] == [row["tools"] for row in rows]
+
+
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
 def test_a_text_file_is_one_document(name: str, tmp_path: Path) -> None:
     raw = b"one\r\n\r\ntwo\n"

@@ -302,6 +302,29 @@ def test_reasoning_that_is_left_out_of_earlier_turns(byte_tokenizer: PreTrainedT
     assert targets(byte_tokenizer, sample) == "first<|im_end|><think>\n\n</think>\n\nsecond<|im_end|>"
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        # The generation prompt opens a thought, which turns of the past have no trace of.
+        "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}"
+        "{% else %}|{{ m.content }}<|im_end|>{% endif %}{% endfor %}{% if add_generation_prompt %}|<think>{% endif %}",
+        # The last turn has one.
+        "{% for m in messages %}<|im_start|>{{ m.role }} {% if m.role == 'assistant' and loop.last %}<think></think>"
+        "{% endif %}{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant <think>{% endif %}",
+    ],
+)
+def test_an_answer_that_stands_in_its_own_question_is_marked_where_it_is_given(
+    template: str, byte_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    byte_tokenizer.chat_template = template
+    row = chat(user("Paris or Rome"), assistant("Rome"), user("sure"), assistant("quite sure"))
+    [sample] = render([row], CHAT, byte_tokenizer, 400).samples
+    assert targets(byte_tokenizer, sample).replace("</think>", "") == "Rome<|im_end|>quite sure<|im_end|>"
+    starts = np.flatnonzero(np.diff(sample.loss_mask.astype(int)) == 1)
+    assert len(starts) == 2 and "Paris or Rome" in byte_tokenizer.decode(sample.input_ids[: starts[0] + 1])
+
+
 def test_a_turn_that_cannot_be_found_is_refused(byte_tokenizer: PreTrainedTokenizerBase) -> None:
     byte_tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content | upper }};{% endfor %}"
     with pytest.raises(DataError, match=r"row 2: the model's chat template renders an assistant turn otherwise.*split"):

@@ -395,3 +395,18 @@ def test_public_benchmarks_are_run(
     assert fake_harness == [("LlamaForCausalLM", 0, 8, 64), (["arc_easy", "gsm8k"], 5)]
     with pytest.raises(ConfigError, match=r"got 'no_such', but lm-eval refuses: 'no_such'; `lm-eval ls tasks`"):
         run_harness(SimpleNamespace(), make_byte_tokenizer(), ["no_such"], max_length=9)
+
+
+def test_eval_refuses_a_tokenizer_larger_than_the_model(
+    micro_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where a token was added and the embedding not resized."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    module = AutoModelForCausalLM.from_pretrained(micro_model)
+    module.resize_token_embeddings(100)
+    module.save_pretrained(tmp_path / "small")
+    AutoTokenizer.from_pretrained(micro_model).save_pretrained(tmp_path / "small")
+    (tmp_path / "d.txt").write_text("some words")
+    assert main(["eval", str(tmp_path / "small"), "--data", str(tmp_path / "d.txt"), "--task", "text"]) == 2
+    assert "the model embeds only 100" in capsys.readouterr().err

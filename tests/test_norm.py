@@ -59,6 +59,15 @@ def test_a_norm_that_computes_something_else_is_left_alone() -> None:
             found: torch.Tensor = super().forward(hidden_states - hidden_states.mean(-1, keepdim=True))
             return found
 
+    class Gated(LlamaRMSNorm):
+        def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+            found: torch.Tensor = super().forward(hidden_states)
+            return found if gate is None else found * gate
+
+    gated = Gated(16)
+    norm.take_over(gated)
+    assert "forward" not in vars(gated)
+
     centred = Centred(16)
     norm.take_over(torch.nn.ModuleList([LlamaRMSNorm(16), centred]))
     assert "forward" not in vars(centred)

@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peertune import checkpoint
+from peertune import checkpoint, run_state
 from peertune import run as runs
 from peertune.algorithms import ALGORITHMS
 from peertune.checkpoint import CheckpointStore
 from peertune.errors import CheckpointError, ConfigError, DivergedError, StorageError
 from peertune.evaluation import measure
 from peertune.lock import FolderLock
+from peertune.prepare import prepare_data
 from peertune.run import run
 from peertune.run_folder import append_line
 from tests.recipes import recipe, tree
@@ -410,3 +411,26 @@ def test_a_checkpoint_of_the_same_round_takes_the_first_ones_place_or_leaves_it(
     with pytest.raises(StorageError):
         store.save(0, 3, {"w": torch.zeros(2)}, {})
     assert store.load(0, 3)[0]["w"].tolist() == [1, 1]
+
+
+def test_rows_without_a_label_are_left_out_before_the_others_are_dealt(tmp_path: Path, micro_model: Path) -> None:
+    """Else a peer may hold nothing but those."""
+    config = recipe(tmp_path, micro_model, data={"partition": {"kind": "dirichlet", "alpha": 0.1}})
+    train = Path(str(config.data.train))
+    bare = [json.dumps({"text": f"nothing {i}", "label": None}) for i in range(40)]
+    train.write_text("\n".join([*train.read_text().splitlines(), *bare]) + "\n")
+    found = prepare_data(config, None)
+    assert sum(len(rendered.samples) for rendered in found.train.values()) == 60
+    assert all("" not in described["classes"] for described in found.classes)
+    assert "40 training rows have no label and were left out" in found.notes
+
+
+def test_a_peak_of_memory_before_a_kill_counts(
+    tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = recipe(tmp_path, micro_model)
+    with monkeypatch.context() as patched:
+        patched.setattr(run_state, "peak_bytes", lambda device: 10**15)
+        run(config)
+    (tmp_path / "out" / "summary.json").unlink()
+    assert run(config, resume=True)["peak_memory_bytes"] == 10**15

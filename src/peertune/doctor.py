@@ -23,7 +23,6 @@ from peertune.consortium import SiteOptions, check_base
 from peertune.errors import ConfigError, IdentityError, InputError, ModelError
 from peertune.identity import ALWAYS, Identity, load_identity
 from peertune.memory import available_bytes
-from peertune.model.adapters import core_of
 from peertune.model.language_model import LanguageModel
 from peertune.model.quantization import refuse_quantized
 from peertune.peer import Peer
@@ -237,7 +236,7 @@ def check_model(
         tokenizer = prepare_tokenizer(config, base) if data is None else data.tokenizer
         module = prepare_model(config, device, base)
         if data is not None:
-            check_vocabulary(data, core_of(module).get_input_embeddings().weight.shape[0], config.model.path)
+            check_vocabulary(module, config.model.path, data.test, data.train.values())
         check_base(charter, config.model.path, module, tokenizer)
         topology = make_topology(config, method, _counts(charter, config))
         blocks = model_blocks(config, module, method.frozen)

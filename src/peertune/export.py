@@ -19,7 +19,7 @@ from peertune.evaluation import HeldOut, measure, references, require_harness, r
 from peertune.model.language_model import LanguageModel
 from peertune.model.load import load_full_model, load_tokenizer, load_trained
 from peertune.optim import join_bfloat16
-from peertune.prepare import prepare_model, prepare_tokenizer
+from peertune.prepare import check_vocabulary, prepare_model, prepare_tokenizer
 from peertune.run_folder import RunFolder, check_writable, save_trained, storage_errors
 
 Task = Literal["text", "classification", "instruction", "chat"]
@@ -144,6 +144,8 @@ def evaluate_model(
         for rows, section in zip(tables, sections, strict=True)
     ]
     module = load_trained(chosen, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    for held_out in read:
+        check_vocabulary(module, model, held_out)
     measured = LanguageModel(module, chosen)
     for data, held_out in zip(files, read, strict=True):
         found = measure(measured, held_out, settings, by_client=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from peertune.data.render import Rendered, Rows, Sample, find_labels, label_toke
 from peertune.data.tools import LOSSES
 from peertune.errors import ConfigError, DataError, ModelError
 from peertune.evaluation import HeldOut, references, remarks
-from peertune.model.adapters import adapter_names, add_adapter
+from peertune.model.adapters import adapter_names, add_adapter, core_of
 from peertune.model.blocks import Block, partition_blocks
 from peertune.model.load import load_model, load_tokenizer
 from peertune.seeds import derive_seed, numpy_rng
@@ -78,12 +78,14 @@ def prepare_data(config: RunConfig, base: Path | None, site: int | None = None) 
     test = load_table(section.test, section, base=base).rows if section.test and not on_validation else []
     # Labels are those of all rows: one that only validation rows have is still a class. A site may lack one to learn.
     label_names: list[str] = []
+    num_unlabelled = 0
     if section.task == "classification":
         # To learn, a site needs one; to be measured, two.
         known, at_least = (table.rows, 2) if site is None else ([*table.rows, *test], 2 if test else 1)
         label_names = find_labels(known, section, at_least)
         if site is not None and table.rows and test:
             _require_common_labels(table.rows, test, section)
+        table, num_unlabelled = _with_labels(table, section)
     partition_seed = seed if section.partition.seed is None else section.partition.seed
     if table.rows:
         kept_by = seed if section.validation_seed is None else section.validation_seed
@@ -114,8 +116,19 @@ def prepare_data(config: RunConfig, base: Path | None, site: int | None = None) 
         train=train,
         test=measured,
         classes=describe_partition(table.rows, list(parts.values()), section),
-        notes=[*_shortened(list(train.values()), length), *remarks(measured, config.eval)],
+        notes=[
+            *([f"{num_unlabelled} training rows have no label and were left out"] if num_unlabelled else []),
+            *_shortened(list(train.values()), length),
+            *remarks(measured, config.eval),
+        ],
     )
+
+
+def _with_labels(table: Table, section: DataSection) -> tuple[Table, int]:
+    """The rows that have a label, before they are dealt, and the number of the others."""
+    there = [i for i, row in enumerate(table.rows) if row[section.label_field]]
+    kept = Table([table.rows[i] for i in there], [table.source[i] for i in there])
+    return kept, len(table.rows) - len(there)
 
 
 def _require_common_labels(train: Rows, test: Rows, section: DataSection) -> None:
@@ -189,11 +202,12 @@ def model_blocks(config: RunConfig, module: nn.Module, frozen: Sequence[str] = (
     return partition_blocks(module, layers if kind in ("lora", "bottleneck") else 0, only=names)
 
 
-def check_vocabulary(data: Prepared, num_embeddings: int, path: str) -> None:
+def check_vocabulary(module: torch.nn.Module, path: str, test: HeldOut, train: Iterable[Rendered] = ()) -> None:
     """Refuse a tokenizer that is larger than the model's embedding. Raises ModelError."""
-    samples = [sample for rendered in data.train.values() for sample in rendered.samples] + [*data.test.samples]
+    num_embeddings = core_of(module).get_input_embeddings().weight.shape[0]
+    samples = [*(sample for rendered in train for sample in rendered.samples), *test.samples]
     largest = max((int(sample.input_ids.max()) for sample in samples), default=0)
-    largest = max(largest, data.tokenizer.pad_token_id, *(token for label in data.test.labels for token in label), 0)
+    largest = max(largest, test.tokenizer.pad_token_id, *(token for label in test.labels for token in label), 0)
     if largest >= num_embeddings:
         raise ModelError(
             f"model.path: the tokenizer of {path!r} makes token {largest}, but the model embeds only {num_embeddings};"

@@ -26,7 +26,6 @@ from peertune.config import LinkSection, RunConfig
 from peertune.errors import ConfigError, DivergedError, Left, ModelError, PeerLostError, StorageError
 from peertune.evaluation import Measured, measure
 from peertune.memory import keep_freed, reset_peak
-from peertune.model.adapters import core_of
 from peertune.model.blocks import block_table, is_tied
 from peertune.model.language_model import LanguageModel
 from peertune.model.load import clone_model, load_full_model
@@ -135,7 +134,7 @@ def run(
     data = prepare_data(config, base, None if site is None else site.index)
     # What several ranks hold between them need not fit one GPU.
     module = prepare_model(config, placed if ranks_per_peer == 1 else torch.device("cpu"), base)
-    check_vocabulary(data, core_of(module).get_input_embeddings().weight.shape[0], config.model.path)
+    check_vocabulary(module, config.model.path, data.test, data.train.values())
     if site is not None:
         site.check(module, data.tokenizer)
     counts = [len(rendered.samples) for rendered in data.train.values()] if site is None else site.counts

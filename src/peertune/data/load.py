@@ -213,7 +213,18 @@ def _read_parquet(path: Path, name: str) -> Located:
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{name}: not a readable Parquet file: {reason}") from None
-    yield from ((f"{name}, row {number}", row) for number, row in enumerate(rows, 1))
+    yield from ((f"{name}, row {number}", _as_written(row)) for number, row in enumerate(rows, 1))
+
+
+def _as_written(row: Row) -> Row:
+    """A row without the keys that Arrow adds: objects in one column get those of all rows, with null in them."""
+    return {key: _without_nulls(value) for key, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _read_dataset(name: str, split: str, config: DataSection) -> Located:
@@ -230,7 +241,7 @@ def _read_dataset(name: str, split: str, config: DataSection) -> Located:
     for number, row in enumerate(data, 1):
         if names is not None and isinstance(row[config.label_field], int) and row[config.label_field] >= 0:
             row = {**row, config.label_field: names[row[config.label_field]]}
-        yield f"{name}:{split}, row {number}", row
+        yield f"{name}:{split}, row {number}", _as_written(row)
 
 
 def _check(row: Row, where: str, config: DataSection) -> Row:
@@ -312,7 +323,7 @@ def _messages(row: Row, where: str, config: DataSection) -> list[Row]:
             content = "".join(texts)
         if content is not None and not isinstance(content, str):
             raise DataError(f"{place}: content is {_type(content)}, expected text")
-        # Arrow gives every message all keys that any message has; templates test for presence
+        # templates test for presence
         kept = {key: value for key, value in message.items() if value is not None}
         messages.append({**kept, "content": content or ""})
     return messages

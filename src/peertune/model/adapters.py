@@ -147,7 +147,8 @@ def _wrap(module: nn.Module, config: Any) -> nn.Module:
 
 def _add_bottlenecks(module: nn.Module, size: int) -> nn.Module:
     embeddings = module.get_input_embeddings().weight  # type: ignore[operator]
-    add_bottlenecks(find_layers(module)[1], embeddings.shape[1], size)
+    width = module.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
+    add_bottlenecks(find_layers(module)[1], width, size)
     return module.to(embeddings.device)
 
 

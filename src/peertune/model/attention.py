@@ -42,7 +42,8 @@ def register() -> str:
             found: Tensor | None = sdpa_mask(*args, **kwargs)
             return found
         window = kwargs.get("local_size")
-        assert window is None or tokens.length <= window, "a window that no key of the model's config told of"
+        if window and tokens.length > window:
+            raise ValueError(f"a window of {window} tokens that no key of its config tells of")
         return None  # each sequence is causal by itself
 
     AttentionInterface.register(NAME, attention_forward)

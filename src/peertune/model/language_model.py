@@ -39,6 +39,7 @@ class LanguageModel:
             norm.take_over(module)
         self.core = core_of(module)
         """The transformers model itself."""
+        self._decoder = _decoder_of(self.core, config.path)
         self.num_virtual = self._num_virtual()
         dropout = has_dropout(module)
         if dropout and config.prefix_cache:
@@ -53,6 +54,8 @@ class LanguageModel:
             compile=config.compile,
             has_dropout=dropout,
         )
+        if like is None:
+            self._require_causal(config.path)
         self.has_plain_head: bool = self._check_plain_head() if like is None else like.has_plain_head
         self.no_packing: str = self._try_packing(config) if like is None else like.no_packing
         """Why batches of this model cannot run without padding; empty: they can."""
@@ -123,7 +126,7 @@ class LanguageModel:
     def hidden_before_targets(self, tokens: Packing) -> list[Tensor]:
         """Last hidden states at the places before the targets: by row of `tokens`, [its targets, hidden]."""
         with packed(tokens):
-            out = self.core.base_model(input_ids=tokens.input_ids, position_ids=tokens.positions, use_cache=False)
+            out = self._decoder(input_ids=tokens.input_ids, position_ids=tokens.positions, use_cache=False)
         # A sequence's first token is never a target, so the place before is of the same sequence.
         return [own[:-1][is_target[1:]] for own, is_target in zip(out.last_hidden_state, tokens.targets, strict=True)]
 
@@ -148,14 +151,14 @@ class LanguageModel:
             virtual = mask.new_ones(len(mask), self.num_virtual)
             options["attention_mask"] = torch.cat([virtual, mask], 1)
         if past is not None or not self.num_virtual:
-            out = self.core.base_model(input_ids=input_ids, past_key_values=past, **options)
+            out = self._decoder(input_ids=input_ids, past_key_values=past, **options)
             return out.last_hidden_state, out.past_key_values if use_cache else None
         prompt = self.module.get_prompt(batch_size=len(input_ids))
         if not isinstance(prompt, Tensor):  # keys and values
-            out = self.core.base_model(input_ids=input_ids, past_key_values=prompt, **{**options, "use_cache": True})
+            out = self._decoder(input_ids=input_ids, past_key_values=prompt, **{**options, "use_cache": True})
             return out.last_hidden_state, out.past_key_values if use_cache else None
         tokens = self.core.get_input_embeddings()(input_ids)
-        out = self.core.base_model(inputs_embeds=torch.cat([prompt.to(tokens.dtype), tokens], 1), **options)
+        out = self._decoder(inputs_embeds=torch.cat([prompt.to(tokens.dtype), tokens], 1), **options)
         return out.last_hidden_state[:, self.num_virtual :], out.past_key_values if use_cache else None
 
     def all_logits(self, input_ids: Tensor) -> Tensor:
@@ -185,9 +188,26 @@ class LanguageModel:
         mode = self.module.training
         self.module.eval()
         ids = torch.arange(1, 6, device=self.device)[None] % head.weight.shape[0]
-        same = torch.equal(head(self.hidden(ids)[0]), self.all_logits(ids))
+        hidden = self.hidden(ids)[0]
+        same = hidden.dtype == head.weight.dtype and torch.equal(head(hidden), self.all_logits(ids))
         self.module.train(mode)
         return same
+
+    @torch.no_grad()
+    def _require_causal(self, path: str) -> None:
+        """Refuse a model whose tokens see what comes after them. Raises ModelError."""
+        mode = self.module.training
+        self.module.eval()
+        ids = torch.arange(1, 6, device=self.device).repeat(2, 1) % self.core.get_input_embeddings().weight.shape[0]
+        ids[1, 4] = 0
+        one, other = self.hidden(ids)[0][:, :4].float()
+        self.module.train(mode)
+        tolerance = 1e-3 if next(self.module.parameters()).dtype == torch.float32 else 0.05
+        if (one - other).norm() > tolerance * one.norm():
+            raise ModelError(
+                f"model.path: in {path!r} tokens see those after them, expected a causal language model; a BERT needs"
+                " is_decoder = true in its config.json, and weights that were trained so"
+            )
 
     def _window(self) -> float:
         """How far back, in tokens, the layers that look back least do."""
@@ -228,3 +248,11 @@ class LanguageModel:
         if (packed_ - padded).float().norm() > tolerance * padded.float().norm():
             return "packed sequences come out otherwise than padded ones"
         return ""
+
+
+def _decoder_of(core: Any, path: str) -> Any:
+    """A transformers model without its head. Raises ModelError where it cannot be had."""
+    for found in (core.base_model, core.get_decoder(), getattr(core, "model", core)):
+        if found is not core:
+            return found
+    raise ModelError(f"model.path: {path!r} ({type(core).__name__}) has no part that gives hidden states by itself")

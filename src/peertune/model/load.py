@@ -26,7 +26,7 @@ def resolve_path(path: str, base: Path | None = None) -> str:
         return str(resources.files("peertune") / "tiny")
     for folder in (Path(path).expanduser(), base / path if base else None):
         if folder is not None and folder.is_dir():
-            return str(folder)
+            return str(folder.resolve())  # an exported adapter names it, and is loaded from elsewhere
     return path
 
 

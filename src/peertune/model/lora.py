@@ -41,7 +41,8 @@ def plain_layers(module: nn.Module) -> list[Any]:
     from peft.tuners.lora import Linear, LoraLayer
 
     def is_linear(layer: LoraLayer) -> bool:
-        if is_quantized(layer.base_layer.weight):
+        weight = getattr(layer.base_layer, "weight", None)  # none: several experts' tensors in one module
+        if weight is not None and is_quantized(weight):
             return isinstance(layer.base_layer, nn.Linear)  # bitsandbytes' own, which peft's layer of 4 bits is around
         return type(layer) is Linear and type(layer.base_layer) is nn.Linear
 

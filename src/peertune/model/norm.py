@@ -8,6 +8,7 @@ The result is transformers', bit for bit: r in float32, u in the type of x.
 from __future__ import annotations
 
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ def take_over(module: nn.Module) -> None:
             continue
         weight = getattr(norm, "weight", None)
         if weight is None or weight.ndim != 1 or len(list(norm.parameters())) != 1:
+            continue
+        if len(signature(norm.forward).parameters) != 1:  # some also take a gate
             continue
         kind = type(norm), weight.dtype
         if kind not in same:

@@ -1,0 +1,113 @@
+"""Architectures with something unusual, against transformers by itself: a row at a time, no cache, no padding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from peertune.algorithms import METHODS
+from peertune.config import ModelSection, from_dict
+from peertune.data.render import Sample
+from peertune.errors import ModelError
+from peertune.evaluate import evaluate, label_scores_plainly
+from peertune.model.adapters import add_adapter
+from peertune.model.attention import choose_attention
+from peertune.model.language_model import LanguageModel
+
+CPU = torch.device("cpu")
+VOCABULARY = 61
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": 24, "max_position_embeddings": 64,
+}  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+UNUSUAL: dict[str, dict[str, Any]] = {
+    "gemma3_text": {"head_dim": 4, "sliding_window": 8},  # its cache forgets what the window has passed
+    "mistral": {"sliding_window": 8},
+    "gemma2": {"head_dim": 4, "sliding_window": 8},  # a capped head
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 8},  # a window of 0 tokens: none
+    "mixtral": {"num_local_experts": 2},
+    "llama4_text": {"head_dim": 4, "attention_chunk_size": 8, "num_local_experts": 2, "intermediate_size_mlp": 24},
+    "mamba": {},  # no attention
+    "mamba2": {"num_heads": 4, "head_dim": 8, "n_groups": 1, "state_size": 8},  # norms that take a gate
+}
+
+
+def made(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **{**SIZES, **UNUSUAL.get(name, {})})
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model.eval()
+
+
+def samples() -> list[Sample]:
+    """Prompts of 5 and 12 tokens, with a label each."""
+    found = []
+    for row, length in enumerate((5, 12, 9)):
+        ids = np.random.default_rng(row).integers(1, VOCABULARY, length + 2).astype(np.int32)
+        mask = np.zeros(len(ids), bool)
+        mask[length:] = True
+        found.append(Sample(input_ids=ids, loss_mask=mask, prompt_length=length, label=row % 2, row=row))
+    return found
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_loss_and_label_scores_are_those_of_the_model_itself(name: str) -> None:
+    module = made(name)
+    rows, labels = samples(), [[3, 4], [5]]
+    losses, best = [], []
+    for sample in rows:
+        log_p = module(torch.tensor(sample.input_ids[None].astype(np.int64))).logits[0].log_softmax(-1)
+        places = np.flatnonzero(sample.loss_mask)
+        losses += [-log_p[p - 1, int(sample.input_ids[p])].item() for p in places]
+        scores = []
+        for label in labels:
+            ids = [*sample.input_ids[: sample.prompt_length].tolist(), *label]
+            log_p = module(torch.tensor([ids])).logits[0].log_softmax(-1)
+            scores.append(sum(log_p[sample.prompt_length - 1 + t, token].item() for t, token in enumerate(label)))
+        best.append(scores)
+    choose_attention(module, ModelSection(), CPU)
+    model = LanguageModel(module, ModelSection())
+    assert evaluate(model, rows, 0)["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+    found = evaluate(model, rows, 0, labels=labels)
+    truth = [sample.label for sample in rows]
+    assert found["accuracy"] == np.mean(np.argmax(best, 1) == truth)
+    plain = label_scores_plainly(model, rows, 0, labels)
+    assert torch.allclose(plain, torch.tensor(best, dtype=torch.float64), atol=1e-4)
+
+
+def test_a_state_of_another_type_than_the_heads_is_the_models_own_business() -> None:
+    model = LanguageModel(made("mamba", torch.bfloat16), ModelSection(dtype="bfloat16"))
+    assert not model.has_plain_head and torch.isfinite(model.all_logits(torch.ones(1, 4, dtype=torch.long))).all()
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys")  # peft's own patterns for Mixtral
+def test_lora_passes_over_experts_that_are_no_linear_layers() -> None:
+    settings = from_dict({"algorithm": {"name": "dec_lora"}}, METHODS)[0].algorithm
+    model = LanguageModel(add_adapter(made("mixtral"), settings, 0), ModelSection())
+    assert torch.isfinite(model.all_logits(torch.ones(1, 4, dtype=torch.long))).all()
+
+
+def test_bottlenecks_have_the_layers_width_not_the_embeddings() -> None:
+    config = AutoConfig.for_model(
+        "opt", vocab_size=VOCABULARY, hidden_size=16, word_embed_proj_dim=8, ffn_dim=24, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=64, dropout=0.0,
+    )  # fmt: skip
+    module = AutoModelForCausalLM.from_config(config)
+    settings = from_dict({"algorithm": {"name": "dec_adapter"}}, METHODS)[0].algorithm
+    model = LanguageModel(add_adapter(module.requires_grad_(False), settings, 0), ModelSection())
+    assert model.all_logits(torch.ones(1, 4, dtype=torch.long)).shape == (1, 4, VOCABULARY)
+
+
+def test_a_model_that_looks_ahead_is_refused() -> None:
+    config = AutoConfig.for_model("bert", **SIZES, is_decoder=False)
+    with pytest.raises(ModelError, match="tokens see those after them"):
+        LanguageModel(AutoModelForCausalLM.from_config(config), ModelSection(path="some-bert"))
+    config.is_decoder = True
+    LanguageModel(AutoModelForCausalLM.from_config(config), ModelSection(path="some-bert"))
