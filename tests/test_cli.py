@@ -212,3 +212,17 @@ def test_a_finished_run_whose_model_or_summary_is_spoilt_says_so(
     (finished / "summary.json").write_text("{")
     assert main(again) != 0
     assert "summary.json: damaged" in capsys.readouterr().err
+
+
+def test_an_unknown_option_is_answered_with_the_nearest_of_its_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, said in (
+        (
+            ["join", "c.toml", "--dta", "y"],
+            "peertune join: error: unrecognized arguments: --dta y; did you mean --data?",
+        ),
+        (["charter", "sign", "c.toml", "--idntity=k"], "did you mean --identity?"),
+        (["run", "r.toml", "--wholly-other"], "peertune run: error: unrecognized arguments: --wholly-other\n"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(arguments)
+        assert said in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from concurrent.futures import Future
 from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +11,11 @@ import pytest
 import torch
 
 from peertune.cli_output import summary_table
+from peertune.consortium import Repeats
 from peertune.exchange import Hop
+from peertune.runtimes import network
 from peertune.runtimes.edge import Edge
-from peertune.runtimes.network import NetworkGroup, Pace
+from peertune.runtimes.network import NetworkExchange, NetworkGroup, Pace
 from peertune.site_summary import contributions
 
 
@@ -163,3 +166,65 @@ def test_a_sites_summary_says_what_came_from_whom_and_with_whom_it_agreed() -> N
     agreement = {"with": ["east"], "without": ["west"]}
     assert "agreed with: east; without: west" in str(summary_table({**summary, "agreement": agreement}).caption)
     assert "agreed" not in str(summary_table(summary).caption)
+
+
+def test_a_sites_table_says_whose_numbers_they_are() -> None:
+    metrics = {"before": {"loss": 2.0}, "average_model": {"loss": 1.0}, "peers": [{"loss": 1.5}, None]}
+    summary: dict[str, Any] = {
+        "algorithm": "deca", "bytes_sent_per_peer": [4_000, None], "rounds": 3, "peak_memory_bytes": 1, "wall_s": 1.0,
+        "metrics": metrics,
+    }  # fmt: skip
+    heads = [str(column.header) for column in summary_table(summary).columns]
+    assert heads == ["held-out", "before", "average model", "peers' own, mean", "worst peer"]
+    alone = {**summary, "contributions": [], "agreement": {"with": [], "without": ["east"]}}
+    table = summary_table(alone)
+    assert [str(column.header) for column in table.columns][2:] == ["this site's model", "before agreement"]
+    assert "sent by this site: 4" in str(table.caption) and "warning: the others end with other" in str(table.caption)
+
+
+def test_a_long_absence_is_told_once() -> None:
+    repeats = Repeats()
+    rounds = [3, 4, 4, 5, 9, 10]
+    told = [n for n in rounds if not repeats.is_one("left_out", {"peers": "east", "round": n})]
+    assert told == [3, 9]
+    assert not repeats.is_one("was_missed", {"peer": "east", "round": 10})
+    assert not any(repeats.is_one("stalled", {"peer": "east", "seconds": 30.0}) for _ in range(2))
+
+
+@pytest.mark.parametrize(
+    ("rounds_in_time", "waits_s"),
+    [
+        ({}, 8.0),  # it does not get on: a grace
+        ({second: second for second in range(1, 30)}, 30.0),  # it gets on, and comes
+        ({second: second for second in range(1, 1000)}, 80.0),  # for ever: ten graces
+    ],
+)
+def test_at_the_end_one_who_is_behind_is_waited_for_as_long_as_it_gets_on(
+    rounds_in_time: dict[int, int], waits_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Second by second, the round that the neighbour has reached; once it has done 29, its message comes."""
+    arrival: Future[Any] = Future()
+    clock = [0.0]
+    edge = SimpleNamespace(peer_round=0)
+    neighbor = SimpleNamespace(
+        edge=edge, index=1, name="east", is_connected=True, is_ejected=False, was_seen=True, is_gone=lambda round: True,
+        miss=lambda key, corrects: arrival.set_result(None),
+    )  # fmt: skip
+    node: Any = SimpleNamespace(
+        neighbors={1: neighbor}, index=0, has_quorum=True, turned_away="", soon=lambda call: call(),
+        log=lambda *_, **__: None,
+    )  # fmt: skip
+
+    class Ticking(NetworkExchange):
+        def attend(self) -> None:
+            clock[0] += 1.0
+            edge.peer_round = rounds_in_time.get(int(clock[0]), edge.peer_round)
+            if len(rounds_in_time) == 29 and clock[0] == 30.0:
+                arrival.set_result({})
+
+    monkeypatch.setattr(network.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(network, "POLL_S", 0)
+    exchange = Ticking(node)
+    exchange._has_begun = True
+    found = exchange._wait(1, arrival, 1e9, 8.0, corrects=False)
+    assert (found is not None) == (waits_s == 30.0) and clock[0] == pytest.approx(waits_s, abs=2)

@@ -225,7 +225,7 @@ def check_members(members: Sequence[Member], num_members: int, edges: Sequence[t
     if len(members) != num_members:
         raise CharterError(
             f"--member: got {len(members)} members for a recipe of {num_members} (run.num_peers, and a server, the"
-            " last, where the method has one)"
+            " last, where the method has one); name all of them, or set --set run.num_peers"
         )
     for key in ("name", "id", "address"):
         values = [getattr(member, key) for member in members]

@@ -7,6 +7,7 @@ given cannot be used; 130 interrupted; 141 whoever read the output went away.
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
 import sys
@@ -78,10 +79,22 @@ def _main(arguments: Sequence[str] | None) -> int:
         console.print(f"peertune{rank}: {kind}{error}", markup=False, highlight=False, emoji=False, soft_wrap=True)
         return error.exit_code
     except KeyboardInterrupt:
-        ways = {_run: "; go on with --resume", _compare: "; the same command goes on"}
-        resumable = ways.get(options.command, "")
+        resumable = getattr(options, "goes_on", "")
         console.print(f"peertune: interrupted{resumable}", markup=False)
         return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says which option an unknown one is nearest to; those of commands too, whose usage it then shows."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            wrong = next((text.partition("=")[0] for text in unknown if text.startswith("--")), "")
+            near = difflib.get_close_matches(wrong, flags, 1, 0.6)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {near[0]}?" if near else ""))
+        return found, unknown
 
 
 def _run(options: argparse.Namespace, console: Console) -> None:
@@ -248,7 +261,7 @@ def _at_least(least: int) -> Callable[[str], int]:
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="peertune", description=peertune.__doc__, epilog=EPILOG, formatter_class=raw, allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"peertune {peertune.__version__}")
@@ -262,7 +275,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--out", metavar="DIR", help="folder of the run (run.out)")
     run.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in that folder")
-    run.set_defaults(command=_run)
+    run.set_defaults(command=_run, goes_on="; go on with --resume")
 
     demo = commands.add_parser("demo", help="DECA on eight peers with Python's own standard library, in minutes")
     demo.add_argument("--out", default="peertune-demo", metavar="DIR")
@@ -295,7 +308,7 @@ def _parser() -> argparse.ArgumentParser:
         "--workers", type=_at_least(1), default=1, metavar="N", help="cells at a time, each in a process (samples only)"
     )
     compare.add_argument("--out", default="runs/compared", metavar="DIR", help="folder; an unfinished one goes on")
-    compare.set_defaults(command=_compare)
+    compare.set_defaults(command=_compare, goes_on="; the same command goes on")
 
     add_consortium(commands)
     add_watch(commands)

@@ -77,8 +77,16 @@ def add_consortium(commands: Any) -> None:
     )
     new.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override a key")
     new.add_argument("--expires", type=_date, required=True, metavar="YYYY-MM-DD", help="last day it is valid")
-    new.add_argument("--grace", type=_seconds, default=600.0, metavar="S", help="wait so long for a site out of reach")
-    new.add_argument("--quorum", type=_count, default=1, metavar="N", help="wait while fewer members are there")
+    new.add_argument(
+        "--grace",
+        type=_seconds,
+        default=600.0,
+        metavar="S",
+        help="seconds that a site out of reach is waited for; default: 600",
+    )
+    new.add_argument(
+        "--quorum", type=_count, default=1, metavar="N", help="wait while fewer members are there; default: 1"
+    )
     new.add_argument("--to", default="charter.toml", metavar="FILE")
     new.set_defaults(command=_charter_new)
     sign = actions.add_parser("sign", help="add this site's signature")
@@ -99,7 +107,8 @@ def add_consortium(commands: Any) -> None:
         "join", help="take part in a charter's run; the same command goes on", allow_abbrev=False
     )
     site(join)
-    join.set_defaults(command=_join)
+    hint = "; the same command goes on (`peertune leave DIR` ends it in good order, and nobody has to wait)"
+    join.set_defaults(command=_join, goes_on=hint)
 
     eject = commands.add_parser(
         "eject", help="sign that a member is put out of the run; it needs more than half of all"

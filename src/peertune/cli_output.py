@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from peertune.report.text import traffic
+
 
 class Lossy:
     """A text stream without which the work goes on: what a full disk or a closed pipe does not take is lost."""
@@ -90,28 +92,34 @@ class GridBars:
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
-    """What a run achieved, a row a metric."""
-    metrics = summary["metrics"]
+    """What a run achieved, a row a metric; at a site, what this one knows."""
+    metrics, is_site, agreement = summary["metrics"], "contributions" in summary, summary.get("agreement")
+    is_alone = agreement is not None and not agreement["with"] and bool(agreement["without"])
     table = Table(
         title=f"{summary['algorithm']}, {len(summary['bytes_sent_per_peer'])} peers, {summary['rounds']} rounds"
     )
-    for column in ("held-out", "before", "average model", "peers' own, mean", "worst peer"):
+    result = "this site's model" if is_alone else "agreed model" if is_site else "average model"
+    own_columns = ["before agreement"] if is_site else ["peers' own, mean", "worst peer"]
+    for column in ("held-out", "before", result, *own_columns):
         table.add_column(column, justify="left" if column == "held-out" else "right")
     for name, value in metrics["average_model"].items():
         own = [peer[name] for peer in metrics.get("personal", metrics["peers"]) if peer and name in peer]
-        spread = ["-", "-"]  # a server in a consortium knows no peer's
+        spread = ["-"] * len(own_columns)  # a server in a consortium knows no peer's
         if own:
             worst = max(own) if name in ("loss", "call_loss", "perplexity") else min(own)
-            spread = [f"{v:.4f}" for v in (sum(own) / len(own), worst)]
+            spread = [f"{v:.4f}" for v in (sum(own) / len(own), worst)][: len(own_columns)]
         table.add_row(name, *(f"{v:.4f}" for v in (metrics["before"][name], value)), *spread)
     sent = [count for count in summary["bytes_sent_per_peer"] if count is not None] or [0]  # a site knows its own
+    told = f"{traffic(sum(sent) / len(sent))} on average, {traffic(max(sent))} at most"
     table.caption = (
-        f"sent by a peer: {sum(sent) / len(sent) / 1e6:,.1f} MB on average, {max(sent) / 1e6:,.1f} MB at most;"
+        f"sent by {f'this site: {traffic(sent[0])}' if is_site else f'a peer: {told}'};"
         f" peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB; {summary['wall_s']:.0f} s"
     )
-    if agreement := summary.get("agreement"):  # a site's
+    if agreement:
         agreed, without = (", ".join(agreement[key]) or "nobody" for key in ("with", "without"))
         table.caption += f"\nagreed with: {agreed}; without: {without}"
+    if is_alone:
+        table.caption += "\nwarning: the others end with other models than this one"
     return table
 
 

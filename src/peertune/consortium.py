@@ -6,7 +6,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from functools import partial
@@ -33,7 +33,7 @@ from peertune.config import RunConfig, apply_override, from_dict, load_recipe
 from peertune.ejection import ejection_path, needed, sign_ejection
 from peertune.errors import CharterError, CheckpointError, ConfigError, Left, StorageError
 from peertune.identity import load_identity
-from peertune.lock import is_held
+from peertune.lock import FolderLock, is_held
 from peertune.memory import keep_freed
 from peertune.model.language_model import LanguageModel
 from peertune.model.load import TINY, resolve_path
@@ -42,7 +42,7 @@ from peertune.prepare import base_print, model_blocks, prepare_model, prepare_to
 from peertune.progress import Progress
 from peertune.robust import check_rule
 from peertune.run import Site, run
-from peertune.run_folder import RunFolder, append_line, storage_errors
+from peertune.run_folder import RunFolder, append_line, check_writable, storage_errors
 from peertune.runtimes import edges
 from peertune.runtimes.network import NetworkGroup
 from peertune.runtimes.node import Node
@@ -205,20 +205,23 @@ def join(options: SiteOptions, progress: Progress) -> dict[str, Any]:
     keep_freed(shared=True)  # before the tokenizer's threads, each with a store of its own
     charter, own, out = read_charter(options.charter), load_identity(options.identity), options.out
     charter.check()
+    check_writable(out, "--out")
+    if is_held(out):
+        FolderLock(out).acquire()  # says who is at work there, before hours of loading
     index = charter.index_of(own.id)
     config = options.config(charter)
     num_peers = config.run.num_peers
     if bool(options.train) != (index < num_peers):
         role = "a peer, which trains" if index < num_peers else "the server, which has no data"
         raise ConfigError(f"--data: got {options.train!r}, but {charter.members[index].name} is {role}")
-    audit = AuditLog(out / AUDIT)
+    audit, repeats = AuditLog(out / AUDIT), Repeats()
 
     def log(event: str, **fields: Any) -> None:
         try:
             audit(event, **fields)
         except StorageError as error:
             progress.note(f"the audit log has a gap: {error}")
-        if event not in ("started", "sent", "fetched", "arrived"):
+        if event not in ("started", "sent", "fetched", "arrived") and not repeats.is_one(event, fields):
             progress.note(" ".join([event.replace("_", " "), *(f"{key} {value}" for key, value in fields.items())]))
 
     folder, listen = RunFolder(out), options.address(charter, index)
@@ -301,12 +304,27 @@ def fingerprints(module: Any, tokenizer: Any) -> tuple[str, str]:
 def check_base(charter: Charter, path: str, module: Any, tokenizer: Any) -> None:
     """Refuse another base or tokenizer than the charter's. Raises CharterError."""
     found, agreed = fingerprints(module, tokenizer), (charter.base, charter.tokenizer)
+    tried = ", the packaged base, which is tried where no other is named," if path == TINY else ""
     for what, mine, theirs in zip(("weights", "tokenizer"), found, agreed, strict=True):
         if mine != theirs:
             raise CharterError(
-                f"model.path: the {what} in {path!r} are not those of the charter; get the same base as"
+                f"model.path: the {what} in {path!r}{tried} are not those of the charter; get the same base as"
                 " the other sites, and name its folder with --model"
             )
+
+
+class Repeats:
+    """What is said of a round, and was said of the round before too: a long absence is told once."""
+
+    def __init__(self) -> None:
+        self._last: dict[tuple[str, str], int] = {}
+
+    def is_one(self, event: str, fields: Mapping[str, Any]) -> bool:
+        who, at = str(fields.get("peers", fields.get("peer"))), fields.get("round")
+        if event not in ("left_out", "was_missed", "late") or not isinstance(at, int):
+            return False
+        before, self._last[event, who] = self._last.get((event, who)), at
+        return before is not None and before <= at <= before + 1
 
 
 class AuditLog:

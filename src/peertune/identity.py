@@ -115,7 +115,10 @@ def load_identity(folder: Path) -> Identity:
         if not isinstance(key, ec.EllipticCurvePrivateKey) or _id_of(key.public_key()) != found.id:
             raise IdentityError(f"{folder}: {KEY} and {CERTIFICATE} do not belong together; bring back the old files")
     except FileNotFoundError as error:
-        raise IdentityError(f"{folder}: holds no identity; make one with `peertune keygen`") from error
+        raise IdentityError(
+            f"{folder}: holds no identity; name the folder of this site's key with --identity, or make a key with"
+            " `peertune keygen`"
+        ) from error
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:  # TypeError: it has a password
         if isinstance(error, IdentityError):
             raise

@@ -40,6 +40,8 @@ POLL_S = 0.05
 """Seconds between looks at whether a neighbour is still worth waiting for."""
 PACE_ROUNDS = 8
 """Rounds after which a site that is behind looks whether it comes nearer."""
+LENIENT_GRACES = 10
+"""At the end of a run one who is behind, but gets on, is waited for at most so many graces."""
 WAITING_S = 5.0
 """Seconds after which one is told whom a round waits for."""
 
@@ -320,16 +322,21 @@ class NetworkExchange:
         """The payload; None where the neighbour has been out of reach for the grace, or nothing came for `patience`.
 
         Args:
-            lenient_s: seconds for which a neighbour who is within reach, but behind, is waited for.
+            lenient_s: seconds without a new round after which a neighbour who is within reach, but behind, is waited
+                for no more.
             corrects: a message that is gone on without is fetched later, should it still come.
         """
         neighbor, began, told, paused = self._node.neighbors[source], time.monotonic(), False, False
+        reached, got_on = neighbor.edge.peer_round, began
         while True:
             self.attend()
+            if neighbor.edge.peer_round > reached:
+                reached, got_on = neighbor.edge.peer_round, time.monotonic()
             if not told and not neighbor.is_connected and time.monotonic() - began > WAITING_S:
                 told = True
                 self._node.log("waiting", peer=neighbor.name, round=self._key[0])
-            may_come = neighbor.is_connected and time.monotonic() - began < lenient_s
+            is_patient = time.monotonic() - began < LENIENT_GRACES * lenient_s
+            may_come = neighbor.is_connected and is_patient and time.monotonic() - got_on < lenient_s
             if not may_come and self._may_go_on(neighbor) and not arrival.done() and neighbor.is_gone(self._key[0]):
                 self._node.soon(partial(neighbor.miss, self._key, corrects))
             if self.is_leaving and not (neighbor.is_connected and self._node.has_quorum):

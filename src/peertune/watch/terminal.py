@@ -25,7 +25,7 @@ def status_lines(state: Snapshot) -> list[str]:
     if state.state == "stopped" and state.last_line is not None:
         times.append(f"last line written{_ago(state.last_line, state.now)}")
     if state.bytes_sent is not None:
-        times.append(f"{traffic(state.bytes_sent)} sent")
+        times.append(f"{traffic(state.bytes_sent)} {'made ready to send' if state.is_site else 'sent'}")
     lines = [" ".join(first), *(["  " + "; ".join(times)] if times else [])]
     width = max((len(peer.name) for peer in state.peers), default=0)
     if state.is_site:
@@ -45,7 +45,7 @@ def _neighbor(peer: PeerState, now: float) -> str:
         parts.append(f"last message{_ago(peer.heard, now)}")
     if peer.status == "connected" and peer.bytes_per_s is not None:
         parts.append(f"{traffic(peer.bytes_per_s)}/s")
-    parts.append(f"{traffic(peer.bytes_sent)} sent, {traffic(peer.bytes_received)} received")
+    parts.append(f"{traffic(peer.bytes_sent)} made ready, {traffic(peer.bytes_received)} received")
     if peer.refusal:
         parts.append(peer.refusal)
     return "; ".join(parts)
