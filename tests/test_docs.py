@@ -1,5 +1,6 @@
 """Shipped recipes and the README's commands run, on real data, made short."""
 
+import csv
 import re
 import shlex
 import subprocess
@@ -93,3 +94,11 @@ def test_the_readmes_recipe_keys_exist() -> None:
 def test_the_demos_recipe_is_valid() -> None:
     config, notes = load_recipe(ROOT / "src" / "peertune" / "demo.toml", [], METHODS)
     assert config.algorithm.name == "deca" and not notes
+
+
+def test_the_tables_cells_trained_alike() -> None:
+    """What a comparison's cells drew is in its file: methods with half of the others' samples do not compare."""
+    for path in sorted((ROOT / "benchmarks" / "results").glob("compare-*.csv")):
+        with path.open() as file:
+            samples = {float(row["samples"]) for row in csv.DictReader(file) if "samples" in row}
+        assert not samples or max(samples) <= 1.05 * min(samples), path.name
