@@ -23,7 +23,9 @@ from peertune.errors import CheckpointError
 from peertune.report import charts, series, text, write_report
 from peertune.report.events import read_run
 from peertune.report.page import SECTIONS
+from peertune.run import run
 from peertune.seeds import numpy_rng
+from tests.recipes import recipe
 
 LABELS = ("Business", "Sci/Tech", "Sports", "World")
 BLOCKS = ("layers 0", "layers 1", "layers 2", "layers 3", "final norm and head")
@@ -478,3 +480,14 @@ def test_a_browser_shows_it_without_complaint(tmp_path: Path) -> None:
         assert f'id="{section}"' in dumped.stdout
     assert "<title>DECA, 8 peers · peertune</title>" in dumped.stdout
     assert dumped.stdout.count("<script>") == 1
+
+
+def test_who_never_agrees_is_told_by_the_peers_own_models(tmp_path: Path, micro_model: Path) -> None:
+    """Nobody holds the average of models that were trained apart, and no W mixed them."""
+    config = recipe(tmp_path, micro_model, algorithm={"name": "local", "outer_rounds": 2})
+    summary = run(config)
+    page = (tmp_path / "out" / "report.html").read_text()
+    own = sum(peer["accuracy"] for peer in summary["metrics"]["peers"]) / 4
+    assert "the peers' own, mean" in page and f"{own * 100:.1f}" in page
+    assert summary["lambda2"] is None and "a round of mixing shrinks" not in page
+    assert "4 peers" in page

@@ -55,6 +55,7 @@ def start_event(config: RunConfig, method: Algorithm, data: Prepared, notes: lis
         "edges": topology.edges,
         "hub": topology.num_peers if topology.has_hub else None,
         **_mixing(method),
+        "agrees": method.agrees,
         "rounds": method.num_rounds,
     }
 

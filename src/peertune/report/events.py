@@ -78,6 +78,8 @@ class Run:
     edges: tuple[tuple[int, int], ...]
     weights: tuple[tuple[float, ...], ...]
     lambda2: float | None
+    agrees: bool
+    """Whether the peers end with one model."""
     planned_rounds: int
     rounds: tuple[Round, ...]
     evaluations: tuple[Evaluation, ...]
@@ -94,8 +96,9 @@ class Run:
 
     @property
     def num_peers(self) -> int:
-        known = max(len(self.holdings), len(self.weights))  # a pooled run has one model, a site knows its own data
-        return known or max((len(r.loss) for r in self.rounds), default=1)
+        # A pooled run has one model, a site knows its own data, and W is not every method's.
+        logged = max((len(r.loss) for r in self.rounds), default=1)
+        return max(len(self.holdings), len(self.weights), logged)
 
     @property
     def num_models(self) -> int:
@@ -179,6 +182,7 @@ def read_run(run_dir: Path) -> Run:
             for row in _list(start.get("weights")) or _list(summary.get("weights"))
         ),
         lambda2=_number(start.get("lambda2")),
+        agrees=start.get("agrees") is not False,
         planned_rounds=_integer(start.get("rounds")),
         rounds=rounds,
         evaluations=_evaluations(log, metrics, rounds[-1].round + 1 if rounds else 0),

@@ -125,12 +125,15 @@ def headline(run: Run) -> str:
     """Cards with the numbers one asks for first."""
     boxes: list[str] = []
     names = _metric_names(run)
-    models = [e.average_model for e in run.evaluations]
+    models, whose = [e.average_model for e in run.evaluations], "average model"
+    own = run.evaluations[-1].peers if run.evaluations else ()
+    if not run.agrees and own and all(own):  # nobody holds the average model
+        models, whose = [models[0], {name: _mean_of(own, name) for name in own[0]}], "the peers' own, mean"
     if names:
         name, metric = names[0], _metric(names[0])
         seen = [m[name] for m in models if name in m]
         first, last = seen[0], seen[-1]
-        what = f"Held-out {esc(metric.title)}, average model"
+        what = f"Held-out {esc(metric.title)}, {whose}"
         if len(seen) == 1:
             boxes.append(_box(what, metric.show(first), "before training" if not run.rounds else "one evaluation"))
         else:
@@ -149,6 +152,10 @@ def headline(run: Run) -> str:
         _box("Rounds", count(run.rounds_done), f"of {count(run.planned_rounds)} planned"),
     ]
     return f'<div id="summary" class="boxes">{"".join(boxes)}</div>'
+
+
+def _mean_of(metrics: Sequence[Mapping[str, float]], name: str) -> float:
+    return sum(each[name] for each in metrics if name in each) / len(metrics)
 
 
 def loss(run: Run) -> str:
