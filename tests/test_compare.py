@@ -613,7 +613,7 @@ def lengths(path: Path, tmp_path: Path, names: str, told: Quiet | None = None) -
     asked = Options.parse([str(path)], str(tmp_path / "none"), algorithms=names, seeds="0")
     grid = Grid(read_contestants(asked), asked, told or Quiet())
     methods = [contestant.config.algorithm for contestant in grid.contestants]
-    return {method.name: grid._steps_for_samples(method) for method in methods}
+    return {method.name: grid.budget.steps(method) for method in methods}
 
 
 def test_cells_of_other_data_or_links_are_not_mixed(

@@ -2,17 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from peertune.algorithms.turns import BlockwiseConfig
-from peertune.config import AlgorithmConfig
+from peertune.compare.contestants import Contestant, Lineup
+from peertune.compare.options import Options
+from peertune.config import AlgorithmConfig, RunConfig
+from peertune.errors import ConfigError
+from peertune.prepare import model_blocks, prepare_model
 from peertune.report.events import Run
 from peertune.report.series import mean
 
 Summary = Mapping[str, Any]
 PROBE_SHARE = 8
 """A probe takes one part in so many of the steps that the samples would allow."""
+
+
+class Budget:
+    """What all contestants may spend, in local steps of each.
+
+    Raises:
+        ConfigError: a contestant's samples cannot be counted, or a value to tune is the budget's to set.
+    """
+
+    def __init__(self, lineup: Lineup, options: Options, base: Path, note: Callable[[str], None]) -> None:
+        self._contestants, self._pace, self._options, self._base = lineup.contestants, lineup.pace, options, base
+        if options.budget == "samples":
+            self._check_epochs()
+        self.num_blocks = {each.name: self._count_blocks(each.config) for each in lineup.contestants}
+        """Blocks of the model, by contestant; 1 where the schedule does not depend on them."""
+        is_first = lineup.pace is lineup.contestants[0]
+        self._pace_blocks = self.num_blocks[lineup.pace.name] if is_first else self._count_blocks(lineup.pace.config)
+        for contestant in lineup.contestants:
+            self._check_what_it_sets(contestant, note)
+
+    def steps(self, algorithm: AlgorithmConfig) -> int:
+        """Local steps that draw as many samples as those of `Lineup.pace`."""
+        pace = self._pace.config
+        return steps_for_samples(pace.algorithm, self._pace_blocks, algorithm, pace.run.num_peers)
+
+    def fit(self, algorithm: AlgorithmConfig, steps: int, num_blocks: int) -> AlgorithmConfig:
+        """A method's settings for so many steps, or the next fewer that its schedule can have."""
+        if self._options.budget == "bytes":
+            return with_whole_rounds(algorithm, steps, num_blocks)
+        return algorithm.with_steps(steps, num_blocks)
+
+    def _check_epochs(self) -> None:
+        """Refuse passes over a peer's own data, whose steps nobody has counted, unless all take the same."""
+        paces = set()
+        for contestant in self._contestants:
+            algorithm = contestant.config.algorithm
+            keys = ("local_epochs", "rounds", "local_steps", "grad_accumulation", "participation")
+            paces.add(tuple(getattr(algorithm, key, None) for key in keys))
+        tune = self._options.tune
+        for contestant in self._contestants:
+            epochs = getattr(contestant.config.algorithm, "local_epochs", 0)
+            is_tuned = tune is not None and tune.key == "local_epochs"
+            if (epochs and len(paces) > 1) or is_tuned:
+                raise ConfigError(
+                    f"--budget samples: {contestant.name} has algorithm.local_epochs"
+                    f" {'tuned' if is_tuned else f'= {epochs}'}, whose samples depend on how much each peer holds,"
+                    " expected 0; set algorithm.local_steps instead"
+                )
+
+    def _count_blocks(self, config: RunConfig) -> int:
+        if not isinstance(config.algorithm, BlockwiseConfig):
+            return 1
+        # An adapter changes the model, so each contestant gets one of its own.
+        return len(model_blocks(config, prepare_model(config, torch.device("cpu"), self._base)))
+
+    def _check_what_it_sets(self, contestant: Contestant, note: Callable[[str], None]) -> None:
+        """Refuse values to tune, and remark on a name, that say how long to train otherwise than the budget does."""
+        tune = self._options.tune
+        algorithm, blocks = contestant.config.algorithm, self.num_blocks[contestant.name]
+        steps = self.steps(algorithm)
+        for key, value in () if tune is None else [(tune.key, value) for value in tune.values]:
+            set_to = getattr(self.fit(algorithm.model_copy(update={key: value}), steps, blocks), key)
+            if set_to != value:
+                raise ConfigError(
+                    f"--tune {key}: got {value:g}, but the budget sets how long {contestant.name} trains, and this"
+                    f" with it, to {set_to:g}; tune another key"
+                )
+        fitted = self.fit(algorithm, steps, blocks)
+        for key in type(algorithm).model_fields:
+            is_named = f":{key}=" in contestant.name.replace(" ", "")
+            if is_named and getattr(fitted, key) != getattr(algorithm, key):
+                note(f"{contestant.name}: the budget sets {key} to {getattr(fitted, key)}, so that all spend alike")
 
 
 def steps_for_samples(first: AlgorithmConfig, first_blocks: int, other: AlgorithmConfig, num_peers: int) -> int:

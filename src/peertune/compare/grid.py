@@ -13,10 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import torch
-
 from peertune.algorithms import ALGORITHMS, METHODS
-from peertune.algorithms.turns import BlockwiseConfig
 from peertune.compare import budget as budgets
 from peertune.compare.cells import Cell, DivergedCell, Summary, is_better, metric_of, quality, read_cell
 from peertune.compare.contestants import Contestant, Lineup
@@ -27,7 +24,6 @@ from peertune.config import AlgorithmConfig, RunConfig, from_dict
 from peertune.data.load import load_table
 from peertune.errors import ConfigError, DivergedError
 from peertune.memory import release
-from peertune.prepare import model_blocks, prepare_model
 from peertune.progress import Progress
 from peertune.report.events import read_run
 from peertune.run_folder import RunFolder, check_writable
@@ -76,7 +72,7 @@ class Grid:
 
     def __init__(self, lineup: Lineup, options: Options, progress: GridProgress) -> None:
         contestants = lineup.contestants
-        self.contestants, self.pace, self.options, self.progress = contestants, lineup.pace, options, progress
+        self.contestants, self.options, self.progress = contestants, options, progress
         self.base = options.recipes[0].parent
         first = contestants[0].config
         check_writable(options.out, "--out")
@@ -96,15 +92,10 @@ class Grid:
         if first.eval.split == "test" and not first.data.test:
             raise ConfigError("data.test: got none, expected held-out rows to compare on; set it, or eval.split")
         self.validation_rows = first.data.validation_rows
-        if options.budget == "samples":
-            self._check_epochs()
         if options.tune is not None:
             self._check_tune()
             self.validation_rows = self.validation_rows or self._rows_for_tuning()
-        self.num_blocks = {contestant.name: self._count_blocks(contestant.config) for contestant in contestants}
-        is_first = self.pace is contestants[0]
-        self.pace_blocks = self.num_blocks[contestants[0].name] if is_first else self._count_blocks(self.pace.config)
-        self._check_what_the_budget_sets()
+        self.budget = budgets.Budget(lineup, options, self.base, progress.note)
         self._number = 0
         self._heard: set[str] = set()
         self._inputs = fingerprints(first, self.base)
@@ -224,9 +215,9 @@ class Grid:
             DivergedError: the first contestant diverged, so what it spends is not known.
         """
         config = self._config(contestant, seed, value, folder, validation)
-        algorithm, blocks = config.algorithm, self.num_blocks[contestant.name]
+        algorithm, blocks = config.algorithm, self.budget.num_blocks[contestant.name]
         first = self.contestants[0]
-        steps = self._steps_for_samples(algorithm)
+        steps = self.budget.steps(algorithm)
         if self.options.budget == "samples" or contestant is first:
             return _with_algorithm(config, algorithm.with_steps(steps, blocks))
         if reference is None:
@@ -240,7 +231,9 @@ class Grid:
             raise ConfigError(
                 f"--budget bytes: {first.name}, the first contestant, sends nothing; name one first that does"
             )
-        probe = self._probe(contestant, seed, value, self._fit(algorithm, max(1, steps // budgets.PROBE_SHARE), blocks))
+        probe = self._probe(
+            contestant, seed, value, self.budget.fit(algorithm, max(1, steps // budgets.PROBE_SHARE), blocks)
+        )
         taken = probe.algorithm.num_steps(blocks)
         summary = self._play(probe, f"{contestant.name}, seed {seed}, probe")
         if summary is None:
@@ -250,16 +243,7 @@ class Grid:
             steps = budgets.steps_for_bytes(budgets.bytes_a_peer(reference), summary, events, taken, steps)
         else:
             steps = budgets.steps_for_seconds(float(reference["cpu_s"]), summary, taken)
-        return _with_algorithm(config, self._fit(algorithm, steps, blocks))
-
-    def _steps_for_samples(self, algorithm: AlgorithmConfig) -> int:
-        pace = self.pace.config
-        return budgets.steps_for_samples(pace.algorithm, self.pace_blocks, algorithm, pace.run.num_peers)
-
-    def _fit(self, algorithm: AlgorithmConfig, steps: int, num_blocks: int) -> AlgorithmConfig:
-        if self.options.budget == "bytes":
-            return budgets.with_whole_rounds(algorithm, steps, num_blocks)
-        return algorithm.with_steps(steps, num_blocks)
+        return _with_algorithm(config, self.budget.fit(algorithm, steps, blocks))
 
     def _config(
         self, contestant: Contestant, seed: int, value: float | int | None, folder: Path, validation: bool = False
@@ -315,45 +299,6 @@ class Grid:
     def _cell_folder(self, contestant: Contestant, seed: int) -> Path:
         return self.options.out / "cells" / contestant.slug / f"seed-{seed}"
 
-    def _check_epochs(self) -> None:
-        """Refuse passes over a peer's own data, whose steps nobody has counted, unless all take the same."""
-        paces = set()
-        for contestant in self.contestants:
-            algorithm = contestant.config.algorithm
-            keys = ("local_epochs", "rounds", "local_steps", "grad_accumulation", "participation")
-            paces.add(tuple(getattr(algorithm, key, None) for key in keys))
-        tune = self.options.tune
-        for contestant in self.contestants:
-            epochs = getattr(contestant.config.algorithm, "local_epochs", 0)
-            is_tuned = tune is not None and tune.key == "local_epochs"
-            if (epochs and len(paces) > 1) or is_tuned:
-                raise ConfigError(
-                    f"--budget samples: {contestant.name} has algorithm.local_epochs"
-                    f" {'tuned' if is_tuned else f'= {epochs}'}, whose samples depend on how much each peer holds,"
-                    " expected 0; set algorithm.local_steps instead"
-                )
-
-    def _check_what_the_budget_sets(self) -> None:
-        """Refuse values to tune, and remark on names, that say how long to train otherwise than the budget does."""
-        tune = self.options.tune
-        for contestant in self.contestants:
-            algorithm, blocks = contestant.config.algorithm, self.num_blocks[contestant.name]
-            steps = self._steps_for_samples(algorithm)
-            for key, value in () if tune is None else [(tune.key, value) for value in tune.values]:
-                set_to = getattr(self._fit(algorithm.model_copy(update={key: value}), steps, blocks), key)
-                if set_to != value:
-                    raise ConfigError(
-                        f"--tune {key}: got {value:g}, but the budget sets how long {contestant.name} trains, and this"
-                        f" with it, to {set_to:g}; tune another key"
-                    )
-            fitted = self._fit(algorithm, steps, blocks)
-            for key in type(algorithm).model_fields:
-                is_named = f":{key}=" in contestant.name.replace(" ", "")
-                if is_named and getattr(fitted, key) != getattr(algorithm, key):
-                    self.progress.note(
-                        f"{contestant.name}: the budget sets {key} to {getattr(fitted, key)}, so that all spend alike"
-                    )
-
     def _check_tune(self) -> None:
         tune = self.options.tune
         assert tune is not None
@@ -389,13 +334,6 @@ class Grid:
                 " data.validation_rows"
             )
         return rows
-
-    def _count_blocks(self, config: RunConfig) -> int:
-        """Blocks of a contestant's model; 1 where the schedule does not depend on them."""
-        if not isinstance(config.algorithm, BlockwiseConfig):
-            return 1
-        # An adapter changes the model, so each contestant gets one of its own.
-        return len(model_blocks(config, prepare_model(config, torch.device("cpu"), self.base)))
 
     def _check_known_cells(self) -> None:
         """Refuse a folder of another comparison before hours are spent; what is tuned or probed is known later."""
