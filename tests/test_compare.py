@@ -670,6 +670,24 @@ def test_a_budget_that_was_missed_is_said(make: Callable[..., tuple[Comparison, 
     assert said.startswith("local took 4") and "does not compare" in said
 
 
+@pytest.mark.parametrize("width", [60, 80, 100, 160])
+def test_the_terminals_table_fits_with_whole_numbers(width: int) -> None:
+    name = "fedavg:local_steps=4:lr=2.5e-3"
+    row = Row(
+        contestant=name, num_seeds=3, metric="accuracy", mean=0.61, spread=0.123, worst_peer=0.4, macro_f1=0.5,
+        samples=1536.0, bytes_sent=9.37e9, peak_memory_bytes=1_500_000_000, cpu_s=15.8, simulated_s=1200.0,
+        lambda2=None, tuned="",
+    )  # fmt: skip
+    console = Console(width=width, file=io.StringIO())
+    console.print(terminal_table([row], width))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert max(map(len, text.splitlines())) <= width
+    shown = ["61.0 ± 12.3\u202f%", "40.0\u202f%", "50.0\u202f%", "1\u202f536", "9.37\u202fGB"]
+    shown += ["1.4\u202fGiB"] if width >= 100 else []
+    assert all(number in text for number in shown)
+    assert ("in table.md" in text) == (width < 160) and (name in text) == (width >= 80)
+
+
 def test_names_are_no_markup() -> None:
     console = Console(width=200, file=io.StringIO())
     row = Row(

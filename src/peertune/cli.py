@@ -140,7 +140,7 @@ def _compare(options: argparse.Namespace, console: Console) -> None:
         workers=options.workers,
     )
     found = compare(asked, GridBars(console))
-    Console().print(terminal_table(found.rows))
+    Console().print(terminal_table(found.rows, Console().width))
     for sentence in found.verdicts:
         print(f"- {sentence}")
     for kind, path in found.files.items():

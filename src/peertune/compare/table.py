@@ -53,6 +53,10 @@ class Row:
 
 SLACK = 0.1
 """By which share of the first contestant's another may miss the budget without a word: rounds are whole."""
+SPARE = ("simulated_s", "cpu_s", "peak_memory_bytes")
+"""Columns that a narrow terminal does without, the first first."""
+NAME_WIDTH = 28
+"""Characters of a name in one line of the terminal's table."""
 DIVERGED = "diverged"
 """Stands in tables in the place of a number that there is none of."""
 HEAD = {
@@ -156,24 +160,34 @@ def columns(rows: Sequence[Row]) -> list[str]:
     return [key for key in HEAD if key not in without]
 
 
-def terminal_table(rows: Sequence[Row]) -> Table:
-    """The table as rich draws it."""
+def terminal_table(rows: Sequence[Row], width: int = 80) -> Table:
+    """The table as rich draws it; on a terminal of few columns without those of `SPARE`."""
     direction = "higher" if shown(rows[0].metric).share else "lower"
     table = Table(
         title=f"held-out {shown(rows[0].metric).title} ({direction} is better), {_seeds(rows[0].num_seeds)}",
-        caption="mean ± standard deviation over seeds; samples, bytes sent and CPU time are a peer's",
         box=SIMPLE_HEAD,
         padding=0,
         pad_edge=False,
     )
-    keys = [key for key in columns(rows) if key != "tuned"]  # a sentence below the table says it
-    texts = [cells_of(each, keys) for each in rows]
-    for index, title in enumerate(heads(rows)[: len(keys)]):
-        # Titles and names may wrap on a narrow terminal, numbers must not.
-        width = max(len(text[index]) for text in texts) if index else None
-        table.add_column(title, justify="right" if index else "left", min_width=width, overflow="fold")
+    titles = dict(zip(columns(rows), heads(rows), strict=True))
+    keys = [key for key in titles if key != "tuned"]  # a sentence below the table says it
+    texts = [dict(zip(keys, cells_of(each, keys), strict=True)) for each in rows]
+    widths = {key: max(len(titles[key]), *(len(text[key]) for text in texts)) for key in keys}
+    widths["contestant"] = min(widths["contestant"], NAME_WIDTH)  # a longer one goes on in the next line
+    left_out = []
+    for key in SPARE:
+        if sum(widths.values()) + len(widths) > width and key in widths:
+            left_out.append(key)
+            del widths[key]
+    spare = width - sum(widths.values()) - len(widths)
+    widths["contestant"] = max(8, widths["contestant"] + min(0, spare))
+    elsewhere = f"; {', '.join(titles[key] for key in left_out)}: in table.md" if left_out else ""
+    table.caption = f"mean ± standard deviation over seeds; samples, bytes sent and CPU time are a peer's{elsewhere}"
+    for key, least in widths.items():
+        is_name = key == "contestant"
+        table.add_column(titles[key], justify="left" if is_name else "right", min_width=least, overflow="fold")
     for text in texts:
-        table.add_row(*map(escape, text))
+        table.add_row(*(escape(text[key]) for key in widths))
     return table
 
 
