@@ -594,7 +594,7 @@ def test_workers_need_a_thread_count_and_independent_cells(path: Path, tmp_path:
             compare(Options.parse([str(path)], str(tmp_path / "out"), **options), Quiet())
 
 
-def test_the_recipes_own_method_says_how_long_all_train(path: Path, tmp_path: Path) -> None:
+def test_the_recipes_own_method_says_how_long_all_train(path: Path, tmp_path: Path, micro_model: Path) -> None:
     """Its keys of length mean nothing to a first contestant of another method, whose defaults nobody asked for."""
     told = Quiet()
     assert lengths(path, tmp_path, "gt:lr=1e-3,deca", told) == lengths(path, tmp_path, "deca,gt:lr=1e-3")
@@ -602,6 +602,11 @@ def test_the_recipes_own_method_says_how_long_all_train(path: Path, tmp_path: Pa
     assert "the recipe's own method, deca" in lineup(path, "gt,deca").notes[0]
     assert lineup(path, "gt:rounds=3:local_steps=1,deca").pace.name == "gt:rounds=3:local_steps=1"
     assert lengths(path, tmp_path, "gt:rounds=3:local_steps=1,deca")["gt"] == 3
+    by_set = Options.parse([str(path)], "", algorithms="gt:local_steps=1,deca", overrides=["algorithm.rounds=3"])
+    assert read_contestants(by_set).pace.name == "gt:local_steps=1"
+    write_toml(tree(tmp_path, micro_model, algorithm={"name": "fedavg", "local_epochs": 3}), path)
+    with pytest.raises(ConfigError, match=r"fedavg has algorithm\.local_epochs = 3"):
+        lengths(path, tmp_path, "gt:local_steps=1,deca")
 
 
 def lineup(path: Path, names: str) -> Lineup:
@@ -624,6 +629,7 @@ def test_cells_of_other_data_or_links_are_not_mixed(
         make(algorithms="local,pooled", seeds="0,1", overrides=["link.bandwidth_mbit=1"])
     with pytest.raises(CheckpointError, match=r"eval\.points"):
         make(algorithms="local,pooled", seeds="0", overrides=["eval.points=1"])
+    make(algorithms="local,pooled", seeds="1,0")  # another seed first
     train = tmp_path / "train.jsonl"
     train.write_text(train.read_text().replace("a", "b"))
     with pytest.raises(ConfigError, match=r"train\.jsonl had other contents"):

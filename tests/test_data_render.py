@@ -325,6 +325,19 @@ def test_an_answer_that_stands_in_its_own_question_is_marked_where_it_is_given(
     assert len(starts) == 2 and "Paris or Rome" in byte_tokenizer.decode(sample.input_ids[: starts[0] + 1])
 
 
+def test_what_the_user_says_is_never_learned_where_turns_close_otherwise(
+    byte_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """The last turn closes with another token, and ends with the words of the first."""
+    byte_tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.content }}"
+        "{{ '<|return|>' if loop.last else '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    )
+    row = chat(user("2+2?"), assistant("4"), user("8-4?"), assistant("It is 4"))
+    with pytest.raises(DataError, match="renders an assistant turn otherwise"):
+        render([row], CHAT, byte_tokenizer, 400)
+
+
 def test_a_turn_that_cannot_be_found_is_refused(byte_tokenizer: PreTrainedTokenizerBase) -> None:
     byte_tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content | upper }};{% endfor %}"
     with pytest.raises(DataError, match=r"row 2: the model's chat template renders an assistant turn otherwise.*split"):

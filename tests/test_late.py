@@ -89,7 +89,7 @@ def asking_group(names: Sequence[str], *, is_robust: bool = False) -> tuple[Netw
         neighbor.index = index
     node: Any = SimpleNamespace(
         neighbors=dict(enumerate(neighbors, 1)), index=0, log=lambda *_, **__: None, soon=lambda call: call(),
-        turned_away="", has_quorum=True,
+        turned_away="", has_quorum=True, charter=SimpleNamespace(grace_s=0.0),
     )  # fmt: skip
     return NetworkGroup(node, None, is_robust=is_robust), neighbors, asked
 

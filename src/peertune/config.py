@@ -112,7 +112,7 @@ class DataSection(Section):
     validation_rows: NonNegative = 0
     """Rows taken out of `train` before it is dealt: never trained on. 0: none."""
     validation_seed: NonNegative | None = None
-    """Decides which rows those are; none: `run.seed` does."""
+    """Decides which rows those are; none: the partition's seed does."""
     text_field: str = "text"
     text_b_field: str = "text_b"
     """Second text of a pair; used where a row has it."""

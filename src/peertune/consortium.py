@@ -207,7 +207,9 @@ def join(options: SiteOptions, progress: Progress) -> dict[str, Any]:
     charter.check()
     check_writable(out, "--out")
     if is_held(out):
-        FolderLock(out).acquire()  # says who is at work there, before hours of loading
+        at_work = FolderLock(out)
+        at_work.acquire()  # says who it is, before anything is loaded
+        at_work.release()  # it has just ended
     index = charter.index_of(own.id)
     config = options.config(charter)
     num_peers = config.run.num_peers

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -60,12 +61,14 @@ def make_identity(folder: Path) -> Identity:
     """Make a key and a certificate in a folder.
 
     Raises:
-        IdentityError: the folder holds a key already, which is named or is damaged, or cannot be written.
+        IdentityError: the folder holds a key already, or cannot be written.
     """
+    known = ""
     if (folder / KEY).exists():
-        known = load_identity(folder).id
+        with suppress(IdentityError):  # else it is damaged, or others can read it: join and doctor say so
+            known = f", of the id {load_identity(folder).id}"
         raise IdentityError(
-            f"{folder / KEY}: a key is there already, of the id {known}; keep it, or name another with --identity"
+            f"{folder / KEY}: a key is there already{known}; keep it, or name another folder with --identity"
         )
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, _id_of(key.public_key()))])

@@ -88,7 +88,7 @@ def prepare_data(config: RunConfig, base: Path | None, site: int | None = None) 
         table, num_unlabelled = _with_labels(table, section)
     partition_seed = seed if section.partition.seed is None else section.partition.seed
     if table.rows:
-        kept_by = seed if section.validation_seed is None else section.validation_seed
+        kept_by = partition_seed if section.validation_seed is None else section.validation_seed
         table, validation = keep_back(table, section.validation_rows, kept_by)
         test = validation if on_validation else test
     parts = {} if site is None or not table.rows else {site: np.arange(len(table.rows))}

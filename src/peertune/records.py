@@ -21,8 +21,12 @@ SUMMED = ("bytes_sent", "header_bytes_sent", "cpu_s")
 """Fields of a member that add up over its ranks."""
 
 
-def start_event(config: RunConfig, method: Algorithm, data: Prepared, notes: list[str]) -> dict[str, Any]:
-    """What is known before the first round. Adds a note on rows that were cut."""
+def start_event(config: RunConfig, method: Algorithm, data: Prepared, notes: list[str], agrees: bool) -> dict[str, Any]:
+    """What is known before the first round. Adds a note on rows that were cut.
+
+    Args:
+        agrees: whether the peers are to end with one model.
+    """
     module, topology = method.peer.model.module, method.topology
     sizes = {name: num_weights(p) for name, p in module.named_parameters()}
     held = [
@@ -55,7 +59,7 @@ def start_event(config: RunConfig, method: Algorithm, data: Prepared, notes: lis
         "edges": topology.edges,
         "hub": topology.num_peers if topology.has_hub else None,
         **_mixing(method),
-        "agrees": method.agrees,
+        "agrees": agrees,
         "rounds": method.num_rounds,
     }
 

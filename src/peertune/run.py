@@ -255,7 +255,7 @@ class Run:
             }  # fmt: skip
             self.folder.create(recipe)
             self.folder.rewind(0)
-            self.folder.event("start", **start_event(self.config, self.method, self.data, self.notes))
+            self.folder.event("start", **start_event(self.config, self.method, self.data, self.notes, self.agrees))
             self.state.before = self._evaluate(self.average.model, by_client=True)
             self.folder.event("eval", round=0, average_model=self.state.before.overall, peers=None)
         else:

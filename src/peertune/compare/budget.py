@@ -54,12 +54,12 @@ class Budget:
     def _check_epochs(self) -> None:
         """Refuse passes over a peer's own data, whose steps nobody has counted, unless all take the same."""
         paces = set()
-        for contestant in self._contestants:
+        for contestant in [*self._contestants, self._pace]:
             algorithm = contestant.config.algorithm
             keys = ("local_epochs", "rounds", "local_steps", "grad_accumulation", "participation")
             paces.add(tuple(getattr(algorithm, key, None) for key in keys))
         tune = self._options.tune
-        for contestant in self._contestants:
+        for contestant in [*self._contestants, self._pace]:
             epochs = getattr(contestant.config.algorithm, "local_epochs", 0)
             is_tuned = tune is not None and tune.key == "local_epochs"
             if (epochs and len(paces) > 1) or is_tuned:

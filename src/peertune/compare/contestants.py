@@ -48,7 +48,7 @@ class Lineup:
     """In the order they were given."""
     pace: Contestant
     """Whose local steps, as its recipe says them, the first contestant makes: its own, or those of the recipe's own
-    method, where the first is of another and does not say in its name for how long it trains."""
+    method, where the first is of another, and neither its name nor --set says how long it trains."""
     notes: list[str]
     """Remarks on the recipes."""
 
@@ -95,8 +95,9 @@ def read_contestants(options: Options) -> Lineup:
 def _pace(options: Options, first: Contestant) -> Contestant:
     """See `Lineup.pace`. A recipe's keys of length are its own method's, and mean nothing to another."""
     config, _ = load_recipe(options.recipes[0], options.overrides, METHODS)
-    keys = {setting.partition("=")[0].strip() for setting in split_outside_brackets(first.name, ":")[1:]}
-    says_itself = keys & {f"{prefix}{key}" for key in LENGTHS for prefix in ("", "algorithm.")}
+    settings = [*split_outside_brackets(first.name, ":")[1:], *options.overrides]
+    keys = {setting.partition("=")[0].strip().removeprefix("algorithm.") for setting in settings}
+    says_itself = {key for key in keys & set(LENGTHS) if hasattr(first.config.algorithm, key)}
     if config.algorithm.name == first.config.algorithm.name or says_itself:
         return first
     return Contestant(name=config.algorithm.name, config=config)

@@ -31,6 +31,8 @@ from peertune.run_folder import RunFolder, check_writable
 NUM_POINTS = 8
 """Evaluations of a cell on the way, where the recipe does not say."""
 VALIDATION_ROWS = 500
+VALIDATION_SEED = 0
+"""One choice of those rows for all cells, whatever their seeds: what rates are chosen by is never trained on."""
 VALIDATION_SHARE = 10
 """Rows kept back for tuning where the recipe keeps none: VALIDATION_ROWS, at most one row in VALIDATION_SHARE."""
 
@@ -251,9 +253,8 @@ class Grid:
         tree = contestant.config.to_dict()
         tree["run"] |= {"seed": seed, "out": str(folder)}
         tree["data"]["validation_rows"] = self.validation_rows
-        if tree["data"]["validation_seed"] is None:
-            # One choice of rows for all cells: what rates are chosen by is never trained on.
-            tree["data"]["validation_seed"] = self.options.seeds[0]
+        if self.validation_rows and tree["data"]["validation_seed"] is None:
+            tree["data"]["validation_seed"] = VALIDATION_SEED
         if validation:
             tree["eval"] |= {"split": "validation", "every": 0, "points": 0}
         elif not tree["eval"]["every"]:

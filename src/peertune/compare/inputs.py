@@ -21,7 +21,7 @@ def fingerprints(config: RunConfig, base: Path) -> dict[str, str]:
     found = {}
     for source in (config.data.train, config.data.test):
         for name in [source] if isinstance(source, str) else source:
-            path = find(name, base) if name else None
+            path = (find(name, base) or find(name.rpartition(":")[0], base)) if name else None  # FOLDER:SPLIT
             if path is not None:
                 found[name] = _hash(path)
     folder = Path(resolve_path(config.model.path, base))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -128,7 +129,10 @@ class ChatRenderer:
             else:  # turns of the past are rendered otherwise, or the generation prompt says more than they do
                 since, cursor = (spoken[len(turns) - 1] + 1, turns[-1][1]) if turns else (0, 0)
                 known = bool(opening) and text.startswith(opening)
-                before = self._render(kept[:i], tools, where) if i and not known else ""
+                before = ""
+                if i and not known:
+                    with suppress(DataError):  # a template may want an answer at the end
+                        before = self._render(kept[:i], tools, where)
                 begin = len(opening) if known else _end_of(before, kept[since:i], text, cursor)
                 start, end = _search(kept[i], text, whole, begin, where)
                 start = begin if known else start
@@ -345,11 +349,9 @@ def _search(message: Message, text: str, whole: str, begin: int, where: str) -> 
     # reasoning is left out of turns that lie back
     said = message["content"].rpartition("</think>")[2].strip()
     closing = whole[whole.rfind(said) + len(said) :]
-    at = text.find(said, begin) if said and said in whole else -1
-    while at >= 0:
-        if text.startswith(closing, at + len(said)):
-            return at, at + len(said) + len(closing)
-        at = text.find(said, at + 1)
+    at = text.find(said, begin)
+    if said and said in whole and at >= 0 and text.startswith(closing, at + len(said)):
+        return at, at + len(said) + len(closing)
     raise DataError(
         f"{where}: the model's chat template renders an assistant turn otherwise once later turns follow, so what to "
         "learn cannot be marked; split such conversations so that each ends with its only assistant turn"

@@ -63,6 +63,7 @@ class NetworkGroup:
         self._asked: Neighbor | None = None
         self._asked_until: float = math.inf
         """Round of the one who was asked for the state, beyond which it would have sent it."""
+        self._asked_at = 0.0
         self._in_vain: set[int] = set()
         """Neighbours who did not send it."""
         self._pace = Pace()
@@ -93,7 +94,7 @@ class NetworkGroup:
         ahead = max(helpers, key=lambda n: n.edge.peer_round, default=None)
         if self._asked is not None and self._asked.is_out_of_reach:
             self.node.soon(self._asked.edge.no_state)
-        elif self._asked is not None and self._asked.edge.peer_round > self._asked_until:
+        elif self._asked is not None and self._is_in_vain(self._asked):
             self._in_vain.add(self._asked.index)
             self.node.soon(self._asked.edge.ask_no_more)
         rounds = sorted((neighbor.edge.peer_round for neighbor in within_reach), reverse=True)
@@ -107,7 +108,7 @@ class NetworkGroup:
             self._asked = ahead
             # The first of them may be over there before the question arrives.
             chances = (r for r in range(ahead.edge.peer_round + 1, algorithm.num_rounds) if algorithm.can_join(r))
-            self._asked_until = next(islice(chances, 1, None), math.inf)
+            self._asked_until, self._asked_at = next(islice(chances, 1, None), math.inf), time.monotonic()
             self.node.log("asked", peer=ahead.name, round=round, behind=behind)
             self.node.soon(partial(ahead.ask, _state(algorithm), self._arrived))
         if self._states.empty():
@@ -128,6 +129,11 @@ class NetworkGroup:
         self.node.log("joined", round=then, missed=then - round)
         self._joined = then
         return then
+
+    def _is_in_vain(self, asked: Neighbor) -> bool:
+        """Whether one who was asked for the state has let its chances pass. What it says may be under way for long."""
+        is_over = asked.edge.peer_round > self._asked_until
+        return is_over and time.monotonic() - self._asked_at > self.node.charter.grace_s
 
     def _take_late(self, algorithm: Algorithm) -> None:
         """Put right what rounds without a neighbour's messages did to the mean, with those that came after all.
@@ -330,7 +336,7 @@ class NetworkExchange:
         reached, got_on = neighbor.edge.peer_round, began
         while True:
             self.attend()
-            if neighbor.edge.peer_round > reached:
+            if neighbor.edge.peer_round != reached:  # less: it was started again
                 reached, got_on = neighbor.edge.peer_round, time.monotonic()
             if not told and not neighbor.is_connected and time.monotonic() - began > WAITING_S:
                 told = True
