@@ -331,7 +331,8 @@ def test_what_the_user_says_is_never_learned_where_turns_close_otherwise(
     """The last turn closes with another token, and ends with the words of the first."""
     byte_tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.content }}"
-        "{{ '<|return|>' if loop.last else '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
+        "{{ '<|return|>' if loop.last else '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>{% endif %}"
     )
     row = chat(user("2+2?"), assistant("4"), user("8-4?"), assistant("It is 4"))
     with pytest.raises(DataError, match="renders an assistant turn otherwise"):
