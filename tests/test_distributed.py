@@ -11,16 +11,21 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from peertune import run as runs
 from peertune import runtimes
 from peertune.algorithms import METHODS
+from peertune.assemble import make_parts
+from peertune.checkpoint import CheckpointStore
 from peertune.config import RunConfig, from_dict
-from peertune.errors import PeertuneError
+from peertune.errors import ConfigError, DivergedError, PeertuneError
 from peertune.launch import launch
 from peertune.progress import Silent
 from peertune.run import run
+from peertune.runtimes.distributed import is_launched, local_device, process_group
+from peertune.workload import foreseen_bytes
 from tests.recipes import recipe, tree
 
 STAR = {"kind": "star", "weights": "samples"}
@@ -164,3 +169,78 @@ def test_torchrun_carries_out_a_recipe(tmp_path: Path, micro_model: Path) -> Non
     }.items()]  # fmt: skip
     torchrun(2, tmp_path, sets)
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["rounds"] > 0
+
+
+def test_half_an_environment_and_one_gpu_for_all_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # a scheduler's
+    with pytest.raises(ConfigError, match=r"no RANK, LOCAL_RANK, .*start this command with torchrun"):
+        is_launched()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="got 'cuda:0' with 2 ranks on this machine, expected 'cuda'"):
+        local_device("cuda:0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert not is_launched()
+
+
+def test_ranks_wait_for_days_not_for_torchs_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One may export a large model, or train on far more rows, while the others wait."""
+    asked: list[Any] = []
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, timeout, **__: asked.append(timeout))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    with process_group("cpu"):
+        assert asked[0].days == 7
+
+
+def test_a_run_begun_under_torchrun_goes_on_in_simulation(
+    tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There nobody counted simulated time."""
+    config = recipe(tmp_path, micro_model)
+    run(config)
+    (tmp_path / "out" / "summary.json").unlink()
+    original = CheckpointStore.load
+
+    def load(self: CheckpointStore, peer: int, round: int) -> Any:
+        tensors, plain = original(self, peer, round)
+        return tensors, {**plain, "simulated_s": None}
+
+    monkeypatch.setattr(CheckpointStore, "load", load)
+    assert run(config, resume=True)["simulated_s"] >= 0.0
+
+
+def test_a_process_with_the_hub_alone_has_no_steps_to_batch(tmp_path: Path, micro_model: Path) -> None:
+    config = recipe(tmp_path, micro_model, run={"batched_peers": 4}, algorithm={"name": "fedavg", "adapter": "lora"})
+    assert make_parts(config, []) == []
+
+
+def test_generations_that_were_put_aside_or_left_half_done(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, 1)
+    for round in (4, 8):
+        store.save(0, round, {"w": torch.ones(2)}, {})
+    home = tmp_path / "peer-000"
+    (home / "round-00000008").rename(home / "round-00000008.damaged")
+    (home / ".round-00000006.partial").mkdir()
+    assert store.rounds(0) == [4] and store.newest_complete() == 4
+    store.prune(0)
+    assert sorted(path.name for path in home.iterdir()) == ["round-00000004", "round-00000008.damaged"]
+
+
+@pytest.mark.parametrize("name", ["dec_lora", "gt", "noloco"])
+def test_the_disk_that_checkpoints_take_is_foreseen(name: str, tmp_path: Path, micro_model: Path) -> None:
+    """Generations and one being written; files' headers left out."""
+    config = recipe(tmp_path, micro_model, algorithm={"name": name, "rounds": 4, "local_steps": 2})
+    found: list[int] = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(runs, "foreseen_bytes", lambda *given: found.append(foreseen_bytes(*given)) or 0)
+        run(config)
+    held = [load_file(path) for path in (tmp_path / "out" / "checkpoints").rglob("state.safetensors")]
+    tensors = sum(t.numel() * t.element_size() for file in held for t in file.values())
+    assert found[0] >= tensors * 3 / 2
+
+
+def test_decaf_that_diverges_says_so(tmp_path: Path, micro_model: Path) -> None:
+    config = recipe(tmp_path, micro_model, algorithm={"name": "decaf", "rounds": 6, "local_steps": 2, "lr": 1e20})
+    with pytest.raises(DivergedError, match=r"lower algorithm\.lr"):
+        run(config)

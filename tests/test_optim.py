@@ -121,3 +121,11 @@ def test_learning_rate_schedules() -> None:
     assert learning_rate(config, 0, 10) == 2.0
     assert math.isclose(learning_rate(config, 5, 10), 1.0)
     assert learning_rate(AlgorithmConfig(lr=3.0), 9, 10) == 3.0
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00000, -0x400000])  # a GPU's; a CPU's, of either sign
+def test_nan_stays_nan_in_bfloat16(bits: int) -> None:
+    master = torch.tensor([bits, 0x3F800000], dtype=torch.int32).view(torch.float32)
+    high, low = torch.zeros(2, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int16)
+    split_bfloat16(master, high, low)
+    assert high.isnan().tolist() == [True, False] == join_bfloat16(high, low).isnan().tolist()

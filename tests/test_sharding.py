@@ -27,7 +27,7 @@ from peertune.launch import check_ranks
 from peertune.model.blocks import Block
 from peertune.model.language_model import LanguageModel
 from peertune.model.load import clone_model
-from peertune.model.sharding import ShardedModel, check_shardable
+from peertune.model.sharding import ShardedModel, _own_frozen, check_shardable
 from peertune.optim import gradient_norm
 from peertune.run import run
 from peertune.runtimes.distributed import process_group
@@ -259,3 +259,16 @@ def test_torchrun_carries_out_a_recipe_with_two_ranks_a_peer(tmp_path: Path) -> 
     }.items()]  # fmt: skip
     torchrun(4, tmp_path, sets)
     assert "exact_match" in told(tmp_path / "out")[0]["metrics"]["average_model"]
+
+
+def test_an_instance_moves_its_own_parameters_only() -> None:
+    """FSDP2 moves what it splits to the GPU in place; the base that instances share must not go there whole."""
+    base = make_model("llama", tied=True).requires_grad_(False)
+    trained = {name for name, _ in base.named_parameters() if "mlp" in name}
+    copied = clone_model(base, trained)
+    _own_frozen(copied, trained)
+    mine, theirs = dict(copied.named_parameters()), dict(base.named_parameters())
+    assert mine.keys() == theirs.keys() and not any(mine[name] is theirs[name] for name in mine)
+    frozen = [name for name in mine if name not in trained]
+    assert all(mine[name].data_ptr() == theirs[name].data_ptr() for name in frozen)
+    assert copied.get_output_embeddings().weight is copied.get_input_embeddings().weight

@@ -78,7 +78,7 @@ def make_pool(config: RunConfig, module: torch.nn.Module, device: torch.device) 
 def make_parts(config: RunConfig, peers: Sequence[Member]) -> list[Alone | Together]:
     """The peers, in order, as they train: each alone, or in groups whose steps are one call. Raises ConfigError."""
     algorithms, size = [member.algorithm for member in peers], config.run.batched_peers
-    if size == 1 or len(peers) == 1:
+    if size == 1 or len(peers) <= 1:  # none where a process plays the hub alone
         return [Alone(algorithm) for algorithm in algorithms]
     local_steps = [algorithm for algorithm in algorithms if isinstance(algorithm, LocalSteps)]
     for reason, applies in (

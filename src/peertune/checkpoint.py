@@ -74,9 +74,12 @@ class CheckpointStore:
             ) from error
 
     def prune(self, peer: int) -> None:
-        """Keep a peer's last two generations. Called when all peers have written one."""
+        """Keep a peer's last two generations, and nothing that a kill left half done. Called when all have one."""
+        home = self._home(peer, self.shard)
+        for left in (*home.glob(".round-*.partial"), *home.glob(".round-*.replaced")):
+            shutil.rmtree(left, ignore_errors=True)
         for round in self._rounds(peer, self.shard)[:-GENERATIONS]:
-            shutil.rmtree(self._home(peer, self.shard) / f"round-{round:08d}", ignore_errors=True)
+            shutil.rmtree(home / f"round-{round:08d}", ignore_errors=True)
 
     def rounds(self, peer: int) -> list[int]:
         """Rounds of a peer's generations, ascending: those that all its shards have."""
@@ -103,8 +106,8 @@ class CheckpointStore:
         return {name: torch.cat([tensors[name] for tensors, _ in loaded]) for name in names}, loaded[0][1]
 
     def _rounds(self, peer: int, shard: int) -> list[int]:
-        found = self._home(peer, shard).glob("round-*")
-        return sorted(int(path.name.removeprefix("round-")) for path in found if path.is_dir())
+        found = [path.name.removeprefix("round-") for path in self._home(peer, shard).glob("round-*") if path.is_dir()]
+        return sorted(int(name) for name in found if name.isdecimal())  # others somebody has put aside
 
     def _load(self, peer: int, round: int, shard: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         folder = self._home(peer, shard) / f"round-{round:08d}"

@@ -93,7 +93,8 @@ def join_bfloat16(high: Tensor, low: Tensor) -> Tensor:
 def split_bfloat16(master: Tensor, high: Tensor, low: Tensor) -> None:
     """Write float32 `master` as the nearest bfloat16 `high` (ties up) and a remainder `low`; they join back exactly."""
     bits = master.view(torch.int32)
-    top = bits.add(0x8000).bitwise_right_shift_(16)
+    # A GPU's NaN, 0x7fffffff, would be rounded up into a zero.
+    top = bits.clamp(max=0x7FFF7FFF).add_(0x8000).bitwise_right_shift_(16)
     high.view(torch.int16).copy_(top)
     low.copy_(bits - top.bitwise_left_shift_(16))
 

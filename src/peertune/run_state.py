@@ -106,4 +106,4 @@ class RunState:
         self._started = time.monotonic() - plain["wall_s"]
         self._peak_before = plain.get("peak_memory_bytes", 0)
         if self._clock is not None:
-            self._clock.simulated_s = plain["simulated_s"]
+            self._clock.simulated_s = plain["simulated_s"] or 0.0  # under torchrun none was counted

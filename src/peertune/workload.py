@@ -78,7 +78,8 @@ def foreseen_bytes(algorithm: Algorithm, num_members: int) -> int:
     sizes: dict[str, int] = {name: num_weights(p) for name, p in algorithm.peer.model.module.named_parameters()}
     trained = sum(sizes[n] for block in algorithm.peer.blocks for n in block.parameters)
     largest = max(sum(sizes[n] for n in block.parameters) for block in algorithm.blocks)
-    return (GENERATIONS + 1) * num_members * (4 * trained + 8 * largest) + 4 * sum(sizes.values())
+    a_member = 4 * (1 + algorithm.kept_per_weight) * trained + 8 * largest
+    return (GENERATIONS + 1) * num_members * a_member + 4 * sum(sizes.values())
 
 
 def rehearse(algorithm: Algorithm, config: RunConfig) -> Workload:

@@ -48,6 +48,8 @@ class Algorithm(ABC):
     """Whether it takes nothing but means from its inboxes, which a recipe's exchange.robust can then replace."""
     mixes: ClassVar[bool] = True
     """Whether peers' messages are weighed by W; else its second eigenvalue says nothing of how peers come together."""
+    kept_per_weight: ClassVar[int] = 0
+    """Float32 numbers a trained weight that checkpoints hold beside its master and moments."""
     frozen: ClassVar[tuple[str, ...]] = ()
     """Parameters of an adapter whose name holds one of these texts are not trained."""
 

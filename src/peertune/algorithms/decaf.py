@@ -52,10 +52,13 @@ class Decaf(TwoFactor):
             other = name.replace("lora_A", "lora_B")
             peers = sorted(inbox.weights)
             factors = [(inbox.payloads[j][other], inbox.payloads[j][name]) for j in peers]
-            b, a = average_product([inbox.weights[j] for j in peers], factors)
             means = inbox.mean(other), inbox.mean(name)
-            # Two zero factors would never have a gradient again.
-            b, a = turn_towards(b, a, *means) if b.any() else means
+            try:
+                b, a = average_product([inbox.weights[j] for j in peers], factors)
+                # Two zero factors would never have a gradient again.
+                b, a = turn_towards(b, a, *means) if b.any() else means
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # it diverged, as the loss is about to say
+                b, a = means
             self.masters.write(other, b)
             self.masters.write(name, a)
 

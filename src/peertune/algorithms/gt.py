@@ -27,6 +27,7 @@ TRACKED = "tracked/"
 
 
 class Gt(LocalSteps):
+    kept_per_weight = 1
     correction: Mapping[str, Tensor]
     """c_i of each common parameter, float32."""
     tracked: dict[str, Tensor]

@@ -55,6 +55,7 @@ class Noloco(LocalSteps):
     Config = NolocoConfig
     config: NolocoConfig
     mixes = False
+    kept_per_weight = 1
 
     def __init__(self, peer: Peer, config: AlgorithmConfig, topology: Topology) -> None:
         super().__init__(peer, config, topology)

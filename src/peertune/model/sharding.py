@@ -54,6 +54,7 @@ class ShardedModel(LanguageModel):
                 the embedding and the head.
         """
         check_shardable(module, trained)
+        _own_frozen(module, trained)
         _shard(module, mesh)
         own = dict(module.named_parameters())
         if missed := [name for name in trained if not isinstance(own[name], DTensor)]:
@@ -125,6 +126,20 @@ def check_shardable(module: nn.Module, trained: Collection[str]) -> None:
             'run.ranks_per_peer: got model.train_embeddings = "all" for a model whose token embedding and output head'
             ' are one tensor, expected "untied" or "none"; or set run.ranks_per_peer = 1'
         )
+
+
+def _own_frozen(module: nn.Module, trained: Collection[str]) -> None:
+    """Give a model parameter objects of its own for what is not trained; their memory stays that of the others.
+
+    FSDP2 moves what it is given to the GPU in place: shared objects would take the whole base there for all instances.
+    """
+    kept = {id(parameter) for name, parameter in module.named_parameters() if name in trained}
+    own: dict[int, nn.Parameter] = {}
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            if id(parameter) not in kept:
+                mine = own.setdefault(id(parameter), nn.Parameter(parameter.detach(), requires_grad=False))
+                setattr(part, name, mine)  # tied ones stay tied
 
 
 def _shard(module: nn.Module, mesh: DeviceMesh) -> None:

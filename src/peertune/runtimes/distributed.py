@@ -11,11 +11,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from peertune.algorithms.base import Algorithm
@@ -26,11 +28,23 @@ from peertune.link import Clock
 from peertune.runtimes import Lockstep, weighted_mean
 
 T = TypeVar("T")
+PATIENCE = timedelta(days=7)
+"""How long a rank waits for another, which may evaluate, export or train on far more rows. One that dies is noticed at
+once, by its connection that closes or by torchrun; torch's own limits, 10 and 30 minutes, would end healthy runs."""
+LAUNCHED = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun sets beside WORLD_SIZE, which others set too."""
 
 
 def is_launched() -> bool:
-    """Whether torchrun started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """Whether torchrun started this process as one of several. Raises ConfigError where only a part of it did."""
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+        return False
+    if missing := [name for name in LAUNCHED if name not in os.environ]:
+        raise ConfigError(
+            f"torchrun: got WORLD_SIZE = {os.environ['WORLD_SIZE']} in the environment, but no {', '.join(missing)};"
+            " start this command with torchrun, which sets them all, or unset WORLD_SIZE"
+        )
+    return True
 
 
 def is_first_rank() -> bool:
@@ -41,8 +55,13 @@ def local_device(name: str) -> str:
     """The device of this rank for the recipe's run.device: of "auto" or "cuda", the GPU of its number on this machine.
 
     Raises:
-        ConfigError: this machine has fewer GPUs than ranks.
+        ConfigError: this machine has fewer GPUs than ranks, or the recipe names one for all.
     """
+    if name.startswith("cuda:") and int(os.environ["LOCAL_WORLD_SIZE"]) > 1:
+        raise ConfigError(
+            f"run.device: got {name!r} with {os.environ['LOCAL_WORLD_SIZE']} ranks on this machine, expected 'cuda',"
+            " which gives each a GPU of its own"
+        )
     if name not in ("auto", "cuda") or (name == "auto" and not torch.cuda.is_available()):
         return name
     rank, ranks, gpus = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
@@ -64,9 +83,9 @@ def process_group(device: str) -> Iterator[None]:
     with _no_rank_lost("at the start"):
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
-            dist.init_process_group("nccl", device_id=torch.device(device))
+            dist.init_process_group("nccl", device_id=torch.device(device), timeout=PATIENCE)
         else:
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", timeout=PATIENCE)
     try:
         yield
     except RuntimeError as error:  # FSDP2's own messages between the ranks of a peer
@@ -107,6 +126,8 @@ class DistributedGroup:
             kind = "cuda" if dist.get_backend() == "nccl" else "cpu"
             mesh = init_device_mesh(kind, (num_members, ranks_per_peer), mesh_dim_names=("member", "shard"))
             self.ranks, self._alike = mesh["shard"], mesh["member"].get_group()
+            for group in (self._alike, self.ranks.get_group()):
+                distributed_c10d._set_pg_timeout(PATIENCE, group)
         self.clock: Clock | None = None
         self.survives_loss = self.is_leaving = False
 
