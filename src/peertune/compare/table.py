@@ -51,8 +51,8 @@ class Row:
     """Seeds with which training diverged."""
 
 
-SLACK = 0.1
-"""By which share of the first contestant's another may miss the budget without a word: rounds are whole."""
+SLACK = {"samples": 0.1, "bytes": 0.1, "seconds": 0.5}
+"""By which share of the first contestant's another may miss a budget without a word: rounds are whole, clocks noisy."""
 SPARE = ("simulated_s", "cpu_s", "peak_memory_bytes")
 """Columns that a narrow terminal does without, the first first."""
 NAME_WIDTH = 28
@@ -255,10 +255,11 @@ def verdicts(found: Sequence[Pair], metric: str) -> list[str]:
         if is_better(metric, 0.0, pair.difference):
             ahead, behind = behind, ahead
         size = _amount(pair.difference, metric)
-        over = f"in {_seeds(pair.num_seeds)}"
+        seeds = _seeds(pair.num_seeds)
+        over = f"in {seeds}"
         if pair.interval is None:
             said = "equal" if pair.is_tie else f"{ahead} is ahead by {size}"
-            where = "with this one seed" if pair.num_seeds == 1 else f"alike {over}, so no noise can be told"
+            where = "with this one seed" if pair.num_seeds == 1 else f"in each of {seeds}, so no noise can be told"
             sentences.append(f"{pair.one} and {pair.other}: {said} {where}.")
             continue
         if pair.is_clear:
@@ -292,7 +293,7 @@ def budget_notes(rows: Sequence[Row], budget: str) -> list[str]:
     notes = []
     for row in rows[1:] if first else []:
         own = spent[budget](row)
-        if own and first and abs(own / first - 1) > SLACK:
+        if own and first and abs(own / first - 1) > SLACK[budget]:
             notes.append(
                 f"{row.contestant} took {number(own / first, 2)} times the {budget} of {rows[0].contestant}: the budget"
                 " could not be met, and what they reached does not compare."

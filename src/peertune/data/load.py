@@ -111,6 +111,7 @@ def _kind(name: str) -> str:
 
 
 def find(name: str, base: Path | None) -> Path | None:
+    """Where a file or folder of that name is: from the working directory, then from `base`; None: nowhere."""
     for folder in (Path(), base):
         if folder is not None and (folder / name).exists():
             return folder / name
