@@ -408,5 +408,6 @@ def test_eval_refuses_a_tokenizer_larger_than_the_model(
     module.save_pretrained(tmp_path / "small")
     AutoTokenizer.from_pretrained(micro_model).save_pretrained(tmp_path / "small")
     (tmp_path / "d.txt").write_text("some words")
-    assert main(["eval", str(tmp_path / "small"), "--data", str(tmp_path / "d.txt"), "--task", "text"]) == 2
+    options = ["--data", str(tmp_path / "d.txt"), "--task", "text", "--max-length", "40"]
+    assert main(["eval", str(tmp_path / "small"), *options]) == 2
     assert "the model embeds only 100" in capsys.readouterr().err
