@@ -252,7 +252,9 @@ class LanguageModel:
 
 def _decoder_of(core: Any, path: str) -> Any:
     """A transformers model without its head. Raises ModelError where it cannot be had."""
-    for found in (core.base_model, core.get_decoder(), getattr(core, "model", core)):
+    if core.base_model is not core:
+        return core.base_model
+    for found in (core.get_decoder(), getattr(core, "model", core)):
         if found is not core:
             return found
     raise ModelError(f"model.path: {path!r} ({type(core).__name__}) has no part that gives hidden states by itself")
