@@ -32,9 +32,10 @@ from peertune.compare.budget import with_whole_rounds
 from peertune.compare.cells import quality, read_cell
 from peertune.compare.contestants import Contestant, Lineup, read_contestants
 from peertune.compare.grid import Grid
+from peertune.compare.inputs import fingerprints
 from peertune.compare.stats import paired_interval, pairs, spread
 from peertune.compare.table import Row, budget_notes, terminal_table, verdicts
-from peertune.config import RunConfig, from_dict
+from peertune.config import RunConfig, from_dict, load_recipe
 from peertune.errors import CheckpointError, ConfigError, DataError, DivergedError
 from peertune.prepare import keep_back, prepare_data
 from peertune.progress import Silent
@@ -634,6 +635,20 @@ def test_cells_of_other_data_or_links_are_not_mixed(
     train.write_text(train.read_text().replace("a", "b"))
     with pytest.raises(ConfigError, match=r"train\.jsonl had other contents"):
         make(algorithms="local,pooled", seeds="0,1")
+
+
+def test_only_local_files_have_fingerprints(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub's name, or the standard library's, is no file; the working directory is not looked at in its place."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "train.jsonl").write_text("{}")
+    config = load_recipe(path, ["data.train=['stdlib','org/name','folder:train']", "data.test=train.jsonl"], METHODS)[0]
+    found = fingerprints(config, tmp_path)
+    assert found.keys() == {"folder:train", "train.jsonl", config.model.path}
+    (tmp_path / "other.txt").write_text("anything")
+    assert fingerprints(config, tmp_path) == found
+    (tmp_path / "folder" / "train.jsonl").write_text("{ }")
+    assert {name for name, now in fingerprints(config, tmp_path).items() if now != found[name]} == {"folder:train"}
 
 
 def test_all_cells_keep_back_the_same_rows(tmp_path: Path, micro_model: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from peertune.config import RunConfig
-from peertune.data.load import find
+from peertune.data.load import locate
 from peertune.errors import ConfigError
 from peertune.model.load import resolve_path
 from peertune.run_folder import storage_errors
@@ -17,13 +17,13 @@ INPUTS = "inputs.json"
 
 
 def fingerprints(config: RunConfig, base: Path) -> dict[str, str]:
-    """File, as the recipe names it -> SHA-256 of its contents, of data and base; what comes from a hub has none."""
+    """SHA-256 of the contents of data and base, by their names in the recipe; what is not a local file has none."""
     found = {}
     for source in (config.data.train, config.data.test):
         for name in [source] if isinstance(source, str) else source:
-            path = (find(name, base) or find(name.rpartition(":")[0], base)) if name else None  # FOLDER:SPLIT
-            if path is not None:
-                found[name] = _hash(path)
+            place = locate(name, base) if name else None
+            if place is not None:
+                found[name] = _hash(place[0])
     folder = Path(resolve_path(config.model.path, base))
     if folder.is_dir():
         found[config.model.path] = _hash(folder)

@@ -77,21 +77,17 @@ def load_table(sources: str | list[str], config: DataSection, *, base: Path | No
 
 
 def _open(name: str, config: DataSection, base: Path | None) -> Located:
-    path = find(name, base)
-    kind = _kind(name)
-    if path is not None and path.is_dir():
-        return _read_dataset(str(path), "train", config)
-    if path is None and (split := re.fullmatch(r"(.+):([\w.-]+)", name)):
-        folder = find(split[1], base)
-        if folder is not None and folder.is_dir():
-            return _read_dataset(str(folder), split[2], config)
-    if path is None:
+    found, kind = locate(name, base), _kind(name)
+    if found is None:
         hub, _, wanted = name.partition(":")
         # `data/train.tsv` is a path with a typing error or an unknown type where there is a folder `data`
-        if not kind and _HUB_NAME.fullmatch(hub) and find(hub.split("/")[0], base) is None:
+        if not kind and _HUB_NAME.fullmatch(hub) and _find(hub.split("/")[0], base) is None:
             return _read_dataset(hub, wanted or "train", config)
         tried = Path(name).absolute() if base is None or Path(name).is_absolute() else f"{Path.cwd()} and {base}"
         raise DataError(f"{name}: no such file (looked in {tried}){_similar(name, base)}; expected {_EXPECTED}")
+    path, split = found
+    if path.is_dir():
+        return _read_dataset(str(path), split, config)
     if not kind:
         raise DataError(f"{name}: unknown type of file {''.join(path.suffixes[-2:])!r}; expected {_EXPECTED}")
     if kind == ".parquet":
@@ -110,8 +106,21 @@ def _kind(name: str) -> str:
     return "" if kind == ".parquet" and lower.endswith(".gz") else kind
 
 
-def find(name: str, base: Path | None) -> Path | None:
-    """Where a file or folder of that name is: from the working directory, then from `base`; None: nowhere."""
+def locate(name: str, base: Path | None) -> tuple[Path, str] | None:
+    """The local file or folder that a source names, as NAME or FOLDER:SPLIT, and the split; None where there is none.
+
+    Args:
+        base: folder that relative paths are tried against where the working directory does not have them.
+    """
+    path = _find(name, base)
+    if path is not None:
+        return path, "train"
+    parts = re.fullmatch(r"(.+):([\w.-]+)", name)
+    folder = _find(parts[1], base) if parts else None
+    return (folder, parts[2]) if parts and folder is not None and folder.is_dir() else None
+
+
+def _find(name: str, base: Path | None) -> Path | None:
     for folder in (Path(), base):
         if folder is not None and (folder / name).exists():
             return folder / name
