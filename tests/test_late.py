@@ -121,6 +121,7 @@ def joinable() -> Any:
     """An algorithm of 1000 rounds that can be joined before each tenth."""
     algorithm = late_group([])[1]
     algorithm.num_rounds, algorithm.can_join = 1000, lambda round: round % 10 == 0
+    algorithm.handed_on = dict
     return algorithm
 
 

@@ -25,6 +25,7 @@ from peertune.config import TopologySection
 from peertune.errors import ConfigError
 from peertune.exchange import Inbox
 from peertune.peer import Peer
+from peertune.runtimes import play_round
 from peertune.topology import Topology, build_topology
 from tests.quadratic import NUM_PEERS, SIZE, QuadraticPeer, gradient, simulate, start, weights_of
 
@@ -153,6 +154,22 @@ def test_fedavg_over_a_server_is_fedavg_on_a_complete_graph_bitwise(options: dic
     np.testing.assert_array_equal(weights_of(star), np.tile(weights_of(star)[0], (NUM_PEERS + 1, 1)))
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "nesterov"])
+def test_one_who_joins_without_a_server_takes_over_the_outer_moments(optimizer: Any) -> None:
+    """With none of his own he would never again step as the others do, who all start from one model."""
+    config = FedavgConfig(**SHORT, server_optimizer=optimizer)
+    members = simulate(Fedavg, config, graph("complete"), ROUNDS - 1)
+    others, back = members[0].algorithm, simulate(Fedavg, config, graph("complete"), 1)[4].algorithm
+    common = back.handed_on()
+    assert {name: value.shape for name, value in common.items()} == {
+        name: value.shape for name, value in others.handed_on().items()
+    }
+    back.join(ROUNDS - 1, others.handed_on())
+    members[4] = replace(members[4], algorithm=back)
+    play_round(ROUNDS - 1, members)
+    np.testing.assert_array_equal(weights_of(members), np.tile(weights_of(members)[0], (NUM_PEERS, 1)))
+
+
 def test_the_proximal_term_pulls_towards_the_common_model() -> None:
     def moved(mu: float) -> float:
         config = FedavgConfig(lr=LR, local_steps=20, rounds=1, proximal=mu)
@@ -247,7 +264,7 @@ def test_a_lone_peer_of_an_outer_optimiser_is_lookahead_with_nesterov(name: str)
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("round", [1, 3])
 def test_a_resumed_peer_goes_on_bitwise(name: str, round: int) -> None:
-    from peertune.runtimes import Member, play_round
+    from peertune.runtimes import Member
     from peertune.runtimes.simulation import Mailbox
 
     method = ALGORITHMS[name]
@@ -364,7 +381,7 @@ def test_a_peer_that_joins_within_a_turn_takes_adams_first_step() -> None:
     config = BlockwiseConfig(lr=LR, outer_rounds=1, inner_steps=200)
     joined, resumed = (Dpsgd(QuadraticPeer(0), config, graph("complete", num_peers=1)) for _ in range(2))  # type: ignore[arg-type]
     joined.local(0)
-    joined.joined(300)
+    joined.join(300, joined.handed_on())
     tensors, plain = joined.state_dict(300)
     resumed.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, plain, 300)
     for method in (joined, resumed):

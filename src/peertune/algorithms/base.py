@@ -129,11 +129,17 @@ class Algorithm(ABC):
         return agreement(self.topology, self.consensus(self.num_rounds), pairs) if self.agrees else ()
 
     def can_join(self, round: int) -> bool:
-        """Whether one who was away may come back at the beginning of a round, with the others' shared tensors."""
+        """Whether one who was away may come back at the beginning of a round, with what another peer `handed_on`."""
         return True
 
-    def joined(self, round: int) -> None:  # noqa: B027 - most methods have nothing to forget
-        """The shared tensors are now those of a peer after `round` rounds: forget what belonged to the old ones."""
+    def handed_on(self) -> Payload:
+        """Float32 copies of all that the peers have in common between rounds; names and shapes are the same on all."""
+        return {name: self.shared(name) for name in self.shared_names()}
+
+    def join(self, round: int, common: Payload) -> None:
+        """Take up what a peer `handed_on` after `round` rounds, and forget what belonged to the old weights."""
+        for name in self.shared_names():
+            self.set_shared(name, common[name])
 
     @abstractmethod
     def position(self, round: int) -> Mapping[str, int]:

@@ -205,7 +205,8 @@ class Deca(Algorithm):
         """At a turn's begin, where all peers' moments are zero."""
         return self.calendar.at(round).is_first
 
-    def joined(self, round: int) -> None:
+    def join(self, round: int, common: Payload) -> None:
+        super().join(round, common)
         turn = self.calendar.at(round)
         if not turn.is_first:
             self.begin_turn(turn.block)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from peertune.algorithms.local_steps import LocalSteps, LocalStepsConfig
 from peertune.config import AlgorithmConfig, Decays, LearningRate, NonNegative, TopologySection
-from peertune.exchange import Hop, Inbox
+from peertune.exchange import Hop, Inbox, Payload
 from peertune.optim import adam_moments
 from peertune.peer import Peer
 from peertune.seeds import numpy_rng
@@ -88,6 +88,11 @@ class Fedavg(LocalSteps):
         return section.kind == "star"
 
     @property
+    def serves_itself(self) -> bool:
+        """Whether every peer runs the server's optimiser, as there is no server."""
+        return self.config.server_optimizer != "average" and not self.topology.has_hub
+
+    @property
     def hub(self) -> int:
         """The server's index."""
         return self.topology.num_peers
@@ -117,8 +122,7 @@ class Fedavg(LocalSteps):
         return self.peer.num_steps(self.config.local_epochs, self.config.grad_accumulation)
 
     def begin(self, round: int) -> int:
-        serves = self.config.server_optimizer != "average" and not self.topology.has_hub
-        if self.config.proximal or serves:
+        if self.config.proximal or self.serves_itself:
             self.anchor = {name: self.masters.snapshot(name) for name in self.common}
         return super().begin(round)
 
@@ -150,25 +154,36 @@ class Fedavg(LocalSteps):
     def serve(self, name: str, before: Tensor, mean: Tensor) -> Tensor:
         """The server's optimiser on one parameter: the new common value, float32, of its shape."""
         c = self.config
+        moments = self.server_moments(name, before)
         if c.server_optimizer == "adam":
-            m = self.server_state(f"exp_avg/{name}", before)
-            v = self.server_state(f"exp_avg_sq/{name}", before, c.server_tau**2)
+            m, v = moments
             adam_moments([m], [v], [mean - before], c.server_betas)
             return before.addcdiv(m, v.sqrt().add_(c.server_tau), value=c.outer_lr)
         pseudo_gradient = before - mean
-        buffer = self.server_state(f"momentum/{name}", before).mul_(c.server_momentum).add_(pseudo_gradient)
+        buffer = moments[0].mul_(c.server_momentum).add_(pseudo_gradient)
         return before - c.outer_lr * pseudo_gradient.add_(buffer, alpha=c.server_momentum)
 
-    def server_state(self, key: str, like: Tensor, start: float = 0.0) -> Tensor:
-        """A tensor of the server's, `start` everywhere at first."""
-        if key not in self.server:
-            self.server[key] = torch.full_like(like, start)
-        return self.server[key]
+    def server_moments(self, name: str, like: Tensor) -> list[Tensor]:
+        """What the server's optimiser keeps of a parameter, to be changed in place: m and v, or b; float32."""
+        is_adam = self.config.server_optimizer == "adam"
+        starts = {"exp_avg": 0.0, "exp_avg_sq": self.config.server_tau**2} if is_adam else {"momentum": 0.0}
+        keys = {f"{kind}/{name}": start for kind, start in starts.items()}
+        for key in keys.keys() - self.server.keys():
+            self.server[key] = torch.full_like(like, keys[key])
+        return [self.server[key] for key in keys]
 
-    def joined(self, round: int) -> None:
-        """The server's moments are not handed on: they begin anew here, and the final agreement evens out the rest."""
-        super().joined(round)
-        self.server.clear()
+    def handed_on(self) -> Payload:
+        """The common model, and where each peer does the server's part, the server's moments too."""
+        common = super().handed_on()
+        if not self.serves_itself:
+            return common
+        for name in self.common:
+            self.server_moments(name, common[name])
+        return {**common, **{key: moment.clone() for key, moment in self.server.items()}}
+
+    def join(self, round: int, common: Payload) -> None:
+        super().join(round, common)
+        self.server = {key: value for key, value in common.items() if key not in self.masters}
 
     def extra_tensors(self) -> Mapping[str, Tensor]:
         return self.server

@@ -87,7 +87,7 @@ class NetworkGroup:
             if neighbor.edge.peer_asks and algorithm.can_join(round):
                 # It is waited for again, or it would fall behind anew.
                 neighbor.edge.peer_asks, neighbor.edge.peer_round, neighbor.edge.peer_is_away = False, round, False
-                state = state or _state(algorithm)
+                state = state or algorithm.handed_on()
                 self._exchange.post(index, (round, STATE), state, "state")
         within_reach = [n for n in self.node.neighbors.values() if not n.is_out_of_reach]
         helpers = [n for n in within_reach if n.index not in self._in_vain] or within_reach
@@ -110,7 +110,7 @@ class NetworkGroup:
             chances = (r for r in range(ahead.edge.peer_round + 1, algorithm.num_rounds) if algorithm.can_join(r))
             self._asked_until, self._asked_at = next(islice(chances, 1, None), math.inf), time.monotonic()
             self.node.log("asked", peer=ahead.name, round=round, behind=behind)
-            self.node.soon(partial(ahead.ask, _state(algorithm), self._arrived))
+            self.node.soon(partial(ahead.ask, algorithm.handed_on(), self._arrived))
         if self._states.empty():
             self._take_late(algorithm)
             return round
@@ -119,9 +119,8 @@ class NetworkGroup:
         is_sound = round < then < algorithm.num_rounds and (not self._is_robust or then <= believed + 1)
         if found is None or not is_sound or not algorithm.can_join(then):
             return round
-        for name, value in found.items():
-            algorithm.set_shared(name, value.to(algorithm.peer.model.device))
-        algorithm.joined(then)
+        device = algorithm.peer.model.device
+        algorithm.join(then, {name: value.to(device) for name, value in found.items()})
         self._in_vain.clear()
         algorithm.peer.model.forget()
         for neighbor in self.node.neighbors.values():
@@ -395,11 +394,6 @@ class NetworkExchange:
         self.sent.load_state_dict(state["sent"])
         self.rounds_without = Counter(dict(state["rounds_without"]))
         self._has_begun = True
-
-
-def _state(algorithm: Algorithm) -> Payload:
-    """What a peer who joins needs: all that the peers have in common."""
-    return {name: algorithm.shared(name) for name in algorithm.shared_names()}
 
 
 def without(
