@@ -148,6 +148,10 @@ def test_methods_in_which_few_train_at_a_time_get_as_many_samples(
 ) -> None:
     found, _ = make(algorithms="deca,fedavg:participation=0.5:local_steps=2,rw_lora:local_steps=4", seeds="0")
     assert [row.samples for row in found.rows] == [4 * 4 * 4] * 3
+    cells = list(csv.DictReader(found.files["cells"].read_text().splitlines()))
+    sent = summary_of(Path(cells[1]["folder"]))["bytes_sent_by_hub"]
+    assert [row.bytes_sent_by_hub for row in found.rows] == [None, sent, None] and sent > 0
+    assert "| server sent |" in found.files["markdown"].read_text()
 
 
 def test_personal_models_are_what_is_compared(make: Callable[..., tuple[Comparison, Quiet]]) -> None:
@@ -696,7 +700,7 @@ def test_the_terminals_table_fits_with_whole_numbers(width: int) -> None:
     name = "fedavg:local_steps=4:lr=2.5e-3"
     row = Row(
         contestant=name, num_seeds=3, metric="accuracy", mean=0.61, spread=0.123, worst_peer=0.4, macro_f1=0.5,
-        samples=1536.0, bytes_sent=9.37e9, peak_memory_bytes=1_500_000_000, cpu_s=15.8, simulated_s=1200.0,
+        samples=1536.0, bytes_sent=9.37e9, bytes_sent_by_hub=7.5e10, peak_memory_bytes=1_500_000_000, cpu_s=15.8, simulated_s=1200.0,
         lambda2=None, tuned="",
     )  # fmt: skip
     console = Console(width=width, file=io.StringIO())
@@ -705,6 +709,7 @@ def test_the_terminals_table_fits_with_whole_numbers(width: int) -> None:
     assert max(map(len, text.splitlines())) <= width
     shown = ["61.0 ± 12.3\u202f%", "40.0\u202f%", "50.0\u202f%", "1\u202f536", "9.37\u202fGB"]
     shown += ["1.4\u202fGiB"] if width >= 100 else []
+    shown += ["75\u202fGB"] if width >= 160 else []
     assert all(number in text for number in shown)
     assert ("in table.md" in text) == (width < 160) and (name in text) == (width >= 80)
 
@@ -713,7 +718,7 @@ def test_names_are_no_markup() -> None:
     console = Console(width=200, file=io.StringIO())
     row = Row(
         contestant="[bold]x", num_seeds=1, metric="accuracy", mean=0.5, spread=None, worst_peer=None, macro_f1=None,
-        samples=1.0, bytes_sent=0.0, peak_memory_bytes=1, cpu_s=1.0, simulated_s=None, lambda2=None, tuned="",
+        samples=1.0, bytes_sent=0.0, bytes_sent_by_hub=None, peak_memory_bytes=1, cpu_s=1.0, simulated_s=None, lambda2=None, tuned="",
     )  # fmt: skip
     console.print(terminal_table([row]))
     assert "[bold]x" in console.file.getvalue()  # type: ignore[attr-defined]

@@ -64,6 +64,12 @@ class Cell:
         return bytes_a_peer(self.summary)
 
     @property
+    def bytes_sent_by_hub(self) -> float | None:
+        """What the server sent in the whole run; None where there is none."""
+        sent = self.summary.get("bytes_sent_by_hub")
+        return None if sent is None else float(sent)
+
+    @property
     def cpu_s(self) -> float:
         """CPU seconds of training a peer; a pooled model's are shared out, as it draws every peer's batches."""
         return float(self.summary["cpu_s"]) / int(self.summary["config"]["run"]["num_peers"])

@@ -38,6 +38,8 @@ class Row:
     """Drawn by a peer; this and the next ones are None where all seeds diverged."""
     bytes_sent: float | None
     """By a peer, the final agreement included."""
+    bytes_sent_by_hub: float | None
+    """By the server; None where there is none."""
     peak_memory_bytes: int | None
     """Of the whole simulation, all peers in one process; the most over seeds."""
     cpu_s: float | None
@@ -53,7 +55,7 @@ class Row:
 
 SLACK = {"samples": 0.1, "bytes": 0.1, "seconds": 0.5}
 """By which share of the first contestant's another may miss a budget without a word: rounds are whole, clocks noisy."""
-SPARE = ("simulated_s", "cpu_s", "peak_memory_bytes")
+SPARE = ("simulated_s", "cpu_s", "bytes_sent_by_hub", "peak_memory_bytes")
 """Columns that a narrow terminal does without, the first first."""
 NAME_WIDTH = 28
 """Characters of a name in one line of the terminal's table."""
@@ -66,6 +68,7 @@ HEAD = {
     "macro_f1": "F1",
     "samples": "samples",
     "bytes_sent": "sent",
+    "bytes_sent_by_hub": "server sent",
     "peak_memory_bytes": "memory",
     "cpu_s": "CPU",
     "simulated_s": "sim. time",
@@ -86,6 +89,7 @@ def row(contestant: str, cells: Sequence[Cell], diverged: Sequence[int], metric:
     qualities = [cell.quality for cell in whole]
     lambda2 = [cell.summary["lambda2"] for cell in cells]
     f1 = [cell.f1 for cell in whole if cell.f1 is not None]
+    by_hub = [cell.bytes_sent_by_hub for cell in cells if cell.bytes_sent_by_hub is not None]
 
     def over_seeds(value: Callable[[Cell], float], of: Sequence[Cell] = cells) -> float | None:
         return mean([value(cell) for cell in of]) if of else None
@@ -100,6 +104,7 @@ def row(contestant: str, cells: Sequence[Cell], diverged: Sequence[int], metric:
         macro_f1=mean(f1) if f1 else None,
         samples=over_seeds(lambda cell: cell.samples),
         bytes_sent=over_seeds(lambda cell: cell.bytes_sent),
+        bytes_sent_by_hub=mean(by_hub) if by_hub else None,
         peak_memory_bytes=max((int(cell.summary["peak_memory_bytes"]) for cell in cells), default=None),
         cpu_s=over_seeds(lambda cell: cell.cpu_s),
         simulated_s=over_seeds(lambda cell: float(cell.summary["simulated_s"])),
@@ -127,6 +132,7 @@ def cells_of(row: Row, keys: Sequence[str]) -> list[str]:
         "macro_f1": NONE if row.macro_f1 is None else shown("macro_f1").show(row.macro_f1),
         "samples": NONE if row.samples is None else count(row.samples),
         "bytes_sent": traffic(row.bytes_sent),
+        "bytes_sent_by_hub": NONE if row.bytes_sent_by_hub is None else traffic(row.bytes_sent_by_hub),
         "peak_memory_bytes": memory(row.peak_memory_bytes),
         "cpu_s": duration(row.cpu_s),
         "simulated_s": duration(row.simulated_s),
@@ -154,7 +160,8 @@ def heads(rows: Sequence[Row]) -> list[str]:
 
 def columns(rows: Sequence[Row]) -> list[str]:
     """Keys of the columns that are shown: the same for all rows of a comparison."""
-    without = {key for key in ("macro_f1", "tuned") if not any(getattr(row, key) not in (None, "") for row in rows)}
+    optional = ("macro_f1", "bytes_sent_by_hub", "tuned")
+    without = {key for key in optional if not any(getattr(row, key) not in (None, "") for row in rows)}
     if not any(":topology." in row.contestant.replace(" ", "") for row in rows):
         without.add("lambda2")
     return [key for key in HEAD if key not in without]
@@ -219,6 +226,7 @@ def _measured(cell: Cell) -> dict[str, object]:
         "macro_f1": cell.f1,
         "samples": cell.samples,
         "bytes_sent": cell.bytes_sent,
+        "bytes_sent_by_hub": cell.bytes_sent_by_hub,
         "peak_memory_bytes": cell.summary["peak_memory_bytes"],
         "cpu_s": cell.cpu_s,
         "simulated_s": cell.summary["simulated_s"],
