@@ -700,8 +700,8 @@ def test_the_terminals_table_fits_with_whole_numbers(width: int) -> None:
     name = "fedavg:local_steps=4:lr=2.5e-3"
     row = Row(
         contestant=name, num_seeds=3, metric="accuracy", mean=0.61, spread=0.123, worst_peer=0.4, macro_f1=0.5,
-        samples=1536.0, bytes_sent=9.37e9, bytes_sent_by_hub=7.5e10, peak_memory_bytes=1_500_000_000, cpu_s=15.8, simulated_s=1200.0,
-        lambda2=None, tuned="",
+        samples=1536.0, bytes_sent=9.37e9, bytes_sent_by_hub=7.5e10, peak_memory_bytes=1_500_000_000, cpu_s=15.8,
+        simulated_s=1200.0, lambda2=None, tuned="",
     )  # fmt: skip
     console = Console(width=width, file=io.StringIO())
     console.print(terminal_table([row], width))
@@ -718,7 +718,8 @@ def test_names_are_no_markup() -> None:
     console = Console(width=200, file=io.StringIO())
     row = Row(
         contestant="[bold]x", num_seeds=1, metric="accuracy", mean=0.5, spread=None, worst_peer=None, macro_f1=None,
-        samples=1.0, bytes_sent=0.0, bytes_sent_by_hub=None, peak_memory_bytes=1, cpu_s=1.0, simulated_s=None, lambda2=None, tuned="",
+        samples=1.0, bytes_sent=0.0, bytes_sent_by_hub=None, peak_memory_bytes=1, cpu_s=1.0, simulated_s=None,
+        lambda2=None, tuned="",
     )  # fmt: skip
     console.print(terminal_table([row]))
     assert "[bold]x" in console.file.getvalue()  # type: ignore[attr-defined]

@@ -302,7 +302,9 @@ def test_a_site_far_behind_takes_up_the_run_from_a_neighbor(
     assert_agreed(consortium)
 
 
-def test_a_site_leaves_in_good_order_and_comes_back(tmp_path: Path, micro_model: Path) -> None:
+def test_a_site_leaves_in_good_order_and_comes_back(
+    tmp_path: Path, micro_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Nobody waits for it, though the grace is long; by the same command it goes on from where it left."""
     section = {"num_peers": 4, "threads": 1, "checkpoint_every": 100}
     consortium = Consortium(tmp_path, micro_model, {"inner_steps": 12, "outer_rounds": 4}, grace=600.0, run=section)
@@ -315,6 +317,13 @@ def test_a_site_leaves_in_good_order_and_comes_back(tmp_path: Path, micro_model:
     assert processes["east"].exitcode == 0
     left = len(consortium.events("east", "round", "events.jsonl"))
     assert f"left after round {left}" in " ".join((tmp_path / "east" / "log").read_text().split())
+    # It has its own checkpoints only, and no other's to average with.
+    assert main(["export", str(tmp_path / "east" / "run"), "--to", str(tmp_path / "own")]) == 0
+    assert f"this site's own model, of its newest checkpoint, after round {left}" in capsys.readouterr().out
+    own = load_file(tmp_path / "east" / "run" / "checkpoints" / "peer-001" / f"round-{left:08d}" / "state.safetensors")
+    exported = load_file(tmp_path / "own" / "model.safetensors")
+    trained = [name for name in own if name.startswith("weights/") and name.removeprefix("weights/") in exported]
+    assert trained and all(torch.equal(own[name], exported[name.removeprefix("weights/")]) for name in trained)
     wait_for(lambda: bool(consortium.events("north", "left_out")))
     processes["east"] = consortium.site("east")
     consortium.ended(processes)
@@ -642,6 +651,14 @@ def test_a_site_whose_connection_was_given_up_still_stops(tmp_path: Path) -> Non
     for index in range(2):
         fork.Process(target=play, args=(index,), daemon=True).start()
     assert sorted(heard.get(timeout=60) for _ in range(2)) == [0, 1]
+
+
+def test_a_node_that_never_started_leaves_no_loop_open(tmp_path: Path) -> None:
+    """As where loading the model fails."""
+    charter, (identity, _), _ = two_sites(tmp_path)
+    node = Node(charter, identity, "", lambda *_, **__: None)
+    node.stop()
+    assert node._loop.is_closed()
 
 
 def test_a_node_that_stops_leaves_nothing_pending_in_its_loop(tmp_path: Path) -> None:

@@ -178,6 +178,8 @@ def test_stdlib_rows_come_with_their_groups(monkeypatch: pytest.MonkeyPatch) -> 
         ("a.json", b'{"text": "a"}', TEXT, "a.json: got an object, expected a list.*jsonl"),
         ("a.json", b'{"text": "a"}\n{"text": "b"}', TEXT, "a.json:2: broken JSON.*jsonl"),
         ("a.jsonl", b"[" * 100_000, TEXT, "a.jsonl:1: broken JSON"),
+        ("a.csv", b"messages\n" + b"[" * 100_000, CHAT, "a.csv:2: field 'messages': broken JSON: nested too deeply"),
+        ("a.csv", b"messages\n[" + b"1" * 5000 + b"]", CHAT, "a.csv:2: field 'messages': broken JSON: a number is"),
         ("a.jsonl", b'{"text": "a"}\n{"text": 3}', TEXT, "a.jsonl:2: field 'text' is an integer, expected text"),
         ("a.jsonl", b'{"txt": "a", "id": 1}', TEXT, r"a.jsonl:1: no field 'text' \(it has txt, id\).*data.text_field"),
         ("a.jsonl", b'{"text": "a"}', LABELS, "a.jsonl:1: no field 'label'.*data.label_field"),

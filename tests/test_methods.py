@@ -376,6 +376,13 @@ def test_epochs_count_all_batches_of_a_step() -> None:
     assert [peer.num_steps(1, 1), peer.num_steps(1, 4), peer.num_steps(3, 4)] == [5, 2, 4]
 
 
+def test_late_messages_of_gradient_tracking_are_not_fetched() -> None:
+    """What is tracked in them belongs to its round; the weights alone would leave it behind."""
+    peer: Any = QuadraticPeer(0)
+    hops = [method(peer, LocalStepsConfig(**SHORT), graph()).hops(0)[0] for method in (Qg, Gt)]
+    assert [hop.takes_late for hop in hops] == [True, False] and hops[0].weights == hops[1].weights
+
+
 def test_a_peer_that_joins_within_a_turn_takes_adams_first_step() -> None:
     """Its moments are zero again, so what undoes that begins anew too, and is as it was after a resumption."""
     config = BlockwiseConfig(lr=LR, outer_rounds=1, inner_steps=200)

@@ -364,6 +364,13 @@ def test_peers_that_train_at_the_same_time_end_bitwise_the_same(name: str, tmp_p
         run(recipe(tmp_path, micro_model, run={"out": str(tmp_path / "no"), "parallel_peers": 2, "threads": 2}))
 
 
+def test_points_on_the_way_are_never_more_than_asked_for(tmp_path: Path, micro_model: Path) -> None:
+    method = {"name": "dec_lora", "rounds": 15, "local_steps": 1, "rank": 2}
+    run(recipe(tmp_path, micro_model, algorithm=method, eval={"points": 8}))
+    assert [e["round"] for e in events(tmp_path / "out", "eval")] == [0, 2, 4, 6, 8, 10, 12, 14, 15]
+    assert len(events(tmp_path / "out", "checkpoint")) == 8
+
+
 @pytest.mark.parametrize(("name", "times"), [("fedavg", 3), ("deca", 6)])
 def test_peers_with_one_model_are_measured_once(
     name: str, times: int, tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch

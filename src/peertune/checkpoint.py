@@ -85,9 +85,9 @@ class CheckpointStore:
         """Rounds of a peer's generations, ascending: those that all its shards have."""
         return sorted(set.intersection(*(set(self._rounds(peer, shard)) for shard in range(self.num_shards))))
 
-    def newest_complete(self) -> int | None:
-        """The newest round that every peer has a generation of; None where there is none."""
-        return newest_common([self.rounds(peer) for peer in range(self.num_peers)])
+    def newest_complete(self, peers: Sequence[int] | None = None) -> int | None:
+        """The newest round that all of some peers have a generation of, none: of all; None where there is none."""
+        return newest_common([self.rounds(peer) for peer in (range(self.num_peers) if peers is None else peers)])
 
     def load(self, peer: int, round: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Read one peer's state.

@@ -155,10 +155,13 @@ def _report(options: argparse.Namespace, console: Console) -> None:
 
 def _export(options: argparse.Namespace, console: Console) -> None:
     from peertune.export import export
+    from peertune.run_folder import RunFolder
 
     done = export(Path(options.folder), Path(options.to), options.peer)
     if done is not None:
-        print(f"{options.folder}: of its newest checkpoint, after round {done}")
+        is_site = RunFolder(Path(options.folder)).read_recipe().get("site") is not None
+        whose = "this site's own model, " if is_site else ""
+        print(f"{options.folder}: {whose}of its newest checkpoint, after round {done}")
     print(f"{options.to}: load it with {loading(Path(options.to))}")
 
 

@@ -194,7 +194,7 @@ class EvalSection(Section):
     every: NonNegative = 0
     """Rounds between evaluations of the average model; 0: only before and after, or as `points` says."""
     points: NonNegative = 0
-    """Evaluations of the average model, evenly over the run, where `every` is 0."""
+    """At most so many evaluations of the average model, evenly over the run, where `every` is 0."""
     split: Literal["test", "validation"] = "test"
     """What is evaluated: the rows of data.test, or those that data.validation_rows keeps back from data.train."""
     max_samples: NonNegative = 1000

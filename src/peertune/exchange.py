@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -42,13 +43,24 @@ class Hop:
     """Whether a message that comes after its round is added to what the receiver holds by then: where payloads are
     weights of the model, whose mean takes their place."""
 
-    def sources(self, peer: int) -> dict[int, float]:
-        """Who `peer` hears, itself included, with weights, in ascending order of the peers."""
-        return {s: w for (s, t), w in sorted(self.weights.items()) if t == peer}
+    @cached_property
+    def _ways(self) -> tuple[dict[int, dict[int, float]], dict[int, list[int]]]:
+        """By target its sources with weights, and by source its targets; ascending."""
+        sources: dict[int, dict[int, float]] = {}
+        targets: dict[int, list[int]] = {}
+        for (source, target), weight in sorted(self.weights.items()):
+            sources.setdefault(target, {})[source] = weight
+            if source != target:
+                targets.setdefault(source, []).append(target)
+        return sources, targets
 
-    def targets(self, peer: int) -> list[int]:
-        """To whom `peer` sends, itself left out."""
-        return sorted(t for s, t in self.weights if s == peer and t != peer)
+    def sources(self, peer: int) -> Mapping[int, float]:
+        """Who `peer` hears, itself included, with weights, in ascending order of the peers."""
+        return self._ways[0].get(peer, {})
+
+    def targets(self, peer: int) -> Sequence[int]:
+        """To whom `peer` sends, itself left out, in ascending order."""
+        return self._ways[1].get(peer, ())
 
 
 @dataclass(frozen=True)
@@ -111,12 +123,13 @@ class Exchange(Protocol):
         """This peer's state after `round` rounds is on disk: it will not ask for messages of earlier rounds again."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must know: counters, and later an edge's codec state."""
+        """What a resumed run must know."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a `state_dict`."""
 
 
+@lru_cache(maxsize=4)
 def gossip(topology: Topology) -> Hop:
     """Everyone to all neighbours, weighted by the mixing matrix W (w_ij is what i gives to j's message)."""
     w = topology.weights

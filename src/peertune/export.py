@@ -28,6 +28,8 @@ Task = Literal["text", "classification", "instruction", "chat"]
 def export(run: Path, to: Path, peer: int | None = None) -> int | None:
     """Write a run's average model to a folder: the finished one, else that of the newest complete checkpoint.
 
+    Of a consortium's run that did not finish, a site has its own checkpoints alone, and gives its own model.
+
     Args:
         peer: whose personal parts (algorithm.local_modules) go on top of the average, from that checkpoint; None: none.
     Returns:
@@ -52,7 +54,9 @@ def export(run: Path, to: Path, peer: int | None = None) -> int | None:
         _check_peer(recipe["config"], peer)
     config, _ = from_dict(recipe["config"], METHODS)
     store = CheckpointStore(folder.checkpoints, recipe["members"], config.run.ranks_per_peer)
-    done = store.newest_complete()
+    site = recipe.get("site")
+    members = range(recipe["members"]) if site is None else [site]
+    done = store.newest_complete(members)
     if done is None:
         what = (
             "has neither model nor checkpoints any more"
@@ -64,15 +68,15 @@ def export(run: Path, to: Path, peer: int | None = None) -> int | None:
     module = prepare_model(config, cpu, base)
     average: dict[str, torch.Tensor] = {}
     personal: dict[str, torch.Tensor] = {}
-    for index in range(recipe["members"]):
+    for index in members:
         tensors, state = store.load_whole(index, done)
-        if index >= len(state["consensus"]):
+        if index >= len(state["consensus"]) and site is None:
             break  # the hub, which has no weight in the average
-        weight = state["consensus"][index]
+        weight = state["consensus"][index] if site is None else 1.0
         for name in state["common"]:
             high, low = tensors[f"weights/{name}"], tensors.get(f"remainder/{name}")
             master = high.float() if low is None else join_bfloat16(high, low)
-            average[name] = master * weight if index == 0 else average[name].add_(master, alpha=weight)
+            average[name] = average[name].add_(master, alpha=weight) if name in average else master * weight
         if index == peer:
             held = {name.removeprefix("weights/"): t for name, t in tensors.items() if name.startswith("weights/")}
             personal = {name: value for name, value in held.items() if name not in state["common"]}

@@ -251,7 +251,8 @@ class Run:
         if done == 0:
             base = str(self.base.absolute())
             recipe = {
-                "config": self.config.to_dict(), "versions": versions(), "base": base, "members": self.num_members
+                "config": self.config.to_dict(), "versions": versions(), "base": base, "members": self.num_members,
+                "site": None if self.site is None else self.site.index,
             }  # fmt: skip
             self.folder.create(recipe)
             self.folder.rewind(0)
@@ -276,7 +277,7 @@ class Run:
             self._log(round, [*reports, *[None] * (len(self.members) - len(self.peers))])
         every = self.config.eval.every
         if not every and self.config.eval.points:
-            every = max(1, self.method.num_rounds // self.config.eval.points)
+            every = math.ceil(self.method.num_rounds / self.config.eval.points)
         if every and (round + 1) % every == 0 and not last and self.average.load(round + 1):
             self._record(lambda: self._evaluate_average(round + 1))
         every = self.config.run.checkpoint_every

@@ -1,10 +1,12 @@
-"""A payload as bytes, and how many: one message is one safetensors file, so nothing in it can be run. Never pickle.
+"""How many bytes a payload is, and the order of its tensors on the way: raw bytes, so nothing in it can be run.
+
+Messages are counted alike in every runtime, as if each were one safetensors file, for each edge and in two parts:
 
     header    8 bytes of length, then JSON: each tensor's name, type, shape and place; padded to a multiple of 8
     payload   the tensors' bytes, one after the other, in the order of their names
 
-Every count of bytes in peertune is of these two, for each edge, apart. What a transport adds (frames, encryption,
-acknowledgements) is not in it.
+What runtimes carry is the payload; of the header sites send a hash, as both ends know what it has to be. What a
+transport adds (frames, encryption, acknowledgements) is not counted.
 """
 
 from __future__ import annotations

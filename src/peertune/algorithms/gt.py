@@ -15,13 +15,14 @@ At K = 1 that is the tracker above. The paper adds the step after mixing; here, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from peertune.algorithms.local_steps import LocalSteps
-from peertune.exchange import Hop, Inbox, Payload
+from peertune.exchange import Hop, Inbox, Payload, gossip
 
 TRACKED = "tracked/"
 
@@ -53,6 +54,10 @@ class Gt(LocalSteps):
     def can_join(self, round: int) -> bool:
         """Never: the sum of all corrections is zero, and one who left took his along."""
         return False
+
+    def hops(self, round: int) -> Sequence[Hop]:
+        """One of gossip; a late message is of no use, as the tracked gradients in it belong to its round."""
+        return (replace(gossip(self.topology), takes_late=False),)
 
     def outgoing(self, hop: Hop) -> Payload:
         return {**super().outgoing(hop), **{TRACKED + name: z for name, z in self.tracked.items()}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Self
 
@@ -172,8 +173,8 @@ class LocalSteps(Algorithm):
         return {"outer_round": round, "block": 0, "inner_step": 0}
 
     def is_boundary(self, round: int) -> bool:
-        """Ten times a run."""
-        return (round + 1) % max(1, self.num_rounds // 10) == 0
+        """At most ten times a run."""
+        return (round + 1) % math.ceil(self.num_rounds / 10) == 0
 
     def shared_names(self, round: int | None = None) -> Sequence[str]:
         return [name for name in self.common if round is None or self.trains(name, round)]

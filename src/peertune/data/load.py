@@ -6,7 +6,6 @@ and counts it.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import difflib
 import gzip
@@ -307,8 +306,14 @@ def _objects(row: Row, where: str, key: str, config: DataSection) -> list[Row]:
     """A field that holds a list of objects, or its JSON text as CSV files have it."""
     value = _value(row, where, key, config)
     if isinstance(value, str):
-        with contextlib.suppress(json.JSONDecodeError):  # reported below as text where a list was expected
+        try:
             value = json.loads(value) if value.strip() else []
+        except json.JSONDecodeError:
+            pass  # reported below as text where a list was expected
+        except (RecursionError, ValueError) as error:
+            raise DataError(
+                f"{where}: field {getattr(config, key)!r}: broken JSON: {_unreadable(error)} (data.{key})"
+            ) from None
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         got = _type(value) if not isinstance(value, list) else "a list that does not hold objects only"
         raise DataError(f"{where}: field {getattr(config, key)!r} is {got}, expected a list of objects (data.{key})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,15 +22,6 @@ from peertune.report.text import (
     signed,
     traffic,
 )
-
-METHODS = {
-    "deca": "DECA",
-    "badam": "BAdam",
-    "dpsgd": "D-PSGD",
-    "fedavg": "FedAvg",
-    "local": "Local training",
-    "pooled": "Pooled training",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +83,7 @@ def setting(run: Run, section: str, key: str) -> object:
 def title(run: Run) -> str:
     """The method and its number of peers, as HTML."""
     name = str(setting(run, "algorithm", "name") or "run")
-    return f"{esc(METHODS.get(name, name), 40)}, {plural(run.num_peers, 'peer')}"
+    return f"{esc(name, 40)}, {plural(run.num_peers, 'peer')}"
 
 
 def header(run: Run) -> str:
@@ -128,7 +120,8 @@ def headline(run: Run) -> str:
     models, whose = [e.average_model for e in run.evaluations], "average model"
     own = run.evaluations[-1].peers if run.evaluations else ()
     if not run.agrees and own and all(own):  # nobody holds the average model
-        models, whose = [models[0], {name: _mean_of(own, name) for name in own[0]}], "the peers' own, mean"
+        means = {name: statistics.fmean(_known(own, name)) for name in own[0]}
+        models, whose = [models[0], means], "the peers' own, mean"
     if names:
         name, metric = names[0], _metric(names[0])
         seen = [m[name] for m in models if name in m]
@@ -152,10 +145,6 @@ def headline(run: Run) -> str:
         _box("Rounds", count(run.rounds_done), f"of {count(run.planned_rounds)} planned"),
     ]
     return f'<div id="summary" class="boxes">{"".join(boxes)}</div>'
-
-
-def _mean_of(metrics: Sequence[Mapping[str, float]], name: str) -> float:
-    return sum(each[name] for each in metrics if name in each) / len(metrics)
 
 
 def loss(run: Run) -> str:

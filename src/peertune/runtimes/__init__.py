@@ -107,8 +107,8 @@ class Lockstep:
 
 def edges(algorithm: Algorithm) -> list[tuple[int, int]]:
     """Pairs of members (i, j), i < j, between which anything travels in a whole run; ascending."""
-    hops = [hop for round in range(algorithm.num_rounds) for hop in algorithm.hops(round)]
-    pairs = {pair for hop in [*hops, *algorithm.agreement()] for pair in hop.weights}
+    hops = {id(hop): hop for round in range(algorithm.num_rounds) for hop in algorithm.hops(round)}  # most are one
+    pairs = {pair for hop in [*hops.values(), *algorithm.agreement()] for pair in hop.weights}
     return sorted({(min(pair), max(pair)) for pair in pairs if pair[0] != pair[1]})
 
 

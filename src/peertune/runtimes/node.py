@@ -119,6 +119,7 @@ class Node:
             leaves: tell the neighbours not to wait until then.
         """
         if not self._thread.is_alive():
+            self._loop.close()
             return
         self.call(self._leave() if leaves else self._stop(linger_s))
         self._loop.call_soon_threadsafe(self._loop.stop)
