@@ -11,7 +11,8 @@ from peertune.algorithms.deca import Deca, DecaConfig
 from peertune.config import TopologySection
 from peertune.errors import PeerLostError
 from peertune.exchange import Hop, Inbox, Payload
-from peertune.runtimes import PLAN, Member, agree
+from peertune.runtimes import Member, agree
+from peertune.runtimes.rounds import PLAN
 from peertune.runtimes.simulation import Mailbox, SimulatedExchange
 from peertune.topology import build_topology
 from tests.quadratic import NUM_PEERS, simulate, weights_of

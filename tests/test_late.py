@@ -14,8 +14,9 @@ from peertune.cli_output import summary_table
 from peertune.consortium import Repeats
 from peertune.exchange import Hop
 from peertune.runtimes import network
+from peertune.runtimes.catch_up import Pace
 from peertune.runtimes.edge import Edge
-from peertune.runtimes.network import NetworkExchange, NetworkGroup, Pace
+from peertune.runtimes.network import NetworkExchange, NetworkGroup
 from peertune.site_summary import contributions
 
 

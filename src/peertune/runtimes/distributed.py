@@ -25,7 +25,7 @@ from peertune.config import LinkSection
 from peertune.errors import ConfigError, PeerLostError
 from peertune.exchange import Hop, Inbox, Payload
 from peertune.link import Clock
-from peertune.runtimes import Lockstep, weighted_mean
+from peertune.runtimes.group import Lockstep, weighted_mean
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)

@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from itertools import islice
-from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import torch
@@ -28,18 +26,17 @@ from peertune.charter import check_members
 from peertune.errors import Left, PeerLostError, TurnedAwayError
 from peertune.exchange import ROLL, Hop, Inbox, Payload
 from peertune.link import Clock
-from peertune.runtimes import edges
+from peertune.runtimes.catch_up import StateRequest
 from peertune.runtimes.edge import STATE, Key
 from peertune.runtimes.neighbor import Neighbor
 from peertune.runtimes.node import Node
 from peertune.runtimes.requests import Requests
+from peertune.runtimes.rounds import edges
 from peertune.wire import Traffic
 
 T = TypeVar("T")
 POLL_S = 0.05
 """Seconds between looks at whether a neighbour is still worth waiting for."""
-PACE_ROUNDS = 8
-"""Rounds after which a site that is behind looks whether it comes nearer."""
 LENIENT_GRACES = 10
 """At the end of a run one who is behind, but gets on, is waited for at most so many graces."""
 WAITING_S = 5.0
@@ -60,14 +57,7 @@ class NetworkGroup:
         self.ranks: DeviceMesh | None = None
         self.clock: Clock | None = None
         self._exchange = NetworkExchange(node, requests)
-        self._asked: Neighbor | None = None
-        self._asked_until: float = math.inf
-        """Round of the one who was asked for the state, beyond which it would have sent it."""
-        self._asked_at = 0.0
-        self._in_vain: set[int] = set()
-        """Neighbours who did not send it."""
-        self._pace = Pace()
-        self._states: SimpleQueue[tuple[int, Payload | None]] = SimpleQueue()
+        self._request = StateRequest(node, is_robust=is_robust)
         self._joined = 0
         """The round from whose beginning this site holds what another one made of those before."""
 
@@ -82,6 +72,20 @@ class NetworkGroup:
         """
         self._exchange.attend()
         self._await_quorum(round)
+        self._give_state(round, algorithm)
+        self._request.ask_where_behind(round, algorithm, is_left_out=bool(self._exchange.left_out))
+        answer = self._request.answer()
+        if answer is None:
+            self._take_late(algorithm)
+            return round
+        then, state = answer
+        if state is None or not self._request.is_sound(round, then, algorithm):
+            return round
+        self._join(then, state, algorithm)
+        self.node.log("joined", round=then, missed=then - round)
+        return then
+
+    def _give_state(self, round: int, algorithm: Algorithm) -> None:
         state: Payload | None = None
         for index, neighbor in self.node.neighbors.items():
             if neighbor.edge.peer_asks and algorithm.can_join(round):
@@ -89,50 +93,15 @@ class NetworkGroup:
                 neighbor.edge.peer_asks, neighbor.edge.peer_round, neighbor.edge.peer_is_away = False, round, False
                 state = state or algorithm.handed_on()
                 self._exchange.post(index, (round, STATE), state, "state")
-        within_reach = [n for n in self.node.neighbors.values() if not n.is_out_of_reach]
-        helpers = [n for n in within_reach if n.index not in self._in_vain] or within_reach
-        ahead = max(helpers, key=lambda n: n.edge.peer_round, default=None)
-        if self._asked is not None and self._asked.is_out_of_reach:
-            self.node.soon(self._asked.edge.no_state)
-        elif self._asked is not None and self._is_in_vain(self._asked):
-            self._in_vain.add(self._asked.index)
-            self.node.soon(self._asked.edge.ask_no_more)
-        rounds = sorted((neighbor.edge.peer_round for neighbor in within_reach), reverse=True)
-        # Where members may send garbage, one alone is not believed to be far ahead.
-        believed = rounds[1] if self._is_robust and len(rounds) > 1 else rounds[0] if rounds else 0
-        behind = max(0, believed - round)
-        # Where rounds pass without messages, others may be ahead who will wait for this site.
-        is_left_behind = any(neighbor.edge.missed_until >= round for neighbor in self.node.neighbors.values())
-        falls_back = self._pace.is_too_slow(round, behind if is_left_behind else 0)
-        if ahead is not None and self._asked is None and behind > 1 and (self._exchange.left_out or falls_back):
-            self._asked = ahead
-            # The first of them may be over there before the question arrives.
-            chances = (r for r in range(ahead.edge.peer_round + 1, algorithm.num_rounds) if algorithm.can_join(r))
-            self._asked_until, self._asked_at = next(islice(chances, 1, None), math.inf), time.monotonic()
-            self.node.log("asked", peer=ahead.name, round=round, behind=behind)
-            self.node.soon(partial(ahead.ask, algorithm.handed_on(), self._arrived))
-        if self._states.empty():
-            self._take_late(algorithm)
-            return round
-        self._asked = None
-        then, found = self._states.get()
-        is_sound = round < then < algorithm.num_rounds and (not self._is_robust or then <= believed + 1)
-        if found is None or not is_sound or not algorithm.can_join(then):
-            return round
+
+    def _join(self, round: int, state: Payload, algorithm: Algorithm) -> None:
+        """Go on from the beginning of a round, as another site was there."""
         device = algorithm.peer.model.device
-        algorithm.join(then, {name: value.to(device) for name, value in found.items()})
-        self._in_vain.clear()
+        algorithm.join(round, {name: value.to(device) for name, value in state.items()})
         algorithm.peer.model.forget()
         for neighbor in self.node.neighbors.values():
-            self.node.soon(partial(neighbor.skip_to, then))
-        self.node.log("joined", round=then, missed=then - round)
-        self._joined = then
-        return then
-
-    def _is_in_vain(self, asked: Neighbor) -> bool:
-        """Whether one who was asked for the state has let its chances pass. What it says may be under way for long."""
-        is_over = asked.edge.peer_round > self._asked_until
-        return is_over and time.monotonic() - self._asked_at > self.node.charter.grace_s
+            self.node.soon(partial(neighbor.skip_to, round))
+        self._joined = round
 
     def _take_late(self, algorithm: Algorithm) -> None:
         """Put right what rounds without a neighbour's messages did to the mean, with those that came after all.
@@ -165,9 +134,6 @@ class NetworkGroup:
         if paused and self.node.has_quorum:
             self._exchange.log_resumption(round)
 
-    def _arrived(self, round: int, state: Payload | None) -> None:
-        self._states.put((round, state))
-
     def exchange(self, member: int) -> NetworkExchange:
         return self._exchange
 
@@ -191,34 +157,6 @@ class NetworkGroup:
 
     def mean(self, tensors: Iterable[Tensor], weights: Sequence[float]) -> None:
         return None
-
-
-class Pace:
-    """Whether a site that is behind, and has all messages that it needs, will be with the others soon."""
-
-    def __init__(self) -> None:
-        self._since: tuple[int, int] | None = None
-        """The round, and how many this site was behind, when the others' pace began to be measured."""
-
-    def is_too_slow(self, round: int, behind: int) -> bool:
-        """Whether it is less than twice as fast as they, over as many rounds as it was behind, at most `PACE_ROUNDS`.
-
-        Called between all rounds.
-
-        Args:
-            behind: rounds that the one furthest ahead is ahead; 0 where nobody goes on without this site.
-        """
-        if behind <= 1:
-            self._since = None
-            return False
-        if self._since is None:
-            self._since = round, behind
-        began, was_behind = self._since
-        played = round - began
-        if played < min(was_behind, PACE_ROUNDS):
-            return False
-        self._since = round, behind
-        return behind > was_behind - played / 2
 
 
 class NetworkExchange:

@@ -12,7 +12,7 @@ from peertune.algorithms.base import Algorithm
 from peertune.config import LinkSection
 from peertune.exchange import Hop, Inbox, Payload
 from peertune.link import Clock
-from peertune.runtimes import Lockstep, weighted_mean
+from peertune.runtimes.group import Lockstep, weighted_mean
 
 T = TypeVar("T")
 

@@ -1,0 +1,155 @@
+"""The steps of a round and of the final agreement: the same in all runtimes, over whatever exchange a member has."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from peertune.algorithms.base import Algorithm, LocalReport
+from peertune.algorithms.together import Alone, Together
+from peertune.errors import PeerLostError
+from peertune.exchange import ROLL, Hop, Inbox, Payload
+from peertune.robust import robust
+from peertune.runtimes.group import Member
+
+PLAN = "without"
+"""Name of the tensor that says, in the messages of an agreement without some, without which edges it is."""
+
+
+def edges(algorithm: Algorithm) -> list[tuple[int, int]]:
+    """Pairs of members (i, j), i < j, between which anything travels in a whole run; ascending."""
+    hops = {id(hop): hop for round in range(algorithm.num_rounds) for hop in algorithm.hops(round)}  # most are one
+    pairs = {pair for hop in [*hops.values(), *algorithm.agreement()] for pair in hop.weights}
+    return sorted({(min(pair), max(pair)) for pair in pairs if pair[0] != pair[1]})
+
+
+def play_round(
+    round: int, members: Sequence[Member], pool: Executor | None = None, parts: Sequence[Alone | Together] = ()
+) -> list[LocalReport | None]:
+    """One round of every hosted peer: the local phase, then each hop.
+
+    Args:
+        pool: threads that play several peers' local phases at the same time; None: one peer after the other.
+        parts: the hosted peers, in their order, as they train; none: each alone.
+    Returns:
+        By hosted peer, the hub left out, what the local phase says; None where a peer had no part in the round.
+    """
+    parts = parts or [Alone(member.algorithm) for member in members if not member.is_hub]
+    if pool is None:
+        reports = [_timed_local(round, part, time.process_time) for part in parts]
+    else:
+        # Each has a thread, and no threads of its own operators'; the process's clock would count all peers.
+        reports = list(pool.map(lambda part: _timed_local(round, part, time.thread_time), parts))
+    for hop in members[0].algorithm.hops(round):
+        for member, inbox in _carry(round, hop, members, lambda member, hop: member.algorithm.outgoing(hop)):
+            member.algorithm.mix(hop, robust(member.rule, member.index, inbox))
+    return [report for part in reports for report in part]
+
+
+def thread_pool(num_peers: int) -> ThreadPoolExecutor:
+    """For `play_round`: so many peers at a time, each on one thread of PyTorch's."""
+    return ThreadPoolExecutor(num_peers, "peer", initializer=torch.set_num_threads, initargs=(1,))
+
+
+def _timed_local(round: int, part: Alone | Together, clock: Callable[[], float]) -> list[LocalReport | None]:
+    """A local phase, whose time is shared out alike over the peers that had a part in it."""
+    start = clock()
+    reports = part.local(round)
+    each = (clock() - start) / max(1, sum(report is not None for report in reports))
+    return [None if report is None else replace(report, cpu_s=each) for report in reports]
+
+
+def agree(round: int, members: Sequence[Member], may_lose: bool = False) -> tuple[int, list[int]]:
+    """Give every peer the bitwise same model, the weighted average of what the peers share, a block at a time.
+
+    Args:
+        may_lose: ask first who is still there, and agree without those who are not; keep what the peers hold until a
+            block is agreed on, and give it back where that fails.
+    Returns:
+        The number of hops it took, and the peers who are not in the average.
+    Raises:
+        PeerLostError: a peer was lost on the way, and with it the blocks still to come.
+    """
+    algorithm = members[0].algorithm
+    hops, absent, plan = algorithm.agreement(), list[int](), dict[str, torch.Tensor]()
+    if may_lose and algorithm.agreement(known := edges(algorithm)):
+        told = roll_call(round, members, known)
+        *lost, had_losses = told.tolist()
+        if any(lost) or (had_losses and not hops):
+            pairs = [pair for pair, is_lost in zip(known, lost, strict=True) if not is_lost]
+            hops, plan = algorithm.agreement(pairs), {PLAN: told}
+            absent = algorithm.topology.cut_off_from(members[0].index, pairs)
+    for block in members[0].algorithm.blocks:
+        names = [name for name in members[0].algorithm.shared_names() if name in set(block.parameters)]
+        if not names:
+            continue  # a personal block
+
+        def outgoing(member: Member, hop: Hop, names: list[str] = names) -> Payload:
+            return {name: member.algorithm.shared(name) for name in names} | plan
+
+        # On the way up they hold partial sums.
+        before = [{name: member.algorithm.shared(name) for name in names} for member in members if may_lose]
+        try:
+            for hop in hops:
+                for member, inbox in _carry(round, hop, members, outgoing):
+                    if not all(
+                        torch.equal(payload[name], plan[name]) for payload in inbox.payloads.values() for name in plan
+                    ):
+                        raise PeerLostError(
+                            "a neighbour agrees with others than this site does, so there is no agreement"
+                        )
+                    for name in names:
+                        member.algorithm.set_shared(name, inbox.mean(name))
+        except PeerLostError:
+            for member, held in zip(members, before, strict=False):
+                for name, value in held.items():
+                    member.algorithm.set_shared(name, value)
+            raise
+    return len(hops), absent
+
+
+def roll_call(round: int, members: Sequence[Member], pairs: Sequence[tuple[int, int]]) -> Tensor:
+    """Who still hears whom, the same for all who do: everybody floods what he knows over the graph.
+
+    Word goes round any graph of N peers in N - 1 waves, so what is lost in the first half of these 2 (N - 1) is known
+    to all in the end. What is lost later may be known to some only; their messages then say that they agree on another
+    plan, and each keeps its own model.
+
+    Args:
+        pairs: the run's `edges`.
+    Returns:
+        By pair, 1 where no message comes any more, and at the end 1 if any peer once went on without another; float32.
+    """
+    num_peers = members[0].algorithm.topology.num_peers
+    own = {(peer, peer): 1.0 for peer in range(num_peers)}
+    wave = Hop(ROLL, own | {way: 1.0 for i, j in pairs for way in ((i, j), (j, i))})
+    lost = {member.index: torch.zeros(len(pairs) + 1) for member in members}
+    for member in members:
+        lost[member.index][-1] = float(bool(member.exchange.rounds_without))
+    for _ in range(2 * (num_peers - 1)):
+        for member, inbox in _carry(round, wave, members, lambda member, hop: {"lost": lost[member.index].clone()}):
+            known = lost[member.index]
+            for payload in inbox.payloads.values():
+                torch.maximum(known, payload["lost"].to(known.device), out=known)
+            for other in member.exchange.left_out:
+                known[pairs.index((min(member.index, other), max(member.index, other)))] = 1.0
+    return lost[members[0].index]
+
+
+def _carry(
+    round: int, hop: Hop, members: Sequence[Member], outgoing: Callable[[Member, Hop], Payload]
+) -> Iterator[tuple[Member, Inbox]]:
+    """Send along a hop from all hosted peers, then yield each one that received something, with its inbox."""
+    sources = {source for source, _ in hop.weights}
+    for member in members:
+        member.exchange.start(round, hop, outgoing(member, hop) if member.index in sources else None)
+    for member in members:
+        inbox = member.exchange.finish(round, hop, partial(outgoing, member, hop))
+        if inbox is not None:
+            yield member, inbox
