@@ -51,7 +51,7 @@ def simulate(method: type, config: Any, topology: Topology, rounds: int | None =
     """Run a method; returns the members, the hub last where there is one."""
     mailbox = Mailbox()
     members = []
-    for index in range(topology.num_peers + topology.has_hub):
+    for index in range(topology.num_members):
         peer: Any = QuadraticPeer(index)
         if index == topology.num_peers:
             peer.batches = None

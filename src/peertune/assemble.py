@@ -1,4 +1,4 @@
-"""What a run is put together from: the graph, each peer's batches and model, and threads for the peers."""
+"""What a run is put together from: the graph, each peer's batches and model, the method, and threads for the peers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from peertune.algorithms import Algorithm
+from peertune.algorithms import ALGORITHMS, Algorithm
 from peertune.algorithms.local_steps import LocalSteps
 from peertune.algorithms.together import Alone, Together
 from peertune.config import ModelSection, RunConfig
@@ -20,7 +20,8 @@ from peertune.errors import ConfigError
 from peertune.model.language_model import LanguageModel
 from peertune.model.layers import has_dropout
 from peertune.model.sharding import ShardedModel
-from peertune.prepare import Prepared, prepare_model
+from peertune.peer import Peer
+from peertune.prepare import Prepared, model_blocks, prepare_model
 from peertune.runtimes import Member, thread_pool
 from peertune.seeds import derive_seed
 from peertune.topology import Topology, build_topology
@@ -56,6 +57,28 @@ def make_batches(config: RunConfig, data: Prepared, pools: bool) -> dict[int, Ba
         for i, rendered in data.train.items()
     }
     return {0: UnionBatches(list(every.values()))} if pools else {**every}
+
+
+def make_algorithm(
+    config: RunConfig,
+    module: torch.nn.Module,
+    topology: Topology,
+    index: int = 0,
+    batches: Batches | UnionBatches | None = None,
+) -> Algorithm:
+    """The method on one member's model, outside of any run.
+
+    Args:
+        module: as `prepare_model` gives it; its layers are taken over.
+        index: whose it is.
+        batches: its data; None: there is none, or none is at hand.
+    Raises:
+        ConfigError, ModelError: the method cannot train this model, or not with these keys.
+    """
+    method = ALGORITHMS[config.algorithm.name]
+    blocks = model_blocks(config, module, method.frozen)
+    peer = Peer(index, LanguageModel(module, config.model), blocks, batches, config.run.seed)
+    return method(peer, config.algorithm, topology)
 
 
 def make_pool(config: RunConfig, module: torch.nn.Module, device: torch.device) -> Executor | None:

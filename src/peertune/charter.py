@@ -240,6 +240,12 @@ def check_members(members: Sequence[Member], num_members: int, edges: Sequence[t
             )
 
 
+def sample_counts(members: Sequence[Member], num_peers: int) -> list[int]:
+    """Samples by peer, for a W that is made of them; 1 for one who is not there, or does not say."""
+    told = [member.samples or 1 for member in members[:num_peers]]
+    return told + [1] * (num_peers - len(told))
+
+
 def read_charter(path: Path) -> Charter:
     """Read a charter; `check` says whether it holds. Raises CharterError."""
     try:

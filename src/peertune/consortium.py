@@ -17,7 +17,7 @@ import torch
 
 import peertune
 from peertune.algorithms import ALGORITHMS, METHODS
-from peertune.assemble import make_topology
+from peertune.assemble import make_algorithm, make_topology
 from peertune.charter import (
     Charter,
     Member,
@@ -26,6 +26,7 @@ from peertune.charter import (
     is_address,
     joined,
     read_charter,
+    sample_counts,
     shared_recipe,
     write_charter,
 )
@@ -35,10 +36,8 @@ from peertune.errors import CharterError, CheckpointError, ConfigError, Left, St
 from peertune.identity import load_identity
 from peertune.lock import FolderLock, is_held
 from peertune.memory import keep_freed
-from peertune.model.language_model import LanguageModel
 from peertune.model.load import TINY, resolve_path
-from peertune.peer import Peer
-from peertune.prepare import base_print, model_blocks, prepare_model, prepare_tokenizer
+from peertune.prepare import base_print, prepare_model, prepare_tokenizer
 from peertune.progress import Progress
 from peertune.robust import check_rule
 from peertune.run import Site, run
@@ -134,21 +133,17 @@ def new_charter(
         raise CharterError(f"algorithm.name: got {config.algorithm.name!r}, which trains on all data in one place")
     if config.run.ranks_per_peer > 1:
         raise CharterError(f"run.ranks_per_peer: got {config.run.ranks_per_peer}, expected 1: a site is one process")
-    counts = [member.samples for member in members][: config.run.num_peers]
-    if method.graph(config.topology).weights == "samples" and not all(counts):
+    peers = members[: config.run.num_peers]
+    if method.graph(config.topology).weights == "samples" and not all(member.samples for member in peers):
         raise CharterError(
             f"--member: {config.algorithm.name} weights sites by their number of samples; add #SAMPLES to each member"
         )
-    counts += [1] * (config.run.num_peers - len(counts))
     module = prepare_model(config, torch.device("cpu"), recipe.parent)
-    topology = make_topology(config, method, counts)
+    topology = make_topology(config, method, sample_counts(members, config.run.num_peers))
     base, tokenizer = fingerprints(module, prepare_tokenizer(config, recipe.parent))
-    model = LanguageModel(module, config.model)
-    peer = Peer(0, model, model_blocks(config, module, method.frozen), None, config.run.seed)
-    algorithm = method(peer, config.algorithm, topology)
+    algorithm = make_algorithm(config, module, topology)
     check_rule(config.exchange, config.algorithm.name, method.averages, algorithm.hops(0))
-    neighbors = edges(algorithm)
-    check_members(members, topology.num_peers + topology.has_hub, neighbors)
+    check_members(members, topology.num_members, edges(algorithm))
     if quorum > len(members):
         raise CharterError(f"--quorum: got {quorum}, expected at most the {len(members)} members there are")
     charter = Charter(
@@ -231,7 +226,7 @@ def join(options: SiteOptions, progress: Progress) -> dict[str, Any]:
         check_port(listen)  # before anything is loaded
     node = Node(charter, own, listen, log)
     resume = folder.holds_run
-    counts = [member.samples or 1 for member in charter.members[:num_peers]]
+    counts = sample_counts(charter.members, num_peers)
     names = [member.name for member in charter.members]
     site = Site(index, counts, partial(check_base, charter, config.model.path), names, audit.contributions)
     requests = Requests(charter, options.charter, _leave_request(out))

@@ -16,20 +16,16 @@ from typing import Any, Literal
 import torch
 
 from peertune.algorithms import ALGORITHMS, METHODS, Algorithm
-from peertune.assemble import make_batches, make_topology
-from peertune.charter import SAME_FILE, Charter, check_members, read_charter
+from peertune.assemble import make_algorithm, make_batches, make_topology
+from peertune.charter import SAME_FILE, Charter, check_members, read_charter, sample_counts
 from peertune.config import RunConfig
 from peertune.consortium import SiteOptions, check_base
 from peertune.errors import ConfigError, IdentityError, InputError, ModelError
 from peertune.identity import ALWAYS, Identity, load_identity
 from peertune.memory import available_bytes
-from peertune.model.language_model import LanguageModel
-from peertune.model.quantization import refuse_quantized
-from peertune.peer import Peer
 from peertune.prepare import (
     Prepared,
     check_vocabulary,
-    model_blocks,
     prepare_data,
     prepare_model,
     prepare_tokenizer,
@@ -238,12 +234,9 @@ def check_model(
         if data is not None:
             check_vocabulary(module, config.model.path, data.test, data.train.values())
         check_base(charter, config.model.path, module, tokenizer)
-        topology = make_topology(config, method, _counts(charter, config))
-        blocks = model_blocks(config, module, method.frozen)
-        refuse_quantized(module, {name for block in blocks for name in block.parameters})
+        topology = make_topology(config, method, sample_counts(charter.members, config.run.num_peers))
         batches = None if data is None else make_batches(config, data, method.pools_data).get(index)
-        peer = Peer(index, LanguageModel(module, config.model), blocks, batches, config.run.seed)
-        algorithm = method(peer, config.algorithm, topology)
+        algorithm = make_algorithm(config, module, topology, index, batches)
     except InputError as error:
         return None, [_problem("base", error, "name the right folder with --model")]
     return algorithm, [Finding("base", "ok", "weights and tokenizer are those of the charter")]
@@ -254,9 +247,10 @@ def check_graph(
 ) -> tuple[list[tuple[int, int]], list[Finding]]:
     """Pairs of neighbours, and what is wrong with them; those of the graph where the method cannot be had."""
     try:
-        topology = make_topology(config, ALGORITHMS[config.algorithm.name], _counts(charter, config))
+        counts = sample_counts(charter.members, config.run.num_peers)
+        topology = make_topology(config, ALGORITHMS[config.algorithm.name], counts)
         pairs = topology.edges if algorithm is None else edges(algorithm)
-        check_members(charter.members, topology.num_peers + topology.has_hub, pairs)
+        check_members(charter.members, topology.num_members, pairs)
     except InputError as error:
         return [], [_problem("graph", error, "have a new charter written")]
     return pairs, []
@@ -395,10 +389,6 @@ def predict(
             "round", "warning", text, f"the charter ends on {charter.expires}: have a later date signed", values
         )
     return Finding("round", "ok", text, values=values)
-
-
-def _counts(charter: Charter, config: RunConfig) -> list[int]:
-    return [member.samples or 1 for member in charter.members[: config.run.num_peers]]
 
 
 def _problem(check: str, error: Exception, advice: str) -> Finding:

@@ -23,6 +23,7 @@ from peertune.evaluation import HeldOut, references, remarks
 from peertune.model.adapters import adapter_names, add_adapter, core_of
 from peertune.model.blocks import Block, partition_blocks
 from peertune.model.load import load_model, load_tokenizer
+from peertune.model.quantization import refuse_quantized
 from peertune.seeds import derive_seed, numpy_rng
 
 
@@ -190,7 +191,15 @@ def model_blocks(config: RunConfig, module: nn.Module, frozen: Sequence[str] = (
     Args:
         module: as `prepare_model` gives it.
         frozen: an adapter's parameters whose name holds one of these texts stay as they are.
+    Raises:
+        ModelError: one of them is held in 4 bits, which cannot be trained.
     """
+    blocks = _blocks(config, module, frozen)
+    refuse_quantized(module, {name for block in blocks for name in block.parameters})
+    return blocks
+
+
+def _blocks(config: RunConfig, module: nn.Module, frozen: Sequence[str]) -> list[Block]:
     layers = getattr(config.algorithm, "layers_per_block", 0)
     kind = config.algorithm.adapter
     if kind == "none":

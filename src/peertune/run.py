@@ -29,7 +29,6 @@ from peertune.memory import keep_freed, reset_peak
 from peertune.model.blocks import block_table, is_tied
 from peertune.model.language_model import LanguageModel
 from peertune.model.load import clone_model, load_full_model
-from peertune.model.quantization import refuse_quantized
 from peertune.peer import Peer
 from peertune.prepare import (
     Prepared,
@@ -181,9 +180,7 @@ class Run:
                 f"{config.algorithm.name} runs on topology.kind = {section.kind!r}, weights = {section.weights!r}"
             )
         own = {name for block in self.blocks for name in block.parameters}
-        refuse_quantized(module, own)
-        self.num_peers = topology.num_peers
-        self.num_members = self.num_peers + topology.has_hub
+        self.num_peers, self.num_members = topology.num_peers, topology.num_members
         self.group = connect(self.num_members, config.link)
         ranks = self.group.ranks
         shard, num_shards = (0, 1) if ranks is None else (ranks.get_local_rank(), ranks.size())

@@ -73,6 +73,11 @@ class Topology:
         weights.setflags(write=False)
         object.__setattr__(self, "weights", weights)
 
+    @property
+    def num_members(self) -> int:
+        """N, and the server where there is one."""
+        return self.num_peers + self.has_hub
+
     @cached_property
     def edges(self) -> list[tuple[int, int]]:
         """Pairs (i, j), i < j, of which at least one listens to the other; ascending."""

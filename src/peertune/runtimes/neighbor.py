@@ -2,6 +2,9 @@
 
 `edge` says what is said and holds what is to be sent; here its frames go out over the stream that is open, what arrives
 is passed to it, a silent stream is ended after `stall_s`, and what happened is written to the log.
+
+The thread that trains calls in from outside with `Node.soon`. Directly it only reads single values, and settles whom it
+waits for: `mark_away`, `welcome`, `edge.round`.
 """
 
 from __future__ import annotations
@@ -97,12 +100,15 @@ class Neighbor(Listener):
         late = time.monotonic() - self.last_heard > self.charter.grace_s
         return not self.is_connected and (late or self.edge.peer_is_away or self.edge.peer_has_left)
 
-    def is_gone(self, round: int) -> bool:
-        """Whether to go on with a round without it: out of reach for the grace, or still behind after that."""
+    def mark_away(self, round: int) -> bool:
+        """Settle whether to go on with a round without it: out of reach for the grace, or still behind after that."""
         behind = self.edge.peer_round < round - 1
-        away = self.is_out_of_reach or (self.edge.peer_is_away and behind)
-        self.edge.peer_is_away = away
-        return away
+        self.edge.peer_is_away = self.is_out_of_reach or (self.edge.peer_is_away and behind)
+        return self.edge.peer_is_away
+
+    def welcome(self, round: int) -> None:
+        """It gets the state of a round's beginning and is waited for again: else it would fall behind anew."""
+        self.edge.peer_asks, self.edge.peer_round, self.edge.peer_is_away = False, round, False
 
     def post(self, key: Key, payload: Payload) -> None:
         self.edge.peer_is_away |= self.is_out_of_reach

@@ -89,8 +89,7 @@ class NetworkGroup:
         state: Payload | None = None
         for index, neighbor in self.node.neighbors.items():
             if neighbor.edge.peer_asks and algorithm.can_join(round):
-                # It is waited for again, or it would fall behind anew.
-                neighbor.edge.peer_asks, neighbor.edge.peer_round, neighbor.edge.peer_is_away = False, round, False
+                neighbor.welcome(round)
                 state = state or algorithm.handed_on()
                 self._exchange.post(index, (round, STATE), state, "state")
 
@@ -139,7 +138,7 @@ class NetworkGroup:
 
     def open(self, algorithm: Algorithm) -> None:
         pairs, topology = edges(algorithm), algorithm.topology
-        check_members(self.node.charter.members, topology.num_peers + topology.has_hub, pairs)
+        check_members(self.node.charter.members, topology.num_members, pairs)
         self._exchange.corrects = algorithm.averages and not self._is_robust
         self._exchange.hub = topology.num_peers if topology.has_hub else None
         self.node.start(pairs)
@@ -280,7 +279,7 @@ class NetworkExchange:
                 self._node.log("waiting", peer=neighbor.name, round=self._key[0])
             is_patient = time.monotonic() - began < LENIENT_GRACES * lenient_s
             may_come = neighbor.is_connected and is_patient and time.monotonic() - got_on < lenient_s
-            if not may_come and self._may_go_on(neighbor) and not arrival.done() and neighbor.is_gone(self._key[0]):
+            if not may_come and self._may_go_on(neighbor) and not arrival.done() and neighbor.mark_away(self._key[0]):
                 self._node.soon(partial(neighbor.miss, self._key, corrects))
             if self.is_leaving and not (neighbor.is_connected and self._node.has_quorum):
                 raise Left(f"left while waiting for {neighbor.name} in round {self._key[0]}")
