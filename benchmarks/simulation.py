@@ -24,8 +24,9 @@ from peertune.algorithms import METHODS
 from peertune.config import load_recipe
 from peertune.prepare import prepare_data, prepare_model
 from peertune.progress import Silent
-from peertune.run import Run
+from peertune.run import Inputs, Run
 from peertune.run_folder import RunFolder
+from peertune.runtimes.simulation import SimulatedGroup
 
 SHARED = Path(os.environ.get("PEERTUNE_TEST_DATA") or Path(__file__).parents[2] / "shared")
 
@@ -84,9 +85,11 @@ def measure(dtype: str, inner_steps: int) -> dict[str, float]:
 
 def simulation(settings: list[str], folder: str) -> Run:
     config, _ = load_recipe(None, settings, METHODS)
-    data, module = prepare_data(config, None), prepare_model(config, torch.device("cpu"), None)
+    cpu = torch.device("cpu")
+    data, module = prepare_data(config, None), prepare_model(config, cpu, None)
     counts = [len(rendered.samples) for rendered in data.train.values()]
-    return Run(config, RunFolder(Path(folder)), data, module, counts, Silent(), [])
+    inputs = Inputs(config=config, data=data, module=module, counts=counts, device=cpu)
+    return Run(inputs, RunFolder(Path(folder)), Silent(), SimulatedGroup)
 
 
 if __name__ == "__main__":

@@ -207,9 +207,11 @@ def test_simulations_are_timed_and_joined_with_flowers(
 
 def test_both_sides_of_a_simulation_get_the_same_batches(simulate: ModuleType, toy: list[str], tmp_path: Path) -> None:
     from peertune.model.load import load_model
+    from peertune.prepare import prepare_data
     from peertune.progress import Silent
-    from peertune.run import Run, prepare_data
+    from peertune.run import Inputs, Run
     from peertune.run_folder import RunFolder
+    from peertune.runtimes.simulation import SimulatedGroup
 
     options = simulate.parser().parse_args(toy)
     options.clients = 3
@@ -220,7 +222,8 @@ def test_both_sides_of_a_simulation_get_the_same_batches(simulate: ModuleType, t
     config = simulate.recipe(spec, tmp_path / "out")
     data = prepare_data(config, None)
     counts = [len(rendered.samples) for rendered in data.train.values()]
-    run = Run(config, RunFolder(tmp_path), data, load_model(config.model, CPU), counts, Silent(), [])
+    inputs = Inputs(config=config, data=data, module=load_model(config.model, CPU), counts=counts, device=CPU)
+    run = Run(inputs, RunFolder(tmp_path), Silent(), SimulatedGroup)
     assert run.method.num_rounds == 4
     assert arrays["draws"].shape == (3, 8, 2)
     for member, draws, held in zip(run.members, arrays["draws"], arrays["num_samples"], strict=True):

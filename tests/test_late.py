@@ -209,7 +209,8 @@ def test_at_the_end_one_who_is_behind_is_waited_for_as_long_as_it_gets_on(
     clock = [0.0]
     edge = SimpleNamespace(peer_round=0)
     neighbor = SimpleNamespace(
-        edge=edge, index=1, name="east", is_connected=True, is_ejected=False, was_seen=True, mark_away=lambda round: True,
+        edge=edge, index=1, name="east", is_connected=True, is_ejected=False, was_seen=True,
+        mark_away=lambda round: True,
         miss=lambda key, corrects: arrival.set_result(None),
     )  # fmt: skip
     node: Any = SimpleNamespace(

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,34 @@ class Site:
     """Given the number of rounds, what came from each neighbour in them (`site_summary.contributions`)."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Agreed:
+    """How the final agreement ended."""
+
+    is_reached: bool
+    """Whether all that are not absent hold one model."""
+    hops: int = 0
+    absent: Sequence[int] = ()
+    """Peers who are not in it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a run is made of, loaded and checked."""
+
+    config: RunConfig
+    data: Prepared
+    module: torch.nn.Module
+    """The base with its adapter; a run takes it over."""
+    counts: Sequence[int]
+    """Samples by peer."""
+    device: torch.device
+    base: Path = Path()
+    """Folder of the recipe file."""
+    site: Site | None = None
+    notes: Sequence[str] = ()
+
+
 def run(
     config: RunConfig,
     *,
@@ -137,43 +166,39 @@ def run(
     if site is not None:
         site.check(module, data.tokenizer)
     counts = [len(rendered.samples) for rendered in data.train.values()] if site is None else site.counts
-    notes = [*notes, *data.notes]
+    inputs = Inputs(
+        config=config, data=data, module=module, counts=counts, device=placed, base=base or Path(), site=site,
+        notes=[*notes, *data.notes],
+    )  # fmt: skip
     try:
-        return Run(
-            config, folder, data, module, counts, progress, notes, base or Path(), connect, placed, resume, site
-        ).carry_out(resume)
+        return Run(inputs, folder, progress, connect, resume=resume).carry_out()
     finally:
         folder.lock.release()
 
 
 class Run:
-    """One run, as far as this process plays it."""
+    """One run, as far as this process plays it.
+
+    Args:
+        connect: the runtime.
+        resume: go on from the newest complete checkpoint, where there is one.
+    """
 
     def __init__(
-        self,
-        config: RunConfig,
-        folder: RunFolder,
-        data: Prepared,
-        module: torch.nn.Module,
-        counts: Sequence[int],
-        progress: Progress,
-        notes: list[str],
-        base: Path = Path(),
-        connect: Connect = SimulatedGroup,
-        device: torch.device | None = None,
-        resume: bool = False,
-        site: Site | None = None,
+        self, inputs: Inputs, folder: RunFolder, progress: Progress, connect: Connect, *, resume: bool = False
     ) -> None:
-        self.site = site
-        self.config, self.folder, self.data, self.progress, self.notes = config, folder, data, progress, notes
-        self.device, self.base = device or next(module.parameters()).device, base
+        config, data, module = inputs.config, inputs.data, inputs.module
+        self.config, self.data, self.site = config, data, inputs.site
+        self.device, self.base = inputs.device, inputs.base
+        self.folder, self.progress, self.resume = folder, progress, resume
+        self.notes = notes = list(inputs.notes)
         method = ALGORITHMS[config.algorithm.name]
         self.blocks = model_blocks(config, module, method.frozen)
         if config.algorithm.adapter == "none" and is_tied(module) and config.model.train_embeddings == "untied":
             notes.append(
                 'token embedding and output head are one tensor: frozen (model.train_embeddings = "all" trains it)'
             )
-        topology = make_topology(config, method, counts)
+        topology = make_topology(config, method, inputs.counts)
         section = method.graph(config.topology)
         if section != config.topology and not method.pools_data:
             notes.append(
@@ -222,9 +247,9 @@ class Run:
         self.parts = make_parts(config, self.peers)
         self.state = RunState(self.members, data_prints, own_base, self.device, self.group.clock)
 
-    def carry_out(self, resume: bool) -> dict[str, Any]:
-        """Rounds, agreement, summary, exported model, report."""
-        done = self._resume() if resume else 0
+    def carry_out(self) -> dict[str, Any]:
+        """Rounds, agreement, summary, exported model, report; returns the summary."""
+        done = self._resume() if self.resume else 0
         self._record(lambda: self._open(done))
         for note in self.notes:
             self.progress.note(note)
@@ -302,67 +327,76 @@ class Run:
     def _finish(self) -> dict[str, Any]:
         rounds = self.method.num_rounds
         own = self._evaluate_peers(by_client=True)
-        hops, absent, agrees = 0, list[int](), self.agrees
+        agreed = self._agree()
+        told = self.group.gather(
+            [totals(m, self.state.cpu_s[m.index], self.state.peak_bytes) for m in self.members], combined_fields
+        )
+        if not self.average.load(rounds, agreed.is_reached):
+            self.average.load(rounds, agreed=True)  # nothing but its own is to be had here
+        personal = self._evaluate_peers() if self.config.algorithm.local_modules else []
+        summary: dict[str, Any] = {}
+        self._record(lambda: summary.update(self._conclude(agreed, told, own, personal)))
+        return summary or self.folder.read_summary()
+
+    def _agree(self) -> Agreed:
+        """Make one model of the peers', as far as they can be reached, and say so where that is not all."""
+        if not self.agrees:
+            return Agreed(is_reached=False)
         try:
-            if agrees:
-                hops, absent = agree(rounds, self.members, may_lose=self.group.survives_loss)
+            hops, absent = agree(self.method.num_rounds, self.members, may_lose=self.group.survives_loss)
         except PeerLostError as error:
             if not self.group.survives_loss:
                 raise
-            agrees = False
             self.progress.note(f"{error}; the model is this site's own")
+            return Agreed(is_reached=False)
         if absent:
             names = ", ".join(map(str, absent))
             whose = "the others'" if len(absent) < self.num_peers - 1 else "this site's own"
             self.progress.note(f"in the final agreement nothing was heard of peers {names}: the model is {whose}")
-        told = self.group.gather(
-            [totals(m, self.state.cpu_s[m.index], self.state.peak_bytes) for m in self.members], combined_fields
-        )
-        if not self.average.load(rounds, agrees):
-            self.average.load(rounds, agreed=True)  # nothing but its own is to be had here
-        personal: list[Measured | None] = []
-        if self.config.algorithm.local_modules:
-            personal = self._evaluate_peers()
-        summary: dict[str, Any] = {}
+        return Agreed(is_reached=True, hops=hops, absent=absent)
 
-        def conclude() -> None:
+    def _conclude(
+        self,
+        agreed: Agreed,
+        told: Sequence[dict[str, Any] | None],
+        own: Sequence[Measured | None],
+        personal: Sequence[Measured | None],
+    ) -> dict[str, Any]:
+        """Measure the average model and write what came out; returns the summary.
+
+        Args:
+            told: each member's `totals`.
+            own: each peer's own model before the agreement.
+            personal: each peer's personal model after it; empty where there are none.
+        """
+        rounds = self.method.num_rounds
+        if agreed.hops or agreed.absent:
             sent = [None if t is None else t["bytes_sent"] for t in told[: self.num_peers]]
-            if hops or absent:
-                self.folder.event("agreement", hops=hops, bytes_sent=sent, absent=absent)
-            agreed = self._evaluate(self.average.model, by_client=True)
-            for name, value in agreed.overall.items():
-                _require_finite(f"the average model's {name}", value)
-            metrics = quality_of(self.state.before, agreed, own, personal)
-            self.folder.event("eval", round=rounds, average_model=metrics["average_model"], peers=metrics["peers"])
-            wall_s = self.state.wall_s
-            found = summary_of(self.config, self.method, metrics, told, self.state.simulated_s, wall_s)
-            if self.site is not None:
-                found["agreement"] = agreement_of(
-                    self.site.members[: self.num_peers], self.site.index, hops, absent if agrees else None
-                )
-                found["contributions"] = self.site.contributions(rounds)
-            self.folder.event("end", metrics=metrics, wall_s=wall_s, peak_memory_bytes=found["peak_memory_bytes"])
+            self.folder.event("agreement", hops=agreed.hops, bytes_sent=sent, absent=agreed.absent)
+        average = self._evaluate(self.average.model, by_client=True)
+        for name, value in average.overall.items():
+            _require_finite(f"the average model's {name}", value)
+        metrics = quality_of(self.state.before, average, own, personal)
+        self.folder.event("eval", round=rounds, average_model=metrics["average_model"], peers=metrics["peers"])
+        wall_s = self.state.wall_s
+        found = summary_of(self.config, self.method, metrics, told, self.state.simulated_s, wall_s)
+        if self.site is not None:
+            absent = agreed.absent if agreed.is_reached else None
+            found["agreement"] = agreement_of(self.site.members[: self.num_peers], self.site.index, agreed.hops, absent)
+            found["contributions"] = self.site.contributions(rounds)
+        self.folder.event("end", metrics=metrics, wall_s=wall_s, peak_memory_bytes=found["peak_memory_bytes"])
+        module = whole_module(self.average.model, self.config, self.base, self.method.masters)
+        if not self.folder.is_written:
+            return {}
+        self._insist(lambda: self._keep(module, found))
+        return found
 
-            module = whole_module(self.average.model, self.config, self.base, self.method.masters)
-            if not self.folder.is_written:
-                return
-
-            def keep() -> None:
-                save_trained(
-                    self.folder.model,
-                    module,
-                    self.data.tokenizer,
-                    lambda: load_full_model(self.config.model, torch.device("cpu"), self.base),
-                    self.folder.adapter,
-                )
-                write_report(self.folder.path)
-                self.folder.write_summary(found)
-
-            self._insist(keep)
-            summary.update(found)
-
-        self._record(conclude)
-        return summary or self.folder.read_summary()
+    def _keep(self, module: torch.nn.Module, summary: Mapping[str, Any]) -> None:
+        """Write the model, the report and, last, the summary, by which the run is finished."""
+        full = partial(load_full_model, self.config.model, torch.device("cpu"), self.base)
+        save_trained(self.folder.model, module, self.data.tokenizer, full, self.folder.adapter)
+        write_report(self.folder.path)
+        self.folder.write_summary(summary)
 
     def _insist(self, write: Callable[[], None]) -> None:
         """Write what the run was for; where the others will not be there a second time, wait for space."""
