@@ -19,11 +19,15 @@ from dataclasses import replace
 from datetime import date
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tomli_w
 import torch
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 from safetensors.torch import load_file
 
 from peertune import __version__
@@ -37,7 +41,7 @@ from peertune.consortium import SiteOptions, leave
 from peertune.ejection import ejected, ejection_path, needed, sign_ejection
 from peertune.errors import CharterError, CheckpointError, IdentityError
 from peertune.exchange import Hop
-from peertune.identity import Identity, load_identity, make_identity
+from peertune.identity import ALWAYS, Identity, load_identity, make_identity
 from peertune.run import run
 from peertune.runtimes import edge
 from peertune.runtimes.neighbor import Neighbor
@@ -187,6 +191,27 @@ def test_a_killed_site_comes_back_and_nothing_is_lost(tmp_path: Path, micro_mode
     for site in NAMES:
         assert consortium.same_model(site)
         assert not consortium.events(site, "left_out")
+
+
+def test_a_site_that_is_killed_while_it_writes_the_model_keeps_the_one_agreed_on(
+    tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When it is back the others have ended, and will not agree with it a second time."""
+    section = {"num_peers": 4, "threads": 1}
+    consortium = Consortium(tmp_path, micro_model, {"inner_steps": 4}, grace=1.0, run=section)
+    run(consortium.config)
+    processes = {site: consortium.site(site) for site in NAMES if site != "east"}
+    with monkeypatch.context() as dies:
+        dies.setattr("peertune.run.save_trained", lambda *_: os._exit(9))
+        victim = consortium.site("east")  # a fork, which has this
+    victim.join(60)
+    assert victim.exitcode == 9
+    consortium.ended(processes)
+    consortium.ended({"east": consortium.site("east")})
+    summary = json.loads((tmp_path / "east" / "run" / "summary.json").read_text())
+    assert summary["agreement"] == {"with": ["north", "south", "west"], "without": []}
+    assert len(summary["metrics"]["peers"]) == 4 and summary["metrics"]["peers"][1]
+    assert all(consortium.same_model(site) for site in NAMES)
 
 
 def test_the_sites_of_a_server_wait_for_it(tmp_path: Path, micro_model: Path) -> None:
@@ -763,6 +788,8 @@ def test_a_charter_holds_only_whole_signed_and_unaltered(tmp_path: Path) -> None
         whole.check(date(2999, 1, 2))
     with pytest.raises(CharterError, match=r"is for peertune 9\.9"):
         whole.model_copy(update={"version": "9.9"}).check()
+    with pytest.raises(CharterError, match="its quorum is 3, expected at most its 2 members"):
+        whole.model_copy(update={"quorum": 3}).check()
     swapped = {**whole.signatures, "b": whole.signatures["a"]}
     with pytest.raises(CharterError, match="b's signature is by another key"):
         whole.model_copy(update={"signatures": swapped}).check()
@@ -807,8 +834,37 @@ def test_nothing_may_stand_beside_a_certificate(tmp_path: Path) -> None:
     other = make_identity(tmp_path / "c").certificate_pem.decode()
     own = charter.signatures["a"]
     more = {**charter.signatures, "a": own.model_copy(update={"certificate": own.certificate + other})}
-    with pytest.raises(CharterError, match="beside a's certificate stands another"):
+    with pytest.raises(CharterError, match="a's certificate is not the one its key came with"):
         charter.model_copy(update={"signatures": more}).check()
+
+
+def test_a_certificate_is_of_its_keys_id_and_signed_by_that_key(tmp_path: Path) -> None:
+    """Else whoever carries the charter could put one there that its owner does not have, or under another's name."""
+    charter = make_charter(tmp_path, ["a", "b"])
+    a, b = (load_identity(tmp_path / name) for name in "ab")
+    charter = charter.signed(a).signed(b)
+    charter.check()
+    key_a, key_b = (load_pem_private_key(identity.key_pem, None) for identity in (a, b))
+    for member, own, common_name, signer in (("a", key_a, a.id, key_b), ("b", key_b, a.id, key_b)):
+        name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, common_name)])
+        builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).serial_number(1)
+        builder = builder.not_valid_before(ALWAYS[0]).not_valid_after(ALWAYS[1]).public_key(own.public_key())  # type: ignore[arg-type]
+        forged = builder.sign(signer, hashes.SHA256()).public_bytes(Encoding.PEM).decode()  # type: ignore[arg-type]
+        changed = charter.signatures[member].model_copy(update={"certificate": forged})
+        with pytest.raises(CharterError, match=f"{member}'s certificate is not the one"):
+            charter.model_copy(update={"signatures": {**charter.signatures, member: changed}}).check()
+
+
+def test_one_neighbor_alone_does_not_end_a_sites_run(tmp_path: Path) -> None:
+    """It says that this site was ejected; another, who has not dialled yet, may know better."""
+    charter, (identity, _), _ = two_sites(tmp_path)
+    node = Node(charter, identity, "", lambda *_, **__: None)
+    liar, honest = (SimpleNamespace(turns_away=said, is_out_of_reach=False) for said in ("was ejected", ""))
+    node.neighbors, node.dials = {1: liar, 2: honest}, lambda index: index == 1  # type: ignore[assignment, dict-item, method-assign]
+    assert node.turned_away == ""
+    honest.is_out_of_reach = True
+    assert node.turned_away == "was ejected"
+    node.stop()
 
 
 @pytest.mark.parametrize("address", ["host", "host:", "host:99999", "http://h:1", "h:abc", ":7000"])

@@ -156,14 +156,16 @@ def test_a_message_nobody_keeps_any_more_is_given_up() -> None:
 def test_old_messages_make_room_for_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "KEPT_BYTES", 250)
     pair = Pair()
-    for round in range(5):
-        pair.post(0, (round, 0), make_payload(round))  # 88 bytes
+    for number in range(5):
+        pair.post(0, (7, number), make_payload(number))  # 88 bytes
     assert len(pair.ends[0].outbox) == 5, "what it has not had yet is kept while it is there"
+    pair.post(0, (9, 0), make_payload(5))
+    assert list(pair.ends[0].outbox) == [(7, 4), (9, 0)], "or even if it never gets on: nobody may wait for it"
+    pair.post(0, (9, 1), make_payload(6, size=100))
+    assert list(pair.ends[0].outbox) == [(9, 0), (9, 1)]
     pair.ends[0].peer_is_away = True
-    pair.post(0, (5, 0), make_payload(5))
-    assert list(pair.ends[0].outbox) == [(4, 0), (5, 0)]
-    pair.post(0, (6, 0), make_payload(6, size=100))
-    assert list(pair.ends[0].outbox) == [(6, 0)]
+    pair.post(0, (9, 2), make_payload(7, size=100))
+    assert list(pair.ends[0].outbox) == [(9, 2)]
 
 
 def test_a_neighbor_that_is_there_and_fetches_nothing_takes_no_more_memory_either(
@@ -429,6 +431,19 @@ def test_a_helper_that_restarts_is_asked_no_more() -> None:
     assert told == [None]
 
 
+def test_a_message_goes_out_once_on_a_stream() -> None:
+    """Else a member could have a site send all the time."""
+    pair = Pair()
+    pair.connect()
+    pair.post(0, (0, 0), make_payload())
+    want = module._pack(Kind.WANT, 0, 0, 0)
+    list(pair.ends[0].receive(want))
+    with pytest.raises(ProtocolError, match="a message of round 0 a second time on one stream"):
+        pair.ends[0].receive(want)
+    pair.ends[0].connected()
+    assert list(pair.ends[0].receive(want))
+
+
 def test_what_is_fetched_is_told() -> None:
     pair = Pair()
     told: list[tuple[Key, int]] = []
@@ -447,14 +462,14 @@ def test_what_is_fetched_is_told() -> None:
     assert told == [((0, 0), 88)]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nan_and_infinity_are_refused(value: float) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -2e18])
+def test_nan_infinity_and_numbers_without_a_square_are_refused(value: float) -> None:
     pair, payload = Pair(), make_payload()
     payload["w"][2, 1] = value
     pair.connect()
     pair.expect(1, (4, 0), make_payload())
     pair.post(0, (4, 0), payload)
-    with pytest.raises(ProtocolError, match="NaN or infinity in round 4"):
+    with pytest.raises(ProtocolError, match="NaN, infinity or a number beyond 1e\\+18 in round 4"):
         pair.run()
     assert pair.got[1] == {(4, 0): None}
 

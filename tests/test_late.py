@@ -107,6 +107,15 @@ def test_under_a_robust_rule_one_neighbor_alone_leads_nobody_away(is_robust: boo
     assert asked[:1] == ([] if is_robust else ["liar"])
 
 
+def test_under_a_robust_rule_a_lone_neighbor_is_not_believed_either() -> None:
+    group, (liar, away), asked = asking_group(["liar", "away"], is_robust=True)
+    liar.edge.missed_until, away.is_out_of_reach = 99, True
+    for round in range(20):
+        liar.edge.peer_round = round + 30
+        assert group.catch_up(round, joinable()) == round
+    assert not asked
+
+
 def test_who_does_not_send_the_state_is_not_waited_for() -> None:
     group, (silent, helpful), asked = asking_group(["silent", "helpful"])
     silent.edge.missed_until = 99

@@ -22,7 +22,7 @@ from pydantic import AfterValidator, Field, ValidationError
 import peertune
 from peertune.config import Methods, NonNegative, Positive, RunConfig, Section, flatten, from_dict
 from peertune.errors import CharterError
-from peertune.identity import Identity, certificate_id, is_signed, is_single
+from peertune.identity import Identity, certificate_id, is_own, is_signed
 
 MAX_PIECES = 400
 """Keys whose hashes one site tells another. With those of the parts that is 4 kB; gRPC carries 8 beside a call."""
@@ -147,6 +147,11 @@ class Charter(Section):
         today = today or datetime.now(UTC).date()
         if today > self.expires:
             raise CharterError(f"charter: expired on {self.expires}; write a new one and have it signed")
+        if self.quorum > len(self.members):
+            raise CharterError(
+                f"charter: its quorum is {self.quorum}, expected at most its {len(self.members)} members, or the run"
+                " would wait for ever; write a new one"
+            )
         if self.version != peertune.__version__:
             raise CharterError(
                 f"charter: is for peertune {self.version}, this is {peertune.__version__}; all sites need the same"
@@ -170,8 +175,10 @@ class Charter(Section):
                 raise CharterError(
                     f"{what}: {member.name}'s signature is by another key than its id says; ask who wrote it"
                 )
-            if not is_single(certificate):
-                raise CharterError(f"{what}: beside {member.name}'s certificate stands another; have it signed anew")
+            if not is_own(certificate):
+                raise CharterError(
+                    f"{what}: {member.name}'s certificate is not the one its key came with; have it signed anew"
+                )
             if not is_signed(certificate, found.signature, self.digest()):
                 raise CharterError(
                     f"{what}: it was altered after {member.name} signed it; get the file anew that was signed, or"

@@ -140,9 +140,19 @@ def certificate_id(certificate_pem: bytes) -> str:
     return _id_of(key)
 
 
-def is_single(certificate_pem: bytes) -> bool:
-    """Whether there is nothing beside the one certificate; what else stood there would be trusted too."""
-    return x509.load_pem_x509_certificate(certificate_pem).public_bytes(Encoding.PEM) == certificate_pem
+def is_own(certificate_pem: bytes) -> bool:
+    """Whether it is a certificate as `make_identity` makes it: alone, of its key's id, and signed by that key.
+
+    What else stood beside it would be trusted too; under another's name it would keep that one from connecting; and
+    signed by another key it would be one that its owner does not have.
+    """
+    certificate = x509.load_pem_x509_certificate(certificate_pem)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, certificate_id(certificate_pem))])
+    try:
+        certificate.verify_directly_issued_by(certificate)
+    except (InvalidSignature, ValueError, TypeError, UnsupportedAlgorithm):
+        return False
+    return certificate.subject == name and certificate.public_bytes(Encoding.PEM) == certificate_pem
 
 
 def is_signed(certificate_pem: bytes, signature: str, data: bytes) -> bool:

@@ -49,7 +49,7 @@ class FolderLock:
             ) from error
 
     def _try(self) -> bool:
-        file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)  # else other users could hold it
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

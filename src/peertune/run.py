@@ -55,7 +55,7 @@ from peertune.records import (
 from peertune.report import write_report
 from peertune.robust import check_rule, ends_in_agreement
 from peertune.run_folder import RunFolder, save_trained
-from peertune.run_state import RunState
+from peertune.run_state import Agreed, RunState
 from peertune.runtimes import Group, Member, agree, play_round
 from peertune.runtimes.simulation import SimulatedGroup
 from peertune.site_summary import agreement_of
@@ -80,17 +80,6 @@ class Site:
     """Names, by index."""
     contributions: Callable[[int], list[dict[str, Any]]]
     """Given the number of rounds, what came from each neighbour in them (`site_summary.contributions`)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Agreed:
-    """How the final agreement ended."""
-
-    is_reached: bool
-    """Whether all that are not absent hold one model."""
-    hops: int = 0
-    absent: Sequence[int] = ()
-    """Peers who are not in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,8 +315,12 @@ class Run:
 
     def _finish(self) -> dict[str, Any]:
         rounds = self.method.num_rounds
-        own = self._evaluate_peers(by_client=True)
-        agreed = self._agree()
+        agreed = self.state.agreed
+        if agreed is None:
+            self.state.agreed = agreed = self._agree(self._evaluate_peers(by_client=True))
+            if self.group.survives_loss:
+                # The others will not agree with this site a second time, should it be killed before its end.
+                self._checkpoint(rounds)
         told = self.group.gather(
             [totals(m, self.state.cpu_s[m.index], self.state.peak_bytes) for m in self.members], combined_fields
         )
@@ -335,38 +328,40 @@ class Run:
             self.average.load(rounds, agreed=True)  # nothing but its own is to be had here
         personal = self._evaluate_peers() if self.config.algorithm.local_modules else []
         summary: dict[str, Any] = {}
-        self._record(lambda: summary.update(self._conclude(agreed, told, own, personal)))
+        self._record(lambda: summary.update(self._conclude(agreed, told, personal)))
         return summary or self.folder.read_summary()
 
-    def _agree(self) -> Agreed:
-        """Make one model of the peers', as far as they can be reached, and say so where that is not all."""
+    def _agree(self, before: Sequence[Measured | None]) -> Agreed:
+        """Make one model of the peers', as far as they can be reached, and say so where that is not all.
+
+        Args:
+            before: each peer's own quality.
+        """
         if not self.agrees:
-            return Agreed(is_reached=False)
+            return Agreed(is_reached=False, before=before)
         try:
             hops, absent = agree(self.method.num_rounds, self.members, may_lose=self.group.survives_loss)
         except PeerLostError as error:
             if not self.group.survives_loss:
                 raise
             self.progress.note(f"{error}; the model is this site's own")
-            return Agreed(is_reached=False)
+            return Agreed(is_reached=False, before=before)
         if absent:
             names = ", ".join(map(str, absent))
             whose = "the others'" if len(absent) < self.num_peers - 1 else "this site's own"
             self.progress.note(f"in the final agreement nothing was heard of peers {names}: the model is {whose}")
-        return Agreed(is_reached=True, hops=hops, absent=absent)
+        return Agreed(is_reached=True, hops=hops, absent=absent, before=before)
 
     def _conclude(
         self,
         agreed: Agreed,
         told: Sequence[dict[str, Any] | None],
-        own: Sequence[Measured | None],
         personal: Sequence[Measured | None],
     ) -> dict[str, Any]:
         """Measure the average model and write what came out; returns the summary.
 
         Args:
             told: each member's `totals`.
-            own: each peer's own model before the agreement.
             personal: each peer's personal model after it; empty where there are none.
         """
         rounds = self.method.num_rounds
@@ -376,7 +371,7 @@ class Run:
         average = self._evaluate(self.average.model, by_client=True)
         for name, value in average.overall.items():
             _require_finite(f"the average model's {name}", value)
-        metrics = quality_of(self.state.before, average, own, personal)
+        metrics = quality_of(self.state.before, average, agreed.before, personal)
         self.folder.event("eval", round=rounds, average_model=metrics["average_model"], peers=metrics["peers"])
         wall_s = self.state.wall_s
         found = summary_of(self.config, self.method, metrics, told, self.state.simulated_s, wall_s)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,19 @@ from peertune.evaluation import Measured
 from peertune.link import Clock
 from peertune.memory import peak_bytes
 from peertune.runtimes import Member
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreed:
+    """How the final agreement ended."""
+
+    is_reached: bool
+    """Whether all that are not absent hold one model."""
+    hops: int = 0
+    absent: Sequence[int] = ()
+    """Peers who are not in it."""
+    before: Sequence[Measured | None] = ()
+    """Quality of each peer's own model before it."""
 
 
 class RunState:
@@ -44,6 +57,8 @@ class RunState:
         """Hosted member -> process CPU seconds of its local phases."""
         self.before = Measured({})
         """The base's quality."""
+        self.agreed: Agreed | None = None
+        """Once the final agreement is over."""
         self._peak_before = 0
         self._started = time.monotonic()
 
@@ -74,6 +89,7 @@ class RunState:
             "data": self._data[member.index],
             "base": self._base,
             "before": asdict(self.before),
+            "agreed": None if self.agreed is None else asdict(self.agreed),
             "wall_s": self.wall_s,
             "cpu_s": self.cpu_s[member.index],
             "simulated_s": self.simulated_s,
@@ -102,6 +118,9 @@ class RunState:
         member.exchange.load_state_dict(plain["exchange"])
         member.exchange.saved(done)
         self.before = Measured(**plain["before"])
+        if agreed := plain.get("agreed"):
+            before = [None if own is None else Measured(**own) for own in agreed["before"]]
+            self.agreed = Agreed(**{**agreed, "before": before})
         self.cpu_s[member.index] = plain["cpu_s"]
         self._started = time.monotonic() - plain["wall_s"]
         self._peak_before = plain.get("peak_memory_bytes", 0)

@@ -51,14 +51,16 @@ class StateRequest:
         within_reach = [n for n in self._node.neighbors.values() if not n.is_out_of_reach]
         self._give_up_on_the_silent()
         rounds = sorted((neighbor.edge.peer_round for neighbor in within_reach), reverse=True)
-        self._believed = rounds[1] if self._is_robust and len(rounds) > 1 else rounds[0] if rounds else 0
+        self._believed = next(iter(rounds[1:] if self._is_robust else rounds), 0)
         behind = max(0, self._believed - round)
         # Where rounds pass without messages, others may be ahead who will wait for this site.
         is_left_behind = any(neighbor.edge.missed_until >= round for neighbor in self._node.neighbors.values())
         falls_back = self._pace.is_too_slow(round, behind if is_left_behind else 0)
         if self._asked is None and behind > 1 and (is_left_out or falls_back):
             helpers = [n for n in within_reach if n.index not in self._in_vain] or within_reach
-            self._ask(max(helpers, key=lambda n: n.edge.peer_round), round, behind, algorithm)
+            # Who says that he is further ahead than is believed is the last one to be asked.
+            far = max(helpers, key=lambda n: (n.edge.peer_round <= self._believed, n.edge.peer_round))
+            self._ask(far, round, behind, algorithm)
 
     def answer(self) -> tuple[int, Payload | None] | None:
         """The round whose beginning the state belongs to, and the state; None in its place: it does not come.

@@ -35,7 +35,7 @@ from functools import partial
 
 from peertune.exchange import Payload
 from peertune.runtimes.frames import Frames, ProtocolError
-from peertune.runtimes.message import CHUNK_SIZE, HASH_SIZE, Incoming, Outgoing, hash_of
+from peertune.runtimes.message import CHUNK_SIZE, HASH_SIZE, LARGEST, Incoming, Outgoing, hash_of
 from peertune.runtimes.processes import Processes
 from peertune.wire import payload_size
 
@@ -173,7 +173,9 @@ class Edge:
         droppable = [
             old
             for old in self.outbox
-            if old != key and (self.peer_is_away or old in self.delivered or old[0] < self.peer_round - 1)
+            if old != key
+            # In a graph whose edges go one way nobody waits for a neighbour who gets no further.
+            and (self.peer_is_away or old in self.delivered or old[0] < max(key[0], self.peer_round) - 1)
         ]
         while droppable and sum(kept.size for kept in self.outbox.values()) > KEPT_BYTES:
             self._drop(droppable.pop(0))
@@ -397,9 +399,10 @@ class Edge:
             return [_pack(Kind.GONE, *key)]
         if offset > message.size or offset % CHUNK_SIZE:
             raise ProtocolError(f"asked for byte {offset} of a message of {message.size}")
-        if key not in self._fetched:  # a line a message and stream, however often it is asked for
-            self._fetched.add(key)
-            self._listener.fetched(key, message.size - offset)
+        if key in self._fetched:
+            raise ProtocolError(f"asked for a message of round {key[0]} a second time on one stream")
+        self._fetched.add(key)
+        self._listener.fetched(key, message.size - offset)
         return self._chunks(key, message, offset)
 
     def _chunks(self, key: Key, message: Outgoing, offset: int) -> Iterator[bytes]:
@@ -425,7 +428,7 @@ class Edge:
             raise ProtocolError(f"sent bytes at {offset} of a message of round {key[0]} that do not match their hash")
         if not incoming.take(data):
             self.give_up(key)
-            raise ProtocolError(f"sent NaN or infinity in round {key[0]}")
+            raise ProtocolError(f"sent NaN, infinity or a number beyond {LARGEST:g} in round {key[0]}")
         return self._complete(key, incoming) if incoming.offset == incoming.size else []
 
     def _complete(self, key: Key, incoming: Incoming) -> Iterable[bytes]:

@@ -88,7 +88,7 @@ class NetworkGroup:
     def _give_state(self, round: int, algorithm: Algorithm) -> None:
         state: Payload | None = None
         for index, neighbor in self.node.neighbors.items():
-            if neighbor.edge.peer_asks and algorithm.can_join(round):
+            if neighbor.edge.peer_asks and neighbor.edge.peer_round < round and algorithm.can_join(round):
                 neighbor.welcome(round)
                 state = state or algorithm.handed_on()
                 self._exchange.post(index, (round, STATE), state, "state")

@@ -22,6 +22,7 @@ from peertune.identity import Identity, certificate_id
 from peertune.memory import keep_freed
 from peertune.runtimes.edge import MAX_FRAME
 from peertune.runtimes.frames import ProtocolError
+from peertune.runtimes.limited_log import LimitedLog
 from peertune.runtimes.neighbor import Neighbor
 from peertune.runtimes.port import check_port
 from peertune.runtimes.presence import Presence
@@ -60,7 +61,7 @@ class Node:
         log: Callable[..., None],
         doing: str = "join",
     ) -> None:
-        self.charter, self.identity, self.listen, self.log = charter, identity, listen, log
+        self.charter, self.identity, self.listen, self.log = charter, identity, listen, LimitedLog(log)
         self.probe = Probe(charter, doing)
         self.index = charter.index_of(identity.id)
         self.presence = Presence(len(charter.members), self.index, charter.grace_s)
@@ -96,9 +97,14 @@ class Node:
 
     @property
     def turned_away(self) -> str:
-        """Why the others take nothing from this site any more: all it dials say so and nobody else is connected."""
-        reasons = {n.turns_away for index, n in self.neighbors.items() if self.dials(index)}
-        if not reasons or "" in reasons or any(n.is_connected for n in self.neighbors.values()):
+        """Why the others take nothing from this site any more: all it dials say so, and the rest are out of reach.
+
+        The rest have a grace for it: one neighbour who lies does not speak for them.
+        """
+        dialled = {index for index in self.neighbors if self.dials(index)}
+        reasons = {self.neighbors[index].turns_away for index in dialled}
+        rest = [neighbor for index, neighbor in self.neighbors.items() if index not in dialled]
+        if not reasons or "" in reasons or not all(neighbor.is_out_of_reach for neighbor in rest):
             return ""
         return "; ".join(sorted(reasons))
 
