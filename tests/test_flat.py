@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from peertune.exchange import Inbox
-from peertune.flat import FlatParameters, cut, joined
+from peertune.flat import FlatParameters, contiguous_runs, split_like
 from peertune.optim import MasterWeights, Moments, adam_step
 
 SHAPES = [(3, 5), (7,), (2, 2, 2), (1, 33)]
@@ -18,18 +18,18 @@ def separate(seed: int) -> dict[str, nn.Parameter]:
 
 
 def parts_of(vector: torch.Tensor) -> list[torch.Tensor]:
-    return cut(vector, [torch.empty(shape) for shape in SHAPES])
+    return split_like(vector, [torch.empty(shape) for shape in SHAPES])
 
 
 def runs(*columns: list[torch.Tensor]) -> list[tuple[int, int]]:
-    return [(run.start, run.stop) for run, _ in joined(*columns)]
+    return [(run.start, run.stop) for run, _ in contiguous_runs(*columns)]
 
 
 def test_what_lies_side_by_side_in_all_columns_is_one_run() -> None:
     size = sum(torch.Size(shape).numel() for shape in SHAPES)
     one, other = parts_of(torch.arange(size)), parts_of(torch.arange(size) + 1)
     assert runs(one, other) == [(0, 4)]
-    ((_, (vector, _)),) = joined(one, other)
+    ((_, (vector, _)),) = contiguous_runs(one, other)
     vector += 1
     assert torch.equal(one[3].flatten(), torch.arange(size)[-33:] + 1)  # the same memory
     assert runs(one, [*other[:2], other[2].clone(), other[3]]) == [(0, 2), (2, 3), (3, 4)]

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from peertune.flat import cut, joined
+from peertune.flat import contiguous_runs, split_like
 from peertune.topology import Topology
 from peertune.wire import Traffic
 
@@ -89,11 +89,11 @@ class Inbox:
         """As `mean`, of several, by name: together what lies side by side in all payloads, else one after the other."""
         first, *rest = sorted(self.weights)
         columns = [[self.payloads[source][name] for name in names] for source in (first, *rest)]
-        for run, (vector, *others) in joined(*columns):
+        for run, (vector, *others) in contiguous_runs(*columns):
             total = vector * self.weights[first]
             for source, other in zip(rest, others, strict=True):
                 total.add_(other, alpha=self.weights[source])
-            yield dict(zip(names[run], cut(total, columns[0][run]), strict=True))
+            yield dict(zip(names[run], split_like(total, columns[0][run]), strict=True))
 
 
 class Exchange(Protocol):

@@ -1,8 +1,8 @@
 """Tensors side by side in memory, so that what happens to all of them is one call instead of hundreds.
 
 An adapter is many small tensors, and a call on one takes longer to begin than to carry out. `FlatParameters` lays those
-that are trained together out in one vector; `joined` finds, among any tensors, those that lie so. What is computed
-element by element comes out bitwise the same wherever a tensor lies, so nobody has to know.
+that are trained together out in one vector; `contiguous_runs` finds, among any tensors, those that lie so. What is
+computed element by element comes out bitwise the same wherever a tensor lies, so nobody has to know.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._utils import _unflatten_dense_tensors
 
 
-def joined(*columns: Sequence[Tensor]) -> Iterator[tuple[slice, list[Tensor]]]:
+def contiguous_runs(*columns: Sequence[Tensor]) -> Iterator[tuple[slice, list[Tensor]]]:
     """Cut columns of tensors into runs: as many next to each other as lie side by side, in order, in every column.
 
     Args:
@@ -32,8 +32,8 @@ def joined(*columns: Sequence[Tensor]) -> Iterator[tuple[slice, list[Tensor]]]:
         yield slice(start, end), firsts
 
 
-def cut(vector: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
-    """What `joined` gave, or was made of it, in the shapes it was put together from; they share its memory."""
+def split_like(vector: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Views of a vector with the shapes of `like`, one after the other."""
     return _unflatten_dense_tensors(vector.reshape(-1), like)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -83,7 +83,7 @@ class FlatParameters:
             parameter.grad = None
 
     def _cut(self, vector: Tensor) -> Sequence[Tensor]:
-        return cut(vector, list(self.parameters.values()))
+        return split_like(vector, list(self.parameters.values()))
 
     def rows(self, matrix: Tensor) -> dict[str, Tensor]:
         """The rows of a matrix [rows, size], each a vector like `data`: by name, views [rows, ...]."""

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from peertune.config import AlgorithmConfig
-from peertune.flat import cut, joined
+from peertune.flat import contiguous_runs, split_like
 
 CHUNK_CPU = 1 << 16
 """Elements updated at a time on a CPU: what is made on the way stays in the second-level cache."""
@@ -63,7 +63,7 @@ def clip_gradients(parameters: Mapping[str, nn.Parameter], max_norm: float) -> T
     norm = gradient_norm(parameters.values())
     if max_norm:
         scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_
-        for _, (grads,) in joined([p.grad for p in parameters.values() if p.grad is not None]):
+        for _, (grads,) in contiguous_runs([p.grad for p in parameters.values() if p.grad is not None]):
             grads.mul_(scale)
     return norm
 
@@ -149,7 +149,7 @@ class MasterWeights:
         if any(parameter.dtype == torch.bfloat16 for parameter in parameters):
             return {name: self.snapshot(name) for name in names}
         copies = torch.cat([parameter.reshape(-1) for parameter in parameters])
-        return dict(zip(names, cut(copies, parameters), strict=True))
+        return dict(zip(names, split_like(copies, parameters), strict=True))
 
     @torch.no_grad()
     def write(self, name: str, value: Tensor) -> None:
@@ -171,7 +171,7 @@ class MasterWeights:
             for name, value in values.items():
                 self.write(name, value)
             return
-        for _, (vector, value) in joined(parameters, list(values.values())):
+        for _, (vector, value) in contiguous_runs(parameters, list(values.values())):
             vector.copy_(value)
 
 
@@ -195,7 +195,7 @@ class Moments:
         several = list(several)
         for moments in several:
             moments.num_steps = 0
-        for _, vectors in joined([m.exp_avg for m in several], [m.exp_avg_sq for m in several]):
+        for _, vectors in contiguous_runs([m.exp_avg for m in several], [m.exp_avg_sq for m in several]):
             for vector in vectors:
                 vector.zero_()
 
@@ -208,7 +208,8 @@ class Moments:
         size = sum(tensor.numel() for tensor in tensors)
         columns = [torch.zeros(size, dtype=torch.float32, device=tensors[0].device) for _ in range(2)]
         return {
-            name: cls(*both) for name, *both in zip(like, *(cut(column, tensors) for column in columns), strict=True)
+            name: cls(*both)
+            for name, *both in zip(like, *(split_like(column, tensors) for column in columns), strict=True)
         }
 
 
@@ -291,7 +292,7 @@ def _joined(masters: MasterWeights, moments: Mapping[str, Moments]) -> Iterator[
             yield from alike
             continue
         columns = zip(*((p.theta, p.grad, p.exp_avg, p.exp_avg_sq) for p in alike), strict=True)
-        for _, (theta, grad, exp_avg, exp_avg_sq) in joined(*columns):
+        for _, (theta, grad, exp_avg, exp_avg_sq) in contiguous_runs(*columns):
             yield Piece(theta, None, grad, exp_avg, exp_avg_sq, is_matrix)
 
 

@@ -35,6 +35,17 @@ def payload_size(payload: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in payload.values())
 
 
+def parts_of(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A payload whose tensors lie one after the other in a vector, in the order of their names: views of it.
+
+    Args:
+        like: has the payload's names and shapes.
+    """
+    names = sorted(like)
+    parts = torch.split(flat, [like[name].numel() for name in names])
+    return {name: part.view(like[name].shape) for name, part in zip(names, parts, strict=True)}
+
+
 @lru_cache(maxsize=64)
 def _header(tensors: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]) -> bytes:
     entries, end = {}, 0

@@ -26,6 +26,7 @@ from peertune.errors import ConfigError, PeerLostError
 from peertune.exchange import Hop, Inbox, Payload
 from peertune.link import Clock
 from peertune.runtimes.group import Lockstep, weighted_mean
+from peertune.wire import parts_of
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)
@@ -190,17 +191,10 @@ class DistributedExchange(Lockstep):
                     work.wait()
         if not weights:
             return None
-        payloads: dict[int, Payload] = {source: _parts(buffer, shapes) for source, buffer in buffers.items()}
+        payloads: dict[int, Payload] = {source: parts_of(buffer, shapes) for source, buffer in buffers.items()}
         if self._peer in weights:
             payloads[self._peer] = shapes
         return Inbox(weights, payloads)
-
-
-def _parts(flat: Tensor, shapes: Payload) -> Payload:
-    """A message's tensors, views of it."""
-    names = sorted(shapes)
-    parts = torch.split(flat, [shapes[name].numel() for name in names])
-    return {name: part.view(shapes[name].shape) for name, part in zip(names, parts, strict=True)}
 
 
 @contextmanager

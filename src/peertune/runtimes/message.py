@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import xxhash
 from torch import Tensor
 
 from peertune.exchange import Payload
 from peertune.memory import room
-from peertune.wire import header, payload_size
+from peertune.wire import header, parts_of, payload_size
 
 CHUNK_SIZE = 1 << 20
 HASH_SIZE = 16
@@ -78,9 +77,7 @@ class Incoming:
 
     def payload(self) -> Payload:
         """What has arrived, when all has; it shares the message's memory."""
-        names = sorted(self.like)
-        parts = torch.split(self._buffer, [self.like[name].numel() for name in names])
-        return {name: part.view(self.like[name].shape) for name, part in zip(names, parts, strict=True)}
+        return parts_of(self._buffer, self.like)
 
 
 def shapes_hash(payload: Payload) -> bytes:
