@@ -20,6 +20,8 @@ from typing import Any
 
 from _harness import RESULTS, finish, kept_run
 
+from peertune.metric import metric_named
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("PEERTUNE_TEST_DATA") or ROOT.parent / "shared")
 METRICS = ("call_loss", "function_name_choice_accuracy", "function_name_accuracy", "call_accuracy", "calls_parsed")
@@ -51,7 +53,7 @@ def main() -> None:
     figures["alone"] = {metric: [[peer[metric] for peer in m["peers"]] for m in alone] for metric in METRICS}
     figures["beats_base_and_every_peer_alone"] = {
         metric: [
-            all(better(metric, ours, other) for other in [figures["base"][metric], *peers])
+            all(metric_named(metric).is_better(ours, other) for other in [figures["base"][metric], *peers])
             for ours, peers in zip(figures["common"][metric], figures["alone"][metric], strict=True)
         ]
         for metric in METRICS
@@ -61,10 +63,6 @@ def main() -> None:
         print(f"{metric}: base {figures['base'][metric]:.3f}, alone {mean:.3f} on average, common", end=" ")
         print(", ".join(f"{value:.3f}" for value in figures["common"][metric]))
     finish("agents", figures, options.results)
-
-
-def better(metric: str, ours: float, other: float) -> bool:
-    return ours < other if metric == "call_loss" else ours > other
 
 
 def run_one(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:

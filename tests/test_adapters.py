@@ -17,13 +17,13 @@ from peertune.data.batches import Batch, Batches
 from peertune.errors import ConfigError, ModelError
 from peertune.evaluate import evaluate
 from peertune.export import evaluate_model, export
+from peertune.formatting import number
 from peertune.model.adapters import adapter_names, add_adapter, merge_adapter
 from peertune.model.blocks import partition_blocks
 from peertune.model.language_model import LanguageModel
 from peertune.model.load import clone_model, load_model
 from peertune.model.lora import take_over
 from peertune.prepare import prepare_data, prepare_model
-from peertune.report.text import number
 from peertune.run import run
 from peertune.seeds import derive_seed
 from tests.recipes import recipe

@@ -31,6 +31,8 @@ LAYERS = [
     "run_folder",
     "evaluate",
     "evaluation",
+    "formatting",
+    "metric",
     "report",
     "watch",
     "progress",

@@ -19,8 +19,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peertune import formatting
 from peertune.errors import CheckpointError
-from peertune.report import charts, series, text, write_report
+from peertune.report import charts, series, write_report
 from peertune.report.events import read_run
 from peertune.report.page import SECTIONS
 from peertune.run import run
@@ -223,7 +224,7 @@ def report(run_dir: Path, events: Events, tail: str = "") -> Page:
 
 def test_shows_a_finished_run(tmp_path: Path) -> None:
     page = report(tmp_path, synthetic_events())
-    summary = page.texts["summary"].replace(text.THIN, " ")
+    summary = page.texts["summary"].replace(formatting.THIN, " ")
     for part in ("27.0 % → 88.0 %", "+61.0 points", "700 MiB", "1 min 36 s", "240"):
         assert part in summary
     assert "finished" in page.texts[""]
@@ -243,8 +244,8 @@ def test_loss_chart_holds_every_peer_and_the_mean(tmp_path: Path) -> None:
     assert [row["name"] for row in chart["rows"]] == ["peer 0", "peer 1", "peer 2", "mean of peers"]
     assert chart["label"] == ["1", "2", "3", "4", "5"]
     for peer in range(3):
-        assert chart["rows"][peer]["text"] == [text.number(row[peer]) for row in losses]
-    assert chart["rows"][3]["text"] == [text.number(sum(row) / 3) for row in losses]
+        assert chart["rows"][peer]["text"] == [formatting.number(row[peer]) for row in losses]
+    assert chart["rows"][3]["text"] == [formatting.number(sum(row) / 3) for row in losses]
 
 
 def test_traffic_ends_with_the_agreement(tmp_path: Path) -> None:
@@ -252,17 +253,17 @@ def test_traffic_ends_with_the_agreement(tmp_path: Path) -> None:
     agreed = next(e for e in events if e["event"] == "agreement")["bytes_sent"]
     traffic = report(tmp_path, events).points[-1]
     assert traffic["label"][-1] == "5"
-    assert [row["text"][-1] for row in traffic["rows"][:2]] == [text.traffic(b) for b in agreed]
+    assert [row["text"][-1] for row in traffic["rows"][:2]] == [formatting.traffic(b) for b in agreed]
 
 
 def test_summary_has_the_last_word_on_bytes(tmp_path: Path) -> None:
     events = synthetic_events(num_peers=2, num_rounds=4)
     (tmp_path / "summary.json").write_text(json.dumps({"bytes_sent_per_peer": [5_000, 5_000]}), encoding="utf-8")
-    assert f"5{text.THIN}kB" in report(tmp_path, events).texts["summary"]
+    assert f"5{formatting.THIN}kB" in report(tmp_path, events).texts["summary"]
     (tmp_path / "summary.json").write_text('{"bytes', encoding="utf-8")
     page = report(tmp_path, events)
     assert "summary.json could not be read" in page.texts["notes"]
-    assert f"5{text.THIN}kB" not in page.texts["summary"]
+    assert f"5{formatting.THIN}kB" not in page.texts["summary"]
 
 
 def test_hostile_strings_stay_text(tmp_path: Path) -> None:
@@ -367,8 +368,8 @@ def test_unknown_values_are_gaps(tmp_path: Path) -> None:
     rounds[4]["consensus_distance"] = None
     rounds[0]["consensus_distance"] = 0.0
     first, second, mean = report(tmp_path, events).points[0]["rows"]
-    assert first["text"][1:4] == [text.NONE] * 3
-    assert second["text"][1:4] == ["1.000", text.NONE, text.NONE]
+    assert first["text"][1:4] == [formatting.NONE] * 3
+    assert second["text"][1:4] == ["1.000", formatting.NONE, formatting.NONE]
     assert mean["text"][1] == "1.000"
 
 
@@ -411,24 +412,24 @@ def test_smoothing_keeps_gaps_and_the_range(values: list[float | None], window: 
 
 
 def test_numbers_read_well() -> None:
-    thin = text.THIN
-    assert [text.number(v) for v in (0.31493, 86.213, 1234567.0, 0.0, 2.5e-7)] == [
-        "0.3149", "86.21", f"1{thin}234{thin}567", "0", f"2.50e{text.MINUS}7",
+    thin = formatting.THIN
+    assert [formatting.number(v) for v in (0.31493, 86.213, 1234567.0, 0.0, 2.5e-7)] == [
+        "0.3149", "86.21", f"1{thin}234{thin}567", "0", f"2.50e{formatting.MINUS}7",
     ]  # fmt: skip
-    assert [text.traffic(v) for v in (0, 999, 999_999, 1.06e9)] == [
+    assert [formatting.traffic(v) for v in (0, 999, 999_999, 1.06e9)] == [
         f"0{thin}B",
         f"999{thin}B",
         f"1{thin}MB",
         f"1.06{thin}GB",
     ]
-    assert [text.duration(v) for v in (1.41, 181, 3960)] == [
+    assert [formatting.duration(v) for v in (1.41, 181, 3960)] == [
         f"1.41{thin}s",
         f"3{thin}min 1{thin}s",
         f"1{thin}h 6{thin}min",
     ]
     axis = charts.linear_axis(0.5, 3.0)
-    assert charts.tick_texts(axis, text.number) == ["0.5", "1.0", "1.5", "2.0", "2.5", "3.0"]
-    assert charts.tick_texts(charts.linear_axis(0.2, 1.0), text.percent)[-1] == f"100{thin}%"
+    assert charts.tick_texts(axis, formatting.number) == ["0.5", "1.0", "1.5", "2.0", "2.5", "3.0"]
+    assert charts.tick_texts(charts.linear_axis(0.2, 1.0), formatting.percent)[-1] == f"100{thin}%"
 
 
 def chromium() -> str:

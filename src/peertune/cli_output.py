@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from peertune.report.text import traffic
+from peertune.formatting import traffic
+from peertune.metric import metric_named
 
 
 class Lossy:
@@ -106,8 +107,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
         own = [peer[name] for peer in metrics.get("personal", metrics["peers"]) if peer and name in peer]
         spread = ["-"] * len(own_columns)  # a server in a consortium knows no peer's
         if own:
-            worst = max(own) if name in ("loss", "call_loss", "perplexity") else min(own)
-            spread = [f"{v:.4f}" for v in (sum(own) / len(own), worst)][: len(own_columns)]
+            spread = [f"{v:.4f}" for v in (sum(own) / len(own), metric_named(name).worst(own))][: len(own_columns)]
         table.add_row(name, *(f"{v:.4f}" for v in (metrics["before"][name], value)), *spread)
     sent = [count for count in summary["bytes_sent_per_peer"] if count is not None] or [0]  # a site knows its own
     told = f"{traffic(sum(sent) / len(sent))} on average, {traffic(max(sent))} at most"

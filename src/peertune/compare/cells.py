@@ -11,8 +11,8 @@ import numpy as np
 
 from peertune.algorithms import ALGORITHMS
 from peertune.compare.budget import bytes_a_peer
+from peertune.metric import METRICS
 from peertune.report.events import Run, read_run
-from peertune.report.results import METRICS, Metric
 from peertune.report.series import mean
 from peertune.robust import ends_in_agreement
 
@@ -57,7 +57,7 @@ class Cell:
 
     @property
     def worst_peer(self) -> float:
-        return min(self.peers) if METRICS[self.metric].share else max(self.peers)
+        return METRICS[self.metric].worst(self.peers)
 
     @property
     def bytes_sent(self) -> float:
@@ -91,15 +91,6 @@ class DivergedCell:
 def metric_of(summary: Summary) -> str:
     """What is compared: accuracy where there are classes, else the loss."""
     return "accuracy" if "accuracy" in summary["metrics"]["average_model"] else "loss"
-
-
-def is_better(metric: str, one: float, other: float) -> bool:
-    """Whether `one` is better than `other`."""
-    return one > other if METRICS[metric].share else one < other
-
-
-def shown(metric: str) -> Metric:
-    return METRICS[metric]
 
 
 def quality(summary: Summary, metric: str) -> float:

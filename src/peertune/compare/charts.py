@@ -9,8 +9,9 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from peertune.formatting import NONE, middle
 from peertune.report.charts import SIZE, Axis, linear_axis, place_ticks, tick_texts
-from peertune.report.text import NONE, esc, middle
+from peertune.report.html import esc
 
 Show = Callable[[float | None], str]
 

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from peertune.algorithms import ALGORITHMS, METHODS
 from peertune.compare import budget as budgets
-from peertune.compare.cells import Cell, DivergedCell, Summary, is_better, metric_of, quality, read_cell
+from peertune.compare.cells import Cell, DivergedCell, Summary, metric_of, quality, read_cell
 from peertune.compare.contestants import Contestant, Lineup
 from peertune.compare.inputs import check_inputs, fingerprints, write_inputs
 from peertune.compare.options import Options
@@ -24,6 +24,7 @@ from peertune.config import AlgorithmConfig, RunConfig, from_dict
 from peertune.data.load import load_table
 from peertune.errors import ConfigError, DivergedError
 from peertune.memory import release
+from peertune.metric import METRICS
 from peertune.progress import Progress
 from peertune.report.events import read_run
 from peertune.run_folder import RunFolder, check_writable
@@ -370,7 +371,7 @@ def _is_preferred(one: Summary, other: Summary) -> bool:
     """Better by the metric; where they are equal, by the loss."""
     metric = metric_of(one)
     a, b = quality(one, metric), quality(other, metric)
-    return is_better(metric, a, b) if a != b else quality(one, "loss") < quality(other, "loss")
+    return METRICS[metric].is_better(a, b) if a != b else quality(one, "loss") < quality(other, "loss")
 
 
 def _spell(key: str, value: float | int) -> str:

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from peertune.compare import table
-from peertune.compare.cells import Cell, Point, shown
+from peertune.compare.cells import Cell, Point
 from peertune.compare.charts import Curve, Mark, curve_chart, spread_strip
 from peertune.compare.grid import Tuned
 from peertune.compare.options import Options
 from peertune.compare.stats import Pair, mean
+from peertune.formatting import count, memory, middle, number, plural, traffic
+from peertune.metric import METRICS
 from peertune.report.charts import linear_axis, peer_color, place_ticks, tick_texts
+from peertune.report.html import esc
 from peertune.report.page import document
 from peertune.report.results import card, empty
 from peertune.report.results import table as html_table
 from peertune.report.setup import recipe_text
-from peertune.report.text import count, esc, memory, middle, number, plural, traffic
 
 Cells = Mapping[str, Sequence[Cell]]
 
@@ -62,9 +64,8 @@ def render(
     colors = {row.contestant: peer_color(i) for i, row in enumerate(rows)}
     sections = {id: name for id, name in SECTIONS.items() if id != "tuning" or tuned}
     links = "".join(f'<a href="#{id}">{name}</a>' for id, name in sections.items())
-    direction = "higher" if shown(metric).share else "lower"
     facts = [
-        f"held-out {esc(shown(metric).title)}, {direction} is better",
+        f"held-out {esc(METRICS[metric].title)}, {METRICS[metric].direction} is better",
         plural(rows[0].num_seeds, "seed"),
         f"equal {esc(options.budget)}",
     ]
@@ -152,7 +153,7 @@ def _over(
         return empty(f"All have {show_x(0.0)} here.")
     lead = _curve_note(cells)
     return curve_chart(
-        curves, x_title=x_title, y_title=_y_title(metric), show_x=_known(show_x), show_y=shown(metric).show
+        curves, x_title=x_title, y_title=METRICS[metric].axis_title, show_x=_known(show_x), show_y=METRICS[metric].show
     ) + (f'<p class="lead">{lead}</p>' if lead else "")
 
 
@@ -168,9 +169,9 @@ def _over_memory(cells: Cells, colors: Mapping[str, str], metric: str) -> str:
     return curve_chart(
         curves,
         x_title="peak memory",
-        y_title=_y_title(metric),
+        y_title=METRICS[metric].axis_title,
         show_x=memory,
-        show_y=shown(metric).show,
+        show_y=METRICS[metric].show,
     )
 
 
@@ -197,7 +198,7 @@ def _curve_note(cells: Cells) -> str:
 def _peers(cells: Cells, colors: Mapping[str, str], metric: str) -> str:
     every = [value for own in cells.values() for cell in own for value in (*cell.peers, cell.quality)]
     axis = linear_axis(min(every), max(every))
-    show = shown(metric).show
+    show = METRICS[metric].show
     body = []
     for name, own in cells.items():
         values = [value for cell in own for value in cell.peers]
@@ -221,7 +222,7 @@ def _tuning(tuned: Sequence[Tuned], metric: str) -> str:
     head = ["method", *(esc(f"{tuned[0].key} = {value:g}") for value in tuned[0].values), "chosen"]
     body = []
     for choice in tuned:
-        texts = [table.DIVERGED if q is None else shown(metric).show(q) for q in choice.qualities]
+        texts = [table.DIVERGED if q is None else METRICS[metric].show(q) for q in choice.qualities]
         chosen = "none"
         if choice.best is not None:
             best = choice.values.index(choice.best)
@@ -254,11 +255,6 @@ def _fairness(options: Options, cells: Cells) -> str:
 
 def _recipe(cells: Cells) -> str:
     return recipe_text(next(iter(cells.values()))[0].summary["config"])
-
-
-def _y_title(metric: str) -> str:
-    unit = shown(metric).unit
-    return f"held-out {shown(metric).title}" + (f" ({unit})" if unit else "")
 
 
 def _known(show: Callable[[float], str]) -> Callable[[float | None], str]:

@@ -12,11 +12,11 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from peertune.compare.cells import Cell, DivergedCell, is_better, shown
+from peertune.compare.cells import Cell, DivergedCell
 from peertune.compare.grid import Tuned
 from peertune.compare.stats import LEVEL, Pair, mean, spread
-from peertune.report.results import Metric
-from peertune.report.text import NONE, count, duration, memory, number, percent, plural, traffic
+from peertune.formatting import NONE, count, duration, memory, number, percent, plural, traffic
+from peertune.metric import METRICS, Metric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,12 +124,12 @@ def _chosen(tuned: Tuned | None) -> str:
 
 def cells_of(row: Row, keys: Sequence[str]) -> list[str]:
     """A row's texts, by the keys of `columns`."""
-    metric = shown(row.metric)
+    metric = METRICS[row.metric]
     texts = {
         "contestant": row.contestant,
         "mean": _with_spread(row, metric),
         "worst_peer": NONE if row.worst_peer is None else metric.show(row.worst_peer),
-        "macro_f1": NONE if row.macro_f1 is None else shown("macro_f1").show(row.macro_f1),
+        "macro_f1": NONE if row.macro_f1 is None else METRICS["macro_f1"].show(row.macro_f1),
         "samples": NONE if row.samples is None else count(row.samples),
         "bytes_sent": traffic(row.bytes_sent),
         "bytes_sent_by_hub": NONE if row.bytes_sent_by_hub is None else traffic(row.bytes_sent_by_hub),
@@ -155,7 +155,7 @@ def _with_spread(row: Row, metric: Metric) -> str:
 
 def heads(rows: Sequence[Row]) -> list[str]:
     """Titles of the columns; those that no row fills are left out."""
-    return [HEAD[key] or shown(rows[0].metric).title for key in columns(rows)]
+    return [HEAD[key] or METRICS[rows[0].metric].title for key in columns(rows)]
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
@@ -169,9 +169,9 @@ def columns(rows: Sequence[Row]) -> list[str]:
 
 def terminal_table(rows: Sequence[Row], width: int = 80) -> Table:
     """The table as rich draws it; on a terminal of few columns without those of `SPARE`."""
-    direction = "higher" if shown(rows[0].metric).share else "lower"
+    metric = METRICS[rows[0].metric]
     table = Table(
-        title=f"held-out {shown(rows[0].metric).title} ({direction} is better), {_seeds(rows[0].num_seeds)}",
+        title=f"held-out {metric.title} ({metric.direction} is better), {_seeds(rows[0].num_seeds)}",
         box=SIMPLE_HEAD,
         padding=0,
         pad_edge=False,
@@ -256,11 +256,11 @@ def pair_cells(pair: Pair, metric: str) -> list[str]:
 
 def verdicts(found: Sequence[Pair], metric: str) -> list[str]:
     """What the pairs say, in words."""
-    title = shown(metric).title
+    title = METRICS[metric].title
     sentences = []
     for pair in found:
         ahead, behind = pair.one, pair.other
-        if is_better(metric, 0.0, pair.difference):
+        if METRICS[metric].is_better(0.0, pair.difference):
             ahead, behind = behind, ahead
         size = _amount(pair.difference, metric)
         seeds = _seeds(pair.num_seeds)
@@ -345,7 +345,7 @@ def tuning_notes(tuned: Sequence[Tuned]) -> list[str]:
 
 def _change(value: float, metric: str) -> str:
     """A signed difference, "+3.1 points" for a share."""
-    return shown(metric).gain(0.0, value)
+    return METRICS[metric].gain(0.0, value)
 
 
 def _amount(value: float, metric: str) -> str:

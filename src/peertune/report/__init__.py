@@ -1,6 +1,6 @@
 """A run's events as one self-contained HTML page.
 
-Reading order: events, series, text, charts, graph, results, setup, page.
+Reading order: events, series, html, charts, graph, results, setup, page.
 """
 
 from peertune.report.page import write_report

@@ -12,8 +12,9 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from peertune.formatting import MINUS, NONE, THIN, count, number
+from peertune.report.html import esc
 from peertune.report.series import Column
-from peertune.report.text import MINUS, NONE, THIN, count, esc, number
 
 SIZE = 1000  # units of the SVG in both directions
 NUM_COLORS = 32

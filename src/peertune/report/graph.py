@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from peertune.formatting import number
 from peertune.report.charts import peer_color
-from peertune.report.text import number
 
 Matrix = Sequence[Sequence[float]]
 

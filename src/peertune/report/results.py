@@ -4,56 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from peertune.formatting import count, duration, memory, number, percent, plural, short_count, traffic
+from peertune.metric import METRICS, metric_named
 from peertune.report import series
 from peertune.report.charts import LEGEND_MAX, NUM_COLORS, Band, Line, line_chart, peer_color
 from peertune.report.events import Metrics, Run
-from peertune.report.text import (
-    count,
-    duration,
-    esc,
-    memory,
-    number,
-    percent,
-    plural,
-    short_count,
-    signed,
-    traffic,
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Metric:
-    """How a held-out metric is named, printed and compared."""
-
-    title: str
-    unit: str
-    share: bool
-    """A share of 1, larger is better; else a plain number, smaller is better."""
-
-    def show(self, value: float | None) -> str:
-        return percent(value) if self.share else number(value)
-
-    def gain(self, before: float, after: float) -> str:
-        change = after - before
-        return signed(change, f"{abs(change) * 100:.1f} points" if self.share else number(abs(change)))
-
-
-METRICS = {
-    "accuracy": Metric(title="accuracy", unit="%", share=True),
-    "exact_match": Metric(title="exact match", unit="%", share=True),
-    "call_accuracy": Metric(title="call accuracy", unit="%", share=True),
-    "function_name_accuracy": Metric(title="function name accuracy", unit="%", share=True),
-    "function_name_choice_accuracy": Metric(title="function choice accuracy", unit="%", share=True),
-    "macro_f1": Metric(title="macro F1", unit="%", share=True),
-    "loss": Metric(title="loss", unit="nats", share=False),
-    "call_loss": Metric(title="call loss", unit="nats", share=False),
-    "perplexity": Metric(title="perplexity", unit="", share=False),
-    "calls_parsed": Metric(title="calls parsed", unit="%", share=True),
-}
-"""In the order in which one of them is the headline."""
+from peertune.report.html import esc
 
 
 def card(id: str, title: str, body: str, *, wide: bool = True, lead: str = "") -> str:
@@ -123,7 +81,7 @@ def headline(run: Run) -> str:
         means = {name: statistics.fmean(_known(own, name)) for name in own[0]}
         models, whose = [models[0], means], "the peers' own, mean"
     if names:
-        name, metric = names[0], _metric(names[0])
+        name, metric = names[0], metric_named(names[0])
         seen = [m[name] for m in models if name in m]
         first, last = seen[0], seen[-1]
         what = f"Held-out {esc(metric.title)}, {whose}"
@@ -183,8 +141,8 @@ def heldout(run: Run) -> str:
                 (f"lowest {whose}", _least),
                 (f"highest {whose}", _most),
             ):
-                rows.append([label, *(_metric(n).show(reduce(_known(models, n))) for n in names)])
-    summary = table(["model", *(esc(_metric(n).title, 30) for n in names)], rows)
+                rows.append([label, *(metric_named(n).show(reduce(_known(models, n))) for n in names)])
+    summary = table(["model", *(esc(metric_named(n).title, 30) for n in names)], rows)
     lead = (
         "The average model is what the run exports; a peer's model is what that peer ends with. All see the same rows."
     )
@@ -249,15 +207,14 @@ def _brief(value: object) -> str:
 
 
 def _metric_chart(run: Run, name: str) -> str:
-    metric = _metric(name)
+    metric = metric_named(name)
     x = [float(e.round) for e in run.evaluations]
     num = max(len(e.peers) for e in run.evaluations)
     rows = [[p.get(name) for p in e.peers] or [None] * num for e in run.evaluations]
     lines, band = peer_lines(series.columns(rows), "mean of peers", dots=len(x) <= 40) if num > 1 else ([], None)
     average = [e.average_model.get(name) for e in run.evaluations]
     lines.append(Line(name="average model", values=average, color="var(--accent)", style="star", dots=len(x) <= 40))
-    y_title = f"held-out {metric.title}" + (f" ({metric.unit})" if metric.unit else "")
-    return line_chart(x, lines, band=band, y_title=y_title, x_title="rounds done", show=metric.show)
+    return line_chart(x, lines, band=band, y_title=metric.axis_title, x_title="rounds done", show=metric.show)
 
 
 def _metric_names(run: Run) -> list[str]:
@@ -275,7 +232,7 @@ def _second_metric(names: Sequence[str], models: Sequence[Metrics]) -> str:
     for name in names[1:]:
         seen = [m[name] for m in models if name in m]
         if len(seen) > 1:
-            metric = _metric(name)
+            metric = metric_named(name)
             return f"{esc(metric.title, 30)} {metric.show(seen[0])} → {metric.show(seen[-1])}"
     return "of the average model"
 
@@ -291,13 +248,8 @@ def _box(label: str, value: str, note: str) -> str:
     return f'<div class="box">{"".join(f"<div class={kind}>{text}</div>" for kind, text in parts)}</div>'
 
 
-def _metric(name: str) -> Metric:
-    """A metric by name; one that is not known here is a plain number."""
-    return METRICS.get(name) or Metric(title=name.replace("_", " "), unit="", share=False)
-
-
 def _cell(name: str, metrics: Metrics) -> str:
-    return _metric(name).show(metrics.get(name))
+    return metric_named(name).show(metrics.get(name))
 
 
 def _known(peers: Sequence[Metrics], name: str) -> list[float]:

@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from peertune.formatting import count, duration, number, percent, plural, short_count, traffic
 from peertune.report.charts import SIZE, Axis, place_ticks, round_axis
 from peertune.report.events import Holding, Json, Run
 from peertune.report.graph import graph_svg, heat_map
+from peertune.report.html import esc
 from peertune.report.results import card, empty, setting, table
-from peertune.report.text import count, duration, esc, number, percent, plural, short_count, traffic
 
 MAX_CLASSES = 12
 """More classes than this share the last colour as "other"."""

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 
+from peertune.formatting import NONE, count, duration, number, percent, plural, traffic
 from peertune.report.charts import Line, line_chart
 from peertune.report.graph import BOX, CENTER, graph_svg
-from peertune.report.text import NONE, count, duration, esc, number, percent, plural, traffic
+from peertune.report.html import esc
 from peertune.watch.state import PeerState, Snapshot
 
 STATES = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peertune.report.text import count, duration, number, percent, plural, traffic
+from peertune.formatting import count, duration, number, percent, plural, traffic
 from peertune.watch.page import sentence
 from peertune.watch.state import PeerState, Snapshot
 

@@ -1,26 +1,13 @@
-"""Numbers and strings as a page shows them. Every string that did not come from this package passes through `esc`."""
+"""Numbers and names as people read them, on pages, in tables and in the terminal. Plain text: no HTML."""
 
 from __future__ import annotations
 
-import html
 import math
-import re
 from collections.abc import Sequence
-
-# Control characters and lone surrogates cannot stand in an HTML file.
-_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 
 MINUS = "−"  # noqa: RUF001  a real minus sign has the width of the plus
 NONE = "–"  # noqa: RUF001  an en dash for what is not known
 THIN = "\u202f"
-
-
-def esc(value: object, limit: int = 400) -> str:
-    """Text for HTML, quoted for attributes too, and cut to `limit` characters."""
-    text = str(value)
-    if len(text) > limit:
-        text = text[: limit - 1] + "…"
-    return html.escape(_UNPRINTABLE.sub("\ufffd", text), quote=True)
 
 
 def middle(text: str, limit: int) -> str:
