@@ -13,11 +13,8 @@ from peertune.compare.stats import Pair, mean
 from peertune.formatting import count, memory, middle, number, plural, traffic
 from peertune.metric import METRICS
 from peertune.report.charts import linear_axis, peer_color, place_ticks, tick_texts
-from peertune.report.html import esc
-from peertune.report.page import document
-from peertune.report.results import card, empty
-from peertune.report.results import table as html_table
-from peertune.report.setup import recipe_text
+from peertune.report.html import card, document, empty, esc, navigation, page_header, recipe_text
+from peertune.report.html import table as html_table
 
 Cells = Mapping[str, Sequence[Cell]]
 
@@ -63,16 +60,14 @@ def render(
     title = " · ".join(esc(row.contestant, 40) for row in rows)
     colors = {row.contestant: peer_color(i) for i, row in enumerate(rows)}
     sections = {id: name for id, name in SECTIONS.items() if id != "tuning" or tuned}
-    links = "".join(f'<a href="#{id}">{name}</a>' for id, name in sections.items())
     facts = [
         f"held-out {esc(METRICS[metric].title)}, {METRICS[metric].direction} is better",
         plural(rows[0].num_seeds, "seed"),
         f"equal {esc(options.budget)}",
     ]
-    dots = " <b>·</b> ".join(f"<span>{fact}</span>" for fact in facts)
     body = [
-        f'<header><div class="brand">peertune</div><h1>{title}</h1><p class="facts">{dots}</p></header>',
-        f"<nav>{links}</nav>",
+        page_header(title, facts),
+        navigation(sections),
         card("verdicts", "Which differences are larger than the seed noise", _sentences(found, verdicts)),
         card("table", "Table", _table(rows), lead=_TABLE_LEAD),
         card(

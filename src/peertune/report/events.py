@@ -94,6 +94,11 @@ class Run:
     resumes: tuple[int, ...]
     finished: bool
 
+    def setting(self, section: str, key: str) -> object:
+        """One value of the resolved recipe; None where it has none."""
+        part = self.config.get(section)
+        return part.get(key) if isinstance(part, Mapping) else None
+
     @property
     def num_peers(self) -> int:
         # A pooled run has one model, a site knows its own data, and W is not every method's.

@@ -1,15 +1,14 @@
-"""The page put together: one file with its style and script inside, which loads nothing."""
+"""A run's page: its sections in order, written beside its events."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import os
 from pathlib import Path
 
 from peertune.errors import StorageError
 from peertune.report import results, setup
 from peertune.report.events import Run, read_run
+from peertune.report.html import document, navigation
 
 SECTIONS = {
     "loss": "Loss",
@@ -50,10 +49,9 @@ def write_report(run_dir: Path) -> Path:
 
 def render(run: Run) -> str:
     """The page as a string: a pure function of the run."""
-    links = "".join(f'<a href="#{id}">{name}</a>' for id, name in SECTIONS.items())
     body = [
         results.header(run),
-        f"<nav>{links}</nav>",
+        navigation(SECTIONS),
         results.headline(run),
         results.loss(run),
         results.heldout(run),
@@ -66,28 +64,3 @@ def render(run: Run) -> str:
         setup.notes(run),
     ]
     return document(f"{results.title(run)} · peertune", "\n".join(body))
-
-
-def document(title: str, body: str, extra_style: str = "") -> str:
-    """A whole page with the report's style and script inside.
-
-    Args:
-        title, body: HTML.
-        extra_style: CSS that comes after the report's own.
-    """
-    here = Path(__file__).parent
-    style = (here / "report.css").read_text(encoding="utf-8") + extra_style
-    script = (here / "report.js").read_text(encoding="utf-8")
-    # The policy forbids every load, and every script but ours: a second lock behind the escaping.
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'"
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{title}</title><style>\n{style}</style></head>\n<body><main>\n"
-        + body
-        + '\n</main><div id="tip" hidden></div>\n'
-        f"<script>{script}</script></body></html>\n"
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from peertune.formatting import count, duration, memory, number, percent, plural, short_count, traffic
@@ -11,49 +11,23 @@ from peertune.metric import METRICS, metric_named
 from peertune.report import series
 from peertune.report.charts import LEGEND_MAX, NUM_COLORS, Band, Line, line_chart, peer_color
 from peertune.report.events import Metrics, Run
-from peertune.report.html import esc
-
-
-def card(id: str, title: str, body: str, *, wide: bool = True, lead: str = "") -> str:
-    """A titled box of the page. `title`, `lead` and `body` are HTML."""
-    intro = f'<p class="lead">{lead}</p>' if lead else ""
-    return f'<section id="{id}" class="card{" wide" if wide else ""}"><h2>{title}</h2>{intro}{body}</section>'
-
-
-def empty(text: str) -> str:
-    """What stands where there is nothing to show yet."""
-    return f'<p class="empty">{esc(text)}</p>'
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
-    """A table of HTML cells, the first column left-aligned; long ones scroll."""
-    top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def setting(run: Run, section: str, key: str) -> object:
-    """One value of the resolved recipe; None where it has none."""
-    part = run.config.get(section)
-    return part.get(key) if isinstance(part, Mapping) else None
+from peertune.report.html import card, empty, esc, page_header, table
 
 
 def title(run: Run) -> str:
     """The method and its number of peers, as HTML."""
-    name = str(setting(run, "algorithm", "name") or "run")
+    name = str(run.setting("algorithm", "name") or "run")
     return f"{esc(name, 40)}, {plural(run.num_peers, 'peer')}"
 
 
 def header(run: Run) -> str:
     """Method, model, data, when, and how far the run is."""
-    facts = [esc(_brief(setting(run, "model", "path") or "model"), 80)]
+    facts = [esc(_brief(run.setting("model", "path") or "model"), 80)]
     if run.parameters:
         facts.append(f"{short_count(run.parameters)} parameters")
-    facts += [
-        esc(_brief(value), 60) for value in (setting(run, "data", "task"), setting(run, "data", "train")) if value
-    ]
-    if setting(run, "run", "seed") is not None:
-        facts.append(f"seed {esc(setting(run, 'run', 'seed'), 20)}")
+    facts += [esc(_brief(value), 60) for value in (run.setting("data", "task"), run.setting("data", "train")) if value]
+    if run.setting("run", "seed") is not None:
+        facts.append(f"seed {esc(run.setting('run', 'seed'), 20)}")
     if run.started is not None and 0 <= run.started < 2**34:
         facts.append(f"{datetime.fromtimestamp(run.started, UTC):%Y-%m-%d %H:%M} UTC")
     planned = max(run.planned_rounds, run.rounds_done)
@@ -67,8 +41,7 @@ def header(run: Run) -> str:
         )
     if run.warnings:
         state += f'<a class="pill warn" href="#notes">{plural(len(run.warnings), "warning")}</a>'
-    dots = " <b>·</b> ".join(f"<span>{fact}</span>" for fact in facts)
-    return f'<header><div class="brand">peertune</div><h1>{title(run)} {state}</h1><p class="facts">{dots}</p></header>'
+    return page_header(f"{title(run)} {state}", facts)
 
 
 def headline(run: Run) -> str:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from peertune.formatting import count, duration, number, percent, plural, short_count, traffic
-from peertune.report.charts import SIZE, Axis, place_ticks, round_axis
-from peertune.report.events import Holding, Json, Run
+from peertune.report.charts import SIZE, Axis, peer_color, place_ticks, round_axis
+from peertune.report.events import Holding, Run
 from peertune.report.graph import graph_svg, heat_map
-from peertune.report.html import esc
-from peertune.report.results import card, empty, setting, table
+from peertune.report.html import card, empty, esc, recipe_text, table
 
 MAX_CLASSES = 12
 """More classes than this share the last colour as "other"."""
@@ -23,10 +21,10 @@ def graph(run: Run) -> str:
     if run.num_models == 1 or not (run.edges or run.weights):
         reason = "One model: no graph." if run.num_models == 1 else "The run has no graph: no peer has a neighbor."
         return card("graph", "Graph and mixing matrix", empty(reason))
-    kind = esc(str(setting(run, "topology", "kind") or "graph").replace("_", " "), 40)
+    kind = esc(str(run.setting("topology", "kind") or "graph").replace("_", " "), 40)
     facts = [kind, plural(run.num_peers, "peer"), plural(len({tuple(sorted(e)) for e in run.edges}), "edge")]
-    if run.weights and setting(run, "topology", "weights"):
-        facts.append(f"{esc(setting(run, 'topology', 'weights'), 40)} weights")
+    if run.weights and run.setting("topology", "weights"):
+        facts.append(f"{esc(run.setting('topology', 'weights'), 40)} weights")
     gap = ""
     if run.lambda2 is not None:
         gap = (
@@ -63,7 +61,7 @@ def data(run: Run) -> str:
         total = run.bytes_sent[peer] if len(run.bytes_sent) == run.num_peers else None
         rows.append(
             [
-                f'<i class="dot" style="--c:var(--s{peer % 32})"></i>{peer}',
+                f'<i class="dot" style="--c:{peer_color(peer)}"></i>{peer}',
                 _bar(held, colors, largest),
                 count(held.samples),
                 count(held.sequences),
@@ -79,7 +77,7 @@ def data(run: Run) -> str:
     lead = f"{plural(total_samples, 'sample')} over {plural(len(run.holdings), 'peer')}; none leaves its peer."
     if len(run.holdings) == 1 < run.num_peers:
         lead = f"This site's {plural(total_samples, 'sample')}; nobody else sees them, nor this site the others'."
-    kind = setting(run, "data", "partition")
+    kind = run.setting("data", "partition")
     if isinstance(kind, Mapping) and kind.get("kind"):
         alpha = f", α = {esc(kind.get('alpha'), 20)}" if kind.get("kind") in ("dirichlet", "quantity") else ""  # noqa: RUF001
         lead += f" Partition: {esc(kind.get('kind'), 40)}{alpha}."
@@ -123,11 +121,6 @@ def recipe(run: Run) -> str:
     """The resolved recipe, as TOML would say it."""
     body = recipe_text(run.config) if run.config else empty("No recipe was recorded.")
     return card("recipe", "Resolved recipe", body, wide=False)
-
-
-def recipe_text(config: Json) -> str:
-    """A resolved recipe as the TOML that says it, in colour."""
-    return f'<pre class="toml">{"".join(_toml(config, "")).rstrip()}</pre>'
 
 
 def notes(run: Run) -> str:
@@ -233,25 +226,3 @@ def _class_legend(holdings: Sequence[Holding], colors: Mapping[str, str]) -> str
         label = f"{number_of}other classes <small>{count(sum(total for _, total in others) + unlisted)}</small>"
         entries.append(f'<span><i class="key swatch" style="--c:var(--other)"></i>{label}</span>')
     return f'<div class="legend top">{"".join(entries)}</div>'
-
-
-def _toml(section: Json, prefix: str) -> list[str]:
-    lines = [
-        f'<span class="k">{esc(key, 80)}</span> = {_value(value)}\n'
-        for key, value in section.items()
-        if not isinstance(value, Mapping) and value is not None
-    ]
-    if lines and prefix:
-        lines.insert(0, f'<span class="s">[{esc(prefix, 120)}]</span>\n')
-    if lines:
-        lines.append("\n")
-    for key, value in section.items():
-        if isinstance(value, Mapping):
-            lines += _toml(value, f"{prefix}.{key}" if prefix else str(key))
-    return lines
-
-
-def _value(value: object) -> str:
-    kind = "t" if isinstance(value, str) else "n"
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return f'<span class="{kind}">{esc(text, 600)}</span>'
