@@ -31,6 +31,7 @@ LAYERS = [
     "run_folder",
     "evaluate",
     "evaluation",
+    "logfields",
     "formatting",
     "metric",
     "report",

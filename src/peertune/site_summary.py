@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from peertune.watch.fields import MAX_NAMES, items, number, parse_line, text, whole
+from peertune.logfields import MAX_NAMES, items, number, parse_line, text, whole
 
 
 def agreement_of(

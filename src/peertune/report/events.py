@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from peertune.errors import CheckpointError
+from peertune.logfields import items, mapping, number, pair, parse_line, whole
 
 Json = Mapping[str, Any]
 Metrics = Mapping[str, float]
@@ -128,12 +128,12 @@ class _Log:
     resumes: list[int] = field(default_factory=list)
 
     def add(self, event: Json) -> None:
-        kind, round = event.get("event"), _integer(event.get("round"))
+        kind, round = event.get("event"), whole(event.get("round"))
         if kind == "start":
             self.start = event
-        elif kind == "round":
+        elif kind == "round" and round is not None:
             self.rounds[round] = event
-        elif kind == "eval":
+        elif kind == "eval" and round is not None:
             self.evaluations[round] = event
         elif kind == "agreement":
             self.agreement = event
@@ -141,7 +141,7 @@ class _Log:
             self.end = event
         elif kind == "warning":
             self.warnings.append(str(event.get("message", "")))
-        elif kind == "resume":
+        elif kind == "resume" and round is not None:
             # Rounds after the checkpoint were lost with the process and are trained again.
             self.rounds = {r: e for r, e in self.rounds.items() if r < round}
             self.evaluations = {r: e for r, e in self.evaluations.items() if r <= round}
@@ -168,40 +168,40 @@ def read_run(run_dir: Path) -> Run:
         )
     summary = _read_summary(run_dir, log)
     start, end = log.start, log.end or {}
-    rounds = tuple(_round(log.rounds[r]) for r in sorted(log.rounds))
-    metrics = _mapping(end.get("metrics")) or _mapping(summary.get("metrics"))
-    model = _mapping(start.get("model"))
+    rounds = tuple(_round(r, log.rounds[r]) for r in sorted(log.rounds))
+    metrics = mapping(end.get("metrics")) or mapping(summary.get("metrics"))
+    model = mapping(start.get("model"))
     return Run(
-        config=_mapping(start.get("config")) or _mapping(summary.get("config")),
-        versions={str(k): str(v) for k, v in _mapping(start.get("versions")).items()},
-        notes=tuple(str(n) for n in _list(start.get("notes"))),
+        config=mapping(start.get("config")) or mapping(summary.get("config")),
+        versions={str(k): str(v) for k, v in mapping(start.get("versions")).items()},
+        notes=tuple(str(n) for n in items(start.get("notes"))),
         warnings=tuple(log.warnings),
-        parameters=_integer(model.get("parameters")),
-        trained=_integer(model.get("trained")),
-        frozen=tuple(str(n) for n in _list(model.get("frozen"))),
-        blocks=tuple(_block(i, _mapping(b)) for i, b in enumerate(_list(start.get("blocks")))),
-        holdings=tuple(_holding(i, _mapping(p)) for i, p in enumerate(_list(start.get("peers")))),
-        edges=tuple((_integer(e[0]), _integer(e[1])) for e in _list(start.get("edges")) if len(_list(e)) == 2),
+        parameters=whole(model.get("parameters")) or 0,
+        trained=whole(model.get("trained")) or 0,
+        frozen=tuple(str(n) for n in items(model.get("frozen"))),
+        blocks=tuple(_block(i, mapping(b)) for i, b in enumerate(items(start.get("blocks")))),
+        holdings=tuple(_holding(i, mapping(p)) for i, p in enumerate(items(start.get("peers")))),
+        edges=tuple(e for e in map(pair, items(start.get("edges"))) if e is not None),
         weights=tuple(
-            tuple(_number(w) or 0.0 for w in _list(row))
-            for row in _list(start.get("weights")) or _list(summary.get("weights"))
+            tuple(number(w) or 0.0 for w in items(row))
+            for row in items(start.get("weights")) or items(summary.get("weights"))
         ),
-        lambda2=_number(start.get("lambda2")),
+        lambda2=number(start.get("lambda2")),
         agrees=start.get("agrees") is not False,
-        planned_rounds=_integer(start.get("rounds")),
+        planned_rounds=whole(start.get("rounds")) or 0,
         rounds=rounds,
         evaluations=_evaluations(log, metrics, rounds[-1].round + 1 if rounds else 0),
-        final_peers=tuple(_metrics(p) for p in _list(metrics.get("peers"))),
-        personal=tuple(_metrics(p) for p in _list(metrics.get("personal"))),
+        final_peers=tuple(_metrics(p) for p in items(metrics.get("peers"))),
+        personal=tuple(_metrics(p) for p in items(metrics.get("personal"))),
         bytes_sent=(
             _values(summary.get("bytes_sent_per_peer"))
             or _values((log.agreement or {}).get("bytes_sent"))
             or (rounds[-1].bytes_sent if rounds else ())
         ),
-        agreement_hops=_integer(log.agreement.get("hops")) if log.agreement else None,
-        started=_number(start.get("time")),
+        agreement_hops=whole(log.agreement.get("hops")) or 0 if log.agreement else None,
+        started=number(start.get("time")),
         wall_s=_first(end.get("wall_s"), summary.get("wall_s"), rounds[-1].wall_s if rounds else None),
-        peak_memory_bytes=_integer(_first(end.get("peak_memory_bytes"), summary.get("peak_memory_bytes"))) or None,
+        peak_memory_bytes=whole(_first(end.get("peak_memory_bytes"), summary.get("peak_memory_bytes"))) or None,
         resumes=tuple(log.resumes),
         finished=log.end is not None,
     )
@@ -220,12 +220,10 @@ def _read_log(run_dir: Path) -> _Log:
     for index, line in enumerate(lines):
         if not line.strip():
             continue
-        try:
-            event = json.loads(line)
-        except (ValueError, RecursionError):
+        event = parse_line(line)
+        if event is None:
             unreadable += index + 1 < len(lines)  # the piece after the last line end is still being written
-            continue
-        if isinstance(event, dict):
+        else:
             log.add(event)
     if unreadable:
         log.warnings.append(f"{unreadable} unreadable line{'s' * (unreadable > 1)} of events.jsonl left out")
@@ -238,7 +236,7 @@ def _read_summary(run_dir: Path, log: _Log) -> Json:
     if log.end is None or not path.is_file():
         return {}
     try:
-        return _mapping(json.loads(path.read_bytes()))
+        return mapping(json.loads(path.read_bytes()))
     except (OSError, ValueError, RecursionError):
         log.warnings.append("summary.json could not be read; the numbers are those of events.jsonl")
         return {}
@@ -250,11 +248,11 @@ def _evaluations(log: _Log, metrics: Json, rounds_done: int) -> tuple[Evaluation
         r: Evaluation(
             round=r,
             average_model=_metrics(e.get("average_model")),
-            peers=tuple(_metrics(p) for p in _list(e.get("peers"))),
+            peers=tuple(_metrics(p) for p in items(e.get("peers"))),
         )
         for r, e in log.evaluations.items()
     }
-    final_peers = tuple(_metrics(p) for p in _list(metrics.get("peers")))
+    final_peers = tuple(_metrics(p) for p in items(metrics.get("peers")))
     for round, name, peers in ((0, "before", ()), (rounds_done, "average_model", final_peers)):
         values = _metrics(metrics.get(name))
         if values and round not in found:
@@ -262,66 +260,42 @@ def _evaluations(log: _Log, metrics: Json, rounds_done: int) -> tuple[Evaluation
     return tuple(found[r] for r in sorted(found))
 
 
-def _round(event: Json) -> Round:
-    block = _number(event.get("block"))
+def _round(round: int, event: Json) -> Round:
     return Round(
-        round=_integer(event.get("round")),
-        block=int(block) if block is not None and block >= 0 else None,
+        round=round,
+        block=whole(event.get("block")),
         loss=_values(event.get("loss")),
-        consensus_distance=_number(event.get("consensus_distance")),
+        consensus_distance=number(event.get("consensus_distance")),
         bytes_sent=_values(event.get("bytes_sent")),
         epochs=_values(event.get("epochs")),
-        wall_s=_number(event.get("wall_s")),
+        wall_s=number(event.get("wall_s")),
     )
 
 
 def _block(position: int, block: Json) -> Block:
     return Block(
-        index=_integer(block.get("index", position)),
+        index=whole(block.get("index", position)) or 0,
         name=str(block.get("name", f"block {position}")),
-        parameters=_integer(block.get("parameters")),
-        tensors=_integer(block.get("tensors")),
+        parameters=whole(block.get("parameters")) or 0,
+        tensors=whole(block.get("tensors")) or 0,
     )
 
 
 def _holding(place: int, peer: Json) -> Holding:
-    counts = {name: _integer(peer.get(name)) for name in ("samples", "sequences", "tokens", "cut", "dropped", "others")}
-    classes = {str(k): _integer(v) for k, v in _mapping(peer.get("classes")).items()}
-    return Holding(peer=_integer(peer["peer"]) if "peer" in peer else place, classes=classes, **counts)
+    names = ("samples", "sequences", "tokens", "cut", "dropped", "others")
+    counts = {name: whole(peer.get(name)) or 0 for name in names}
+    classes = {str(k): whole(v) or 0 for k, v in mapping(peer.get("classes")).items()}
+    return Holding(peer=whole(peer.get("peer", place)) or 0, classes=classes, **counts)
 
 
 def _metrics(value: object) -> dict[str, float]:
-    pairs = ((str(k), _number(v)) for k, v in _mapping(value).items())
+    pairs = ((str(k), number(v)) for k, v in mapping(value).items())
     return {k: v for k, v in pairs if v is not None}
 
 
 def _values(value: object) -> Values:
-    return tuple(_number(v) for v in _list(value))
-
-
-def _number(value: object) -> float | None:
-    """A finite number, or None."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
+    return tuple(number(v) for v in items(value))
 
 
 def _first(*values: object) -> float | None:
-    return next((n for n in map(_number, values) if n is not None), None)
-
-
-def _integer(value: object) -> int:
-    number = _number(value)
-    return int(number) if number is not None else 0
-
-
-def _list(value: object) -> Sequence[Any]:
-    return value if isinstance(value, (list, tuple)) else ()
-
-
-def _mapping(value: object) -> Json:
-    return value if isinstance(value, dict) else {}
+    return next((n for n in map(number, values) if n is not None), None)

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from peertune.logfields import MAX_NAMES, items, mapping, number, pair, parse_line, text, whole
 from peertune.report.series import bin_size, downsample, mean
-from peertune.watch import fields
 
 MAX_POINTS = 300
 """Points of a curve at most; more rounds are averaged over bins."""
@@ -113,13 +113,13 @@ class _Log(ABC):
 
     def add(self, line: bytes) -> None:
         """Take one line in."""
-        event = fields.parse_line(line)
-        if event is None:
+        event = parse_line(line)
+        if not event:
             self.unreadable += 1
             return
-        time = fields.number(event.get("time"))
+        time = number(event.get("time"))
         self.last_line = time or self.last_line
-        self._take(fields.text(event.get("event")), event, fields.whole(event.get("round")), time)
+        self._take(text(event.get("event")), event, whole(event.get("round")), time)
 
     @abstractmethod
     def _take(self, kind: str, event: Mapping[str, Any], round: int | None, time: float | None) -> None:
@@ -142,9 +142,9 @@ class Rounds(_Log):
         if kind == "start":
             self.start = event
         elif kind == "round" and round is not None:
-            losses, sent = (tuple(map(fields.number, fields.items(event.get(key)))) for key in ("loss", "bytes_sent"))
-            wall_s = fields.number(event.get("wall_s"))
-            self.rounds[round] = _Round(losses, fields.number(event.get("consensus_distance")), sent, wall_s, time)
+            losses, sent = (tuple(map(number, items(event.get(key)))) for key in ("loss", "bytes_sent"))
+            wall_s = number(event.get("wall_s"))
+            self.rounds[round] = _Round(losses, number(event.get("consensus_distance")), sent, wall_s, time)
         elif kind in ("checkpoint", "resume", "join") and round is not None:
             self.reached = max(self.reached, round)
             if kind == "checkpoint":
@@ -153,7 +153,7 @@ class Rounds(_Log):
                 self.rounds = {r: then for r, then in self.rounds.items() if r < round}
                 self.reached = round
         elif kind == "end":
-            self.end_wall_s = fields.number(event.get("wall_s"))
+            self.end_wall_s = number(event.get("wall_s"))
 
     @property
     def done(self) -> int:
@@ -197,7 +197,7 @@ class Links(_Log):
         self.started: float | None = None
 
     def _take(self, kind: str, event: Mapping[str, Any], round: int | None, time: float | None) -> None:
-        name, time = fields.text(event.get("peer")), time or 0.0
+        name, time = text(event.get("peer")), time or 0.0
         if kind == "started":
             self._started(event, time)
         elif kind in ("connected", "disconnected") and name:
@@ -208,9 +208,9 @@ class Links(_Log):
                 self.waiting.pop(name, None)
         elif kind in ("refused", "refused_by") and name:
             whose = "refused" if kind == "refused" else "it refuses this site"
-            self._link(name).refusal = f"{whose}: {fields.text(event.get('reason'), 300)}"
+            self._link(name).refusal = f"{whose}: {text(event.get('reason'), 300)}"
         elif kind == "sent" and name:
-            self._link(name).bytes_sent += fields.whole(event.get("bytes")) or 0
+            self._link(name).bytes_sent += whole(event.get("bytes")) or 0
             if round is not None and event.get("hop") != "state":
                 self.round = max(round, self.round or 0)
                 self.waiting = {other: then for other, then in self.waiting.items() if then >= round}
@@ -218,7 +218,7 @@ class Links(_Log):
             self._moved(self._link(name), kind, event, time, round)
             self.waiting.pop(name, None)
         elif kind == "left_out":
-            for other in filter(None, fields.text(event.get("peers"), fields.MAX_NAMES).split(", ")):
+            for other in filter(None, text(event.get("peers"), MAX_NAMES).split(", ")):
                 self._link(other).without.add(-1 if round is None else round)
                 self.waiting.pop(other, None)
         elif kind == "ejected" and name:
@@ -235,12 +235,12 @@ class Links(_Log):
             self.recent.append((time, _sentence(kind, event)))
 
     def _started(self, event: Mapping[str, Any], time: float) -> None:
-        self.members = [fields.text(name) for name in fields.items(event.get("members"))[:MAX_MEMBERS]]
-        self.site = fields.whole(event.get("site"))
+        self.members = [text(name) for name in items(event.get("members"))[:MAX_MEMBERS]]
+        self.site = whole(event.get("site"))
         self.started, self.round = time, None
         self.waiting.clear()
-        connected = {self._name(fields.whole(index)) for index in fields.items(event.get("connected"))}
-        for name in filter(None, (self._name(fields.whole(index)) for index in fields.items(event.get("neighbors")))):
+        connected = {self._name(whole(index)) for index in items(event.get("connected"))}
+        for name in filter(None, (self._name(whole(index)) for index in items(event.get("neighbors")))):
             self._link(name)
         for name, link in self.links.items():
             if name not in connected:  # the process before had connections of its own
@@ -252,7 +252,7 @@ class Links(_Log):
             round = None
         if round is not None:
             link.round = max(round, link.round or 0)
-        size, seconds = fields.whole(event.get("bytes")), fields.number(event.get("seconds"))
+        size, seconds = whole(event.get("bytes")), number(event.get("seconds"))
         if kind == "arrived" and size is not None:
             link.bytes_received += size
             if seconds is not None:
@@ -276,7 +276,7 @@ def snapshot(rounds: Rounds, links: Links, now: float, alive: bool | None, finis
         finished: whether its summary is written.
     """
     start, last = rounds.start or {}, rounds.rounds.get(max(rounds.rounds, default=-1))
-    planned = fields.whole(start.get("rounds"))
+    planned = whole(start.get("rounds"))
     done = max(rounds.done, links.round or 0)
     done = done if planned is None else min(done, planned)
     last_line = max((t for t in (rounds.last_line, links.last_line) if t is not None), default=None)
@@ -291,18 +291,16 @@ def snapshot(rounds: Rounds, links: Links, now: float, alive: bool | None, finis
     else:
         state = "running" if rounds.start is not None else "starting"
     peers = _neighbors(links, done, state) if is_site else _simulated(start, last)
-    config = fields.mapping(start.get("config"))
+    config = mapping(start.get("config"))
     curves = _curves(rounds)
-    edges = tuple(
-        (a, b) for a, b in (fields.pair(edge) for edge in fields.items(start.get("edges"))) if 0 <= a < b < MAX_MEMBERS
-    )
+    edges = tuple(e for e in map(pair, items(start.get("edges"))) if e is not None and e[0] < e[1] < MAX_MEMBERS)
     sent = [peer.bytes_sent for peer in peers if peer.bytes_sent is not None]
     return Snapshot(
         now=now,
         state=state,
         site=links._name(links.site),
         is_site=is_site,
-        method=fields.text(fields.mapping(config.get("algorithm")).get("name")),
+        method=text(mapping(config.get("algorithm")).get("name")),
         rounds_done=planned if finished and planned is not None else done,
         rounds_planned=planned,
         loss=None if last is None else mean(last.loss),
@@ -317,7 +315,7 @@ def snapshot(rounds: Rounds, links: Links, now: float, alive: bool | None, finis
         missing=tuple(peer.name for peer in peers if peer.status == "missing"),
         peers=peers,
         edges=edges,
-        hub=fields.whole(start.get("hub")),
+        hub=whole(start.get("hub")),
         curve_rounds=curves[0],
         curve_loss=curves[1],
         curve_consensus=curves[2],
@@ -351,12 +349,9 @@ def _neighbors(links: Links, done: int, state: str) -> tuple[PeerState, ...]:
 
 
 def _simulated(start: Mapping[str, Any], last: _Round | None) -> tuple[PeerState, ...]:
-    planned = fields.whole(fields.mapping(fields.mapping(start.get("config")).get("run")).get("num_peers")) or 0
+    planned = whole(mapping(mapping(start.get("config")).get("run")).get("num_peers")) or 0
     losses, sent = ((), ()) if last is None else (last.loss, last.bytes_sent)
     count = min(max(len(losses), len(sent), planned), MAX_MEMBERS) if start else 0
-
-    def whole(value: float | None) -> int | None:
-        return None if value is None else int(value)
 
     return tuple(
         PeerState(
@@ -374,7 +369,7 @@ def _elapsed(rounds: Rounds, last: _Round | None, now: float, state: str) -> flo
     """Seconds the run's processes have worked, breaks between them left out."""
     if rounds.end_wall_s is not None:
         return rounds.end_wall_s
-    began = fields.number((rounds.start or {}).get("time"))
+    began = number((rounds.start or {}).get("time"))
     known, since = (0.0, began) if last is None or last.wall_s is None else (last.wall_s, last.time)
     if since is None:
         return None
@@ -400,5 +395,5 @@ def _curves(rounds: Rounds) -> tuple[tuple[int, ...], tuple[float | None, ...], 
 def _sentence(kind: str, event: Mapping[str, Any]) -> str:
     """An event as one line of text; its lists, and what is said elsewhere, left out."""
     told = {key: value for key, value in event.items() if isinstance(value, str | int | float)}
-    words = [f"{key} {fields.text(value, 200)}" for key, value in told.items() if key not in ("event", "time", "site")]
+    words = [f"{key} {text(value, 200)}" for key, value in told.items() if key not in ("event", "time", "site")]
     return ", ".join([kind.replace("_", " "), *words])

@@ -1,4 +1,5 @@
-"""Reading lines that anybody may have written: what has another type than expected becomes nothing, never an error."""
+"""Reading the lines of a run's logs, which anybody may have written: what has another type than expected becomes
+nothing, never an error."""
 
 from __future__ import annotations
 
@@ -14,11 +15,11 @@ _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-
 
 
 def parse_line(line: bytes) -> Mapping[str, Any] | None:
+    """An event; empty where the line is JSON, but no object; None where it is not JSON."""
     try:
-        event = json.loads(line)
+        return mapping(json.loads(line))
     except (ValueError, RecursionError):
         return None
-    return event if isinstance(event, dict) else None
 
 
 def text(value: object, limit: int = 80) -> str:
@@ -43,16 +44,19 @@ def whole(value: object) -> int | None:
     return int(found) if found is not None and found >= 0 else None
 
 
-def pair(value: object) -> tuple[int, int]:
+def pair(value: object) -> tuple[int, int] | None:
+    """Two whole numbers, the lower one first, or None."""
     ends = [whole(end) for end in items(value)]
     if len(ends) != 2 or ends[0] is None or ends[1] is None:
-        return -1, -1
+        return None
     return min(ends[0], ends[1]), max(ends[0], ends[1])
 
 
 def items(value: object) -> Sequence[Any]:
+    """A list, or an empty one."""
     return value if isinstance(value, list) else ()
 
 
 def mapping(value: object) -> Mapping[str, Any]:
+    """An object, or an empty one."""
     return value if isinstance(value, dict) else {}
