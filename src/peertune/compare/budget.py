@@ -14,7 +14,7 @@ from peertune.compare.options import Options
 from peertune.config import AlgorithmConfig, RunConfig
 from peertune.errors import ConfigError
 from peertune.prepare import model_blocks, prepare_model
-from peertune.report.events import Run
+from peertune.report.events import RunRecord
 from peertune.report.series import mean
 
 Summary = Mapping[str, Any]
@@ -119,7 +119,7 @@ def bytes_a_peer(summary: Summary) -> float:
     return float(sum(sent) / len(sent))
 
 
-def steps_for_bytes(allowed: float, probe: Summary, events: Run, probe_steps: int, at_most: int) -> int:
+def steps_for_bytes(allowed: float, probe: Summary, events: RunRecord, probe_steps: int, at_most: int) -> int:
     """Local steps whose bytes fit into `allowed`.
 
     Args:

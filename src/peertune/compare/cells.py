@@ -12,7 +12,7 @@ import numpy as np
 from peertune.algorithms import ALGORITHMS
 from peertune.compare.budget import bytes_a_peer
 from peertune.metric import METRICS
-from peertune.report.events import Run, read_run
+from peertune.report.events import RunRecord, read_run
 from peertune.report.series import mean
 from peertune.robust import ends_in_agreement
 
@@ -127,7 +127,7 @@ def read_cell(contestant: str, seed: int, folder: Path, summary: Summary) -> Cel
     return Cell(contestant=contestant, seed=seed, folder=folder, summary=summary, metric=metric, points=tuple(points))
 
 
-def samples_a_peer(run: Run, epochs: Sequence[float | None]) -> float:
+def samples_a_peer(run: RunRecord, epochs: Sequence[float | None]) -> float:
     """Samples drawn so far, mean over peers.
 
     Args:
@@ -140,7 +140,7 @@ def samples_a_peer(run: Run, epochs: Sequence[float | None]) -> float:
     return sum(drawn) / len(drawn)
 
 
-def _points(run: Run, summary: Summary, metric: str) -> list[Point]:
+def _points(run: RunRecord, summary: Summary, metric: str) -> list[Point]:
     """The curve; counters stand in "round" events, which may be fewer than rounds, so they are interpolated."""
     rounds = [0.0, *(logged.round + 1.0 for logged in run.rounds)]
     samples = [0.0, *(samples_a_peer(run, logged.epochs) for logged in run.rounds)]

@@ -63,7 +63,7 @@ class Holding:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class RunRecord:
     """All a report shows, checked and typed."""
 
     config: Json
@@ -149,7 +149,7 @@ class _Log:
             self.resumes.append(round)
 
 
-def read_run(run_dir: Path) -> Run:
+def read_run(run_dir: Path) -> RunRecord:
     """Read a run folder.
 
     A last line that is half-written is left out; any other line that cannot be read is left out with a warning.
@@ -171,7 +171,7 @@ def read_run(run_dir: Path) -> Run:
     rounds = tuple(_round(r, log.rounds[r]) for r in sorted(log.rounds))
     metrics = mapping(end.get("metrics")) or mapping(summary.get("metrics"))
     model = mapping(start.get("model"))
-    return Run(
+    return RunRecord(
         config=mapping(start.get("config")) or mapping(summary.get("config")),
         versions={str(k): str(v) for k, v in mapping(start.get("versions")).items()},
         notes=tuple(str(n) for n in items(start.get("notes"))),

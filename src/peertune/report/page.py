@@ -7,7 +7,7 @@ from pathlib import Path
 
 from peertune.errors import StorageError
 from peertune.report import results, setup
-from peertune.report.events import Run, read_run
+from peertune.report.events import RunRecord, read_run
 from peertune.report.html import document, navigation
 
 SECTIONS = {
@@ -47,7 +47,7 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
-def render(run: Run) -> str:
+def render(run: RunRecord) -> str:
     """The page as a string: a pure function of the run."""
     body = [
         results.header(run),

@@ -10,17 +10,17 @@ from peertune.formatting import count, duration, memory, number, percent, plural
 from peertune.metric import METRICS, metric_named
 from peertune.report import series
 from peertune.report.charts import LEGEND_MAX, NUM_COLORS, Band, Line, line_chart, peer_color
-from peertune.report.events import Metrics, Run
+from peertune.report.events import Metrics, RunRecord
 from peertune.report.html import card, empty, esc, page_header, table
 
 
-def title(run: Run) -> str:
+def title(run: RunRecord) -> str:
     """The method and its number of peers, as HTML."""
     name = str(run.setting("algorithm", "name") or "run")
     return f"{esc(name, 40)}, {plural(run.num_peers, 'peer')}"
 
 
-def header(run: Run) -> str:
+def header(run: RunRecord) -> str:
     """Method, model, data, when, and how far the run is."""
     facts = [esc(_brief(run.setting("model", "path") or "model"), 80)]
     if run.parameters:
@@ -44,7 +44,7 @@ def header(run: Run) -> str:
     return page_header(f"{title(run)} {state}", facts)
 
 
-def headline(run: Run) -> str:
+def headline(run: RunRecord) -> str:
     """Cards with the numbers one asks for first."""
     boxes: list[str] = []
     names = _metric_names(run)
@@ -78,7 +78,7 @@ def headline(run: Run) -> str:
     return f'<div id="summary" class="boxes">{"".join(boxes)}</div>'
 
 
-def loss(run: Run) -> str:
+def loss(run: RunRecord) -> str:
     """Training loss per peer and its mean."""
     rounds = run.rounds
     size = series.bin_size(len(rounds))
@@ -94,7 +94,7 @@ def loss(run: Run) -> str:
     return card("loss", "Training loss", chart or empty("No round has been logged yet."), lead=lead)
 
 
-def heldout(run: Run) -> str:
+def heldout(run: RunRecord) -> str:
     """Held-out metrics of the average model and of the peers' own models, over rounds and as a table."""
     names = _metric_names(run)
     if not names:
@@ -126,7 +126,7 @@ def heldout(run: Run) -> str:
     return card("heldout", "Held-out metrics", body, lead=lead)
 
 
-def consensus(run: Run) -> str:
+def consensus(run: RunRecord) -> str:
     """Consensus distance over rounds, logarithmic."""
     size = series.bin_size(len(run.rounds))
     measured = series.downsample([r.consensus_distance for r in run.rounds], size)
@@ -138,7 +138,7 @@ def consensus(run: Run) -> str:
     return card("consensus", "Consensus distance", chart or empty(reason), wide=False, lead=lead)
 
 
-def sent(run: Run) -> str:
+def sent(run: RunRecord) -> str:
     """Cumulative bytes each peer has sent."""
     size = series.bin_size(len(run.rounds))
     logged = run.rounds[::-1][::size][::-1]  # keeps the last, and totals are never averaged
@@ -179,7 +179,7 @@ def _brief(value: object) -> str:
     return name.rpartition("/")[2] if name.startswith(("/", ".", "~")) or name[1:2] == ":" else name
 
 
-def _metric_chart(run: Run, name: str) -> str:
+def _metric_chart(run: RunRecord, name: str) -> str:
     metric = metric_named(name)
     x = [float(e.round) for e in run.evaluations]
     num = max(len(e.peers) for e in run.evaluations)
@@ -190,7 +190,7 @@ def _metric_chart(run: Run, name: str) -> str:
     return line_chart(x, lines, band=band, y_title=metric.axis_title, x_title="rounds done", show=metric.show)
 
 
-def _metric_names(run: Run) -> list[str]:
+def _metric_names(run: RunRecord) -> list[str]:
     """Metrics of the average model that were measured, headline first."""
     found = {name: None for e in run.evaluations for name in e.average_model}
     return [n for n in METRICS if n in found] + [n for n in found if n not in METRICS]
@@ -210,7 +210,7 @@ def _second_metric(names: Sequence[str], models: Sequence[Metrics]) -> str:
     return "of the average model"
 
 
-def _per_round(run: Run) -> str:
+def _per_round(run: RunRecord) -> str:
     if run.wall_s is None or not run.rounds_done:
         return "no round yet"
     return f"{duration(run.wall_s / run.rounds_done)} a round"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from peertune.formatting import count, duration, number, percent, plural, short_count, traffic
 from peertune.report.charts import SIZE, Axis, peer_color, place_ticks, round_axis
-from peertune.report.events import Holding, Run
+from peertune.report.events import Holding, RunRecord
 from peertune.report.graph import graph_svg, heat_map
 from peertune.report.html import card, empty, esc, recipe_text, table
 
@@ -16,7 +16,7 @@ MAX_CLASSES = 12
 """More classes than this share the last colour as "other"."""
 
 
-def graph(run: Run) -> str:
+def graph(run: RunRecord) -> str:
     """The graph, its mixing matrix and its spectral gap."""
     if run.num_models == 1 or not (run.edges or run.weights):
         reason = "One model: no graph." if run.num_models == 1 else "The run has no graph: no peer has a neighbor."
@@ -45,7 +45,7 @@ def graph(run: Run) -> str:
     return card("graph", "Graph and mixing matrix", body, lead=", ".join(facts))
 
 
-def data(run: Run) -> str:
+def data(run: RunRecord) -> str:
     """Who holds which data: a bar of classes a peer, beside the counts."""
     if not run.holdings:
         return card("data", "Who holds which data", empty("The run has not said who holds what."))
@@ -85,7 +85,7 @@ def data(run: Run) -> str:
     return card("data", "Who holds which data", body, lead=lead)
 
 
-def blocks(run: Run) -> str:
+def blocks(run: RunRecord) -> str:
     """The blocks, and the rounds in which each was trained."""
     if not run.blocks:
         return card("blocks", "Block timeline", empty("No blocks: every round trains all that is trained."))
@@ -117,13 +117,13 @@ def blocks(run: Run) -> str:
     return card("blocks", "Block timeline", table(head, rows, f"blocks{_density(rows)}"), lead=lead)
 
 
-def recipe(run: Run) -> str:
+def recipe(run: RunRecord) -> str:
     """The resolved recipe, as TOML would say it."""
     body = recipe_text(run.config) if run.config else empty("No recipe was recorded.")
     return card("recipe", "Resolved recipe", body, wide=False)
 
 
-def notes(run: Run) -> str:
+def notes(run: RunRecord) -> str:
     """Warnings, notes, how the run went, versions."""
     facts = []
     if run.wall_s is not None:
@@ -148,7 +148,7 @@ class _Turn:
     end: int
 
 
-def _turns(run: Run) -> list[_Turn]:
+def _turns(run: RunRecord) -> list[_Turn]:
     """Logged rounds joined to runs of one block; a round that was not logged belongs to the one logged before it."""
     turns: list[_Turn] = []
     for i, logged in enumerate(run.rounds):
