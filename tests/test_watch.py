@@ -32,9 +32,10 @@ from peertune.run_folder import RunFolder
 from peertune.watch import read_state, status_lines
 from peertune.watch import server as server_module
 from peertune.watch.folder import RunWatch
+from peertune.watch.logs import Links, Rounds
 from peertune.watch.page import fragments
 from peertune.watch.server import WatchServer, is_loopback
-from peertune.watch.state import Links, Rounds, Snapshot, snapshot
+from peertune.watch.state import Snapshot, snapshot
 from tests.recipes import recipe
 from tests.test_consortium import NAMES, Consortium
 from tests.test_report import chromium

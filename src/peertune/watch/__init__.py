@@ -1,6 +1,6 @@
 """A run while it goes on: its state from its own logs, as a local page, for Prometheus, and in the terminal.
 
-Reading order: state, folder, page, terminal, metrics, server.
+Reading order: logs, state, folder, page, terminal, metrics, server.
 """
 
 from peertune.watch.folder import read_state

@@ -10,7 +10,8 @@ from typing import BinaryIO
 
 from peertune.errors import CheckpointError
 from peertune.lock import is_held
-from peertune.watch.state import Links, Rounds, Snapshot, snapshot
+from peertune.watch.logs import Links, Rounds
+from peertune.watch.state import Snapshot, snapshot
 
 CHUNK = 1 << 20
 MAX_LINE = 1 << 26

@@ -1,0 +1,205 @@
+"""What the lines of a run's events.jsonl and audit.jsonl add up to, taken in one by one. No file, no clock, no network.
+
+`Rounds` folds the one, `Links` the other. Lines are taken as they come: what cannot be read, or has another type than
+expected, is left out and counted.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from peertune.logfields import MAX_NAMES, items, number, parse_line, text, whole
+
+MAX_MEMBERS = 4096
+QUORUM = "the quorum"
+"""What a paused run waits for."""
+RECENT_ROUNDS = 32
+"""Rounds from which the time of the next ones is foretold."""
+RECENT_ARRIVALS = 8
+"""Messages over which a neighbour's throughput is averaged."""
+
+
+@dataclass
+class LoggedRound:
+    """One logged round; lists have one entry a peer. None: not known."""
+
+    loss: tuple[float | None, ...]
+    consensus_distance: float | None
+    bytes_sent: tuple[float | None, ...]
+    wall_s: float | None
+    time: float | None
+
+
+class _Log(ABC):
+    """Lines of one file, as far as they can be read."""
+
+    def __init__(self) -> None:
+        self.last_line: float | None = None
+        self.unreadable = 0
+
+    def add(self, line: bytes) -> None:
+        """Take one line in."""
+        event = parse_line(line)
+        if not event:
+            self.unreadable += 1
+            return
+        time = number(event.get("time"))
+        self.last_line = time or self.last_line
+        self._take(text(event.get("event")), event, whole(event.get("round")), time)
+
+    @abstractmethod
+    def _take(self, kind: str, event: Mapping[str, Any], round: int | None, time: float | None) -> None:
+        """Take in an event whose commonest fields are read already."""
+
+
+class Rounds(_Log):
+    """What events.jsonl tells. After a `resume` a run writes the file anew: fold it anew too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start: Mapping[str, Any] | None = None
+        self.rounds: dict[int, LoggedRound] = {}
+        self.reached = 0
+        """Rounds that are over by what other events say."""
+        self.checkpoint: tuple[int, float | None] | None = None
+        self.end_wall_s: float | None = None
+
+    def _take(self, kind: str, event: Mapping[str, Any], round: int | None, time: float | None) -> None:
+        if kind == "start":
+            self.start = event
+        elif kind == "round" and round is not None:
+            losses, sent = (tuple(map(number, items(event.get(key)))) for key in ("loss", "bytes_sent"))
+            wall_s = number(event.get("wall_s"))
+            self.rounds[round] = LoggedRound(losses, number(event.get("consensus_distance")), sent, wall_s, time)
+        elif kind in ("checkpoint", "resume", "join") and round is not None:
+            self.reached = max(self.reached, round)
+            if kind == "checkpoint":
+                self.checkpoint = (round, time)
+            if kind == "resume":
+                self.rounds = {r: then for r, then in self.rounds.items() if r < round}
+                self.reached = round
+        elif kind == "end":
+            self.end_wall_s = number(event.get("wall_s"))
+
+    @property
+    def done(self) -> int:
+        return max(self.reached, max(self.rounds, default=-1) + 1)
+
+    def seconds_a_round(self) -> float | None:
+        """Mean over the last rounds."""
+        timed = [(r, seen.wall_s) for r, seen in sorted(self.rounds.items()) if seen.wall_s is not None]
+        recent = [(-1, 0.0), *timed][-RECENT_ROUNDS - 1 :]
+        (first, began), (last, ended) = recent[0], recent[-1]
+        return (ended - began) / (last - first) if last > first and ended >= began else None
+
+
+@dataclass
+class _Link:
+    connected: bool = False
+    since: float | None = None
+    heard: float | None = None
+    round: int | None = None
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    arrivals: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=RECENT_ARRIVALS))
+    without: set[int] = field(default_factory=set)
+    refusal: str = ""
+    is_ejected: bool = False
+
+
+class Links(_Log):
+    """What audit.jsonl, which is only ever added to, tells of a site and its neighbours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.members: list[str] = []
+        self.site: int | None = None
+        self.links: dict[str, _Link] = {}
+        """By a neighbour's name."""
+        self.round: int | None = None
+        """Newest round of which this site made a message ready since it was started."""
+        self.waiting: dict[str, int] = {}
+        self.recent: deque[tuple[float, str]] = deque(maxlen=12)
+        self.started: float | None = None
+
+    def _take(self, kind: str, event: Mapping[str, Any], round: int | None, time: float | None) -> None:
+        name, time = text(event.get("peer")), time or 0.0
+        if kind == "started":
+            self._started(event, time)
+        elif kind in ("connected", "disconnected") and name:
+            link = self._link(name)
+            link.connected, link.since = kind == "connected", time
+            if link.connected:
+                link.heard, link.refusal = time, ""
+                self.waiting.pop(name, None)
+        elif kind in ("refused", "refused_by") and name:
+            whose = "refused" if kind == "refused" else "it refuses this site"
+            self._link(name).refusal = f"{whose}: {text(event.get('reason'), 300)}"
+        elif kind == "sent" and name:
+            self._link(name).bytes_sent += whole(event.get("bytes")) or 0
+            if round is not None and event.get("hop") != "state":
+                self.round = max(round, self.round or 0)
+                self.waiting = {other: then for other, then in self.waiting.items() if then >= round}
+        elif kind in ("fetched", "arrived") and name:
+            self._moved(self._link(name), kind, event, time, round)
+            self.waiting.pop(name, None)
+        elif kind == "left_out":
+            for other in filter(None, text(event.get("peers"), MAX_NAMES).split(", ")):
+                self._link(other).without.add(-1 if round is None else round)
+                self.waiting.pop(other, None)
+        elif kind == "ejected" and name:
+            self._link(name).is_ejected = True
+            self.waiting.pop(name, None)
+        elif kind == "paused":
+            self.waiting[QUORUM] = round or 0
+        elif kind == "resumed":
+            self.waiting.pop(QUORUM, None)
+        elif kind == "waiting" and name:
+            self._link(name)
+            self.waiting[name] = round or 0
+        if kind not in ("sent", "fetched", "arrived", "left_out"):
+            self.recent.append((time, _sentence(kind, event)))
+
+    def _started(self, event: Mapping[str, Any], time: float) -> None:
+        self.members = [text(name) for name in items(event.get("members"))[:MAX_MEMBERS]]
+        self.site = whole(event.get("site"))
+        self.started, self.round = time, None
+        self.waiting.clear()
+        connected = {self.name_of(whole(index)) for index in items(event.get("connected"))}
+        for name in filter(None, (self.name_of(whole(index)) for index in items(event.get("neighbors")))):
+            self._link(name)
+        for name, link in self.links.items():
+            if name not in connected:  # the process before had connections of its own
+                link.connected, link.since = False, time
+
+    def _moved(self, link: _Link, kind: str, event: Mapping[str, Any], time: float, round: int | None) -> None:
+        link.heard = time
+        if event.get("hop") == "state":
+            round = None
+        if round is not None:
+            link.round = max(round, link.round or 0)
+        size, seconds = whole(event.get("bytes")), number(event.get("seconds"))
+        if kind == "arrived" and size is not None:
+            link.bytes_received += size
+            if seconds is not None:
+                link.arrivals.append((size, seconds))
+
+    def _link(self, name: str) -> _Link:
+        if name not in self.links and len(self.links) >= MAX_MEMBERS:
+            return _Link()
+        return self.links.setdefault(name, _Link())
+
+    def name_of(self, index: int | None) -> str:
+        """A member's name; empty where there is none of that index."""
+        return self.members[index] if index is not None and index < len(self.members) else ""
+
+
+def _sentence(kind: str, event: Mapping[str, Any]) -> str:
+    """An event as one line of text; its lists, and what is said elsewhere, left out."""
+    told = {key: value for key, value in event.items() if isinstance(value, str | int | float)}
+    words = [f"{key} {text(value, 200)}" for key, value in told.items() if key not in ("event", "time", "site")]
+    return ", ".join([kind.replace("_", " "), *words])
