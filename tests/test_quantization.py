@@ -3,11 +3,13 @@
 import importlib.util
 import json
 import warnings
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tomli_w
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -15,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from peertune.algorithms import ALGORITHMS
 from peertune.config import ModelSection
+from peertune.consortium import new_charter
 from peertune.data.batches import Batch
 from peertune.errors import ModelError
 from peertune.model import quantization
@@ -26,7 +29,7 @@ from peertune.model.lora import plain_layers, take_over
 from peertune.model.quantization import is_quantized, num_weights, quantization_states
 from peertune.prepare import base_print
 from peertune.run import run
-from tests.recipes import recipe
+from tests.recipes import recipe, tree
 from tests.shapes import ARCHITECTURES, VOCABULARY, make_model
 
 CPU = torch.device("cpu")
@@ -264,6 +267,17 @@ def test_methods_that_train_the_base_itself_refuse_it(name: str, tmp_path: Path,
     with pytest.raises(ModelError, match=r"model\.quantization.*needs an adapter"):
         run(config)
     assert not (tmp_path / "out").exists()
+
+
+@needs_package
+def test_no_charter_is_written_that_every_site_would_refuse(tmp_path: Path, micro_model: Path) -> None:
+    wide("llama", vocabulary=300).save_pretrained(tmp_path / "wide")
+    AutoTokenizer.from_pretrained(micro_model).save_pretrained(tmp_path / "wide")
+    toml, charter = tmp_path / "recipe.toml", tmp_path / "charter.toml"
+    toml.write_text(tomli_w.dumps(tree(tmp_path, tmp_path / "wide", model={"quantization": "4bit"})))
+    with pytest.raises(ModelError, match=r"model\.quantization.*needs an adapter"):
+        new_charter(toml, [], [], date(2999, 1, 1), charter, 60.0)
+    assert not charter.exists()
 
 
 @needs_package

@@ -192,23 +192,20 @@ def model_blocks(config: RunConfig, module: nn.Module, frozen: Sequence[str] = (
         module: as `prepare_model` gives it.
         frozen: an adapter's parameters whose name holds one of these texts stay as they are.
     Raises:
-        ModelError: one of them is held in 4 bits, which cannot be trained.
+        ModelError: what would be trained is held in 4 bits.
     """
-    blocks = _blocks(config, module, frozen)
-    refuse_quantized(module, {name for block in blocks for name in block.parameters})
-    return blocks
-
-
-def _blocks(config: RunConfig, module: nn.Module, frozen: Sequence[str]) -> list[Block]:
     layers = getattr(config.algorithm, "layers_per_block", 0)
     kind = config.algorithm.adapter
     if kind == "none":
         embeddings = config.model.train_embeddings
         if config.model.init == "random" and embeddings == "untied":
             embeddings = "all"  # random ones that stay frozen would never learn
-        return partition_blocks(module, layers, embeddings)
-    names = {name for name in adapter_names(module) if not any(text in name for text in frozen)}
-    return partition_blocks(module, layers if kind in ("lora", "bottleneck") else 0, only=names)
+        blocks = partition_blocks(module, layers, embeddings)
+    else:
+        names = {name for name in adapter_names(module) if not any(text in name for text in frozen)}
+        blocks = partition_blocks(module, layers if kind in ("lora", "bottleneck") else 0, only=names)
+    refuse_quantized(module, {name for block in blocks for name in block.parameters})
+    return blocks
 
 
 def check_vocabulary(module: torch.nn.Module, path: str, test: HeldOut, train: Iterable[Rendered] = ()) -> None:
