@@ -32,7 +32,16 @@ from peertune.algorithms import ALGORITHMS
 from peertune.charter import Charter, Member, read_charter, write_charter
 from peertune.cli import main
 from peertune.consortium import SiteOptions, new_charter
-from peertune.doctor import Finding, check_charter, check_clock, check_data, check_model, examine, predict
+from peertune.doctor import (
+    Finding,
+    check_charter,
+    check_clock,
+    check_data,
+    check_model,
+    check_topology,
+    examine,
+    predict,
+)
 from peertune.identity import load_identity, make_identity
 from peertune.run import run
 from peertune.runtimes import probe, survey
@@ -230,6 +239,22 @@ def folder_of_another_run(sites: Two) -> dict[str, Any]:
     return {"out": sites.folder / "taken"}
 
 
+def agree(sites: Two, section: str, **keys: Any) -> dict[str, Any]:
+    """Have both sign another recipe."""
+    charter = read_charter(sites.charter)
+    recipe = {**charter.recipe, section: {**charter.recipe[section], **keys}}
+    write_charter(sites.signed(charter.model_copy(update={"recipe": recipe})), sites.charter)
+    return {}
+
+
+def graph_in_two_parts(sites: Two) -> dict[str, Any]:
+    return agree(sites, "topology", kind="edges", edges=[])
+
+
+def nothing_personal(sites: Two) -> dict[str, Any]:
+    return agree(sites, "algorithm", local_modules=["heart"])
+
+
 @pytest.mark.parametrize(
     ("arrange", "check", "text"),
     [
@@ -239,6 +264,8 @@ def folder_of_another_run(sites: Two) -> dict[str, Any]:
         (no_members_key, "key", "no member has the id"),
         (other_base, "base", "are not those of the charter"),
         (no_base, "base", "no such local folder"),
+        (graph_in_two_parts, "graph", "peer 0 cannot reach peer 1"),
+        (nothing_personal, "recipe", "got 'heart', which is in no name"),
         (bad_rows, "data", "no field 'colour'"),
         (folder_of_another_run, "disk", "holds a run with"),
     ],
@@ -589,7 +616,8 @@ def test_what_a_round_sends_is_what_a_run_sends(
     own = options.config(charter)
     data, _ = check_data(own, charter, tmp_path, 0)
     monkeypatch.setattr("peertune.doctor.check_base", lambda *_: None)
-    made, found = check_model(own, charter, tmp_path, 0, torch.device("cpu"), data)
+    topology, _ = check_topology(own, charter)
+    made, found = check_model(own, charter, tmp_path, 0, torch.device("cpu"), data, topology)
     assert made is not None, found
     workload = rehearse(made, own)
     assert workload.rounds == start["rounds"] == last["round"] + 1

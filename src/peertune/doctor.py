@@ -37,6 +37,7 @@ from peertune.runtimes.message import CHUNK_SIZE
 from peertune.runtimes.node import Node
 from peertune.runtimes.probe import Measured
 from peertune.runtimes.survey import Survey
+from peertune.topology import Topology
 from peertune.workload import Workload, foreseen_bytes, needed_bytes, rehearse
 
 Mark = Literal["ok", "warning", "problem"]
@@ -109,9 +110,11 @@ def examine(
         say(found)
         data, found = check_data(config, charter, base, index)
         say(found)
-        algorithm, found = check_model(config, charter, base, index, device, data)
+        topology, found = check_topology(config, charter)
         say(found)
-        pairs, found = check_graph(config, charter, algorithm)
+        algorithm, found = check_model(config, charter, base, index, device, data, topology)
+        say(found)
+        pairs, found = check_edges(charter, topology, algorithm)
         say(found)
         others = sorted({i + j - index for i, j in pairs if index in (i, j)})
         if algorithm is not None:
@@ -223,33 +226,52 @@ def check_data(config: RunConfig, charter: Charter, base: Path, index: int) -> t
     return data, [Finding("data", "ok", text, values=values)]
 
 
+def check_topology(config: RunConfig, charter: Charter) -> tuple[Topology | None, list[Finding]]:
+    """The graph, and what is wrong with it."""
+    counts = sample_counts(charter.members, config.run.num_peers)
+    try:
+        return make_topology(config, ALGORITHMS[config.algorithm.name], counts), []
+    except InputError as error:
+        return None, [_problem("graph", error, "have a new charter written")]
+
+
 def check_model(
-    config: RunConfig, charter: Charter, base: Path, index: int, device: torch.device, data: Prepared | None
+    config: RunConfig,
+    charter: Charter,
+    base: Path,
+    index: int,
+    device: torch.device,
+    data: Prepared | None,
+    topology: Topology | None,
 ) -> tuple[Algorithm | None, list[Finding]]:
     """Whether base and tokenizer are the charter's; and the method, ready to train with what is here."""
-    method = ALGORITHMS[config.algorithm.name]
     try:
         tokenizer = prepare_tokenizer(config, base) if data is None else data.tokenizer
         module = prepare_model(config, device, base)
         if data is not None:
             check_vocabulary(module, config.model.path, data.test, data.train.values())
         check_base(charter, config.model.path, module, tokenizer)
-        topology = make_topology(config, method, sample_counts(charter.members, config.run.num_peers))
-        batches = None if data is None else make_batches(config, data, method.pools_data).get(index)
-        algorithm = make_algorithm(config, module, topology, index, batches)
     except InputError as error:
         return None, [_problem("base", error, "name the right folder with --model")]
-    return algorithm, [Finding("base", "ok", "weights and tokenizer are those of the charter")]
+    same = Finding("base", "ok", "weights and tokenizer are those of the charter")
+    if topology is None:
+        return None, [same]
+    try:
+        pools = ALGORITHMS[config.algorithm.name].pools_data
+        batches = None if data is None else make_batches(config, data, pools).get(index)
+        return make_algorithm(config, module, topology, index, batches), [same]
+    except InputError as error:
+        return None, [same, _problem("recipe", error, "have a new charter written")]
 
 
-def check_graph(
-    config: RunConfig, charter: Charter, algorithm: Algorithm | None
+def check_edges(
+    charter: Charter, topology: Topology | None, algorithm: Algorithm | None
 ) -> tuple[list[tuple[int, int]], list[Finding]]:
     """Pairs of neighbours, and what is wrong with them; those of the graph where the method cannot be had."""
+    if topology is None:
+        return [], []
+    pairs = topology.edges if algorithm is None else edges(algorithm)
     try:
-        counts = sample_counts(charter.members, config.run.num_peers)
-        topology = make_topology(config, ALGORITHMS[config.algorithm.name], counts)
-        pairs = topology.edges if algorithm is None else edges(algorithm)
         check_members(charter.members, topology.num_members, pairs)
     except InputError as error:
         return [], [_problem("graph", error, "have a new charter written")]
