@@ -37,6 +37,7 @@ from peertune.doctor import (
     check_charter,
     check_clock,
     check_data,
+    check_folder,
     check_model,
     check_topology,
     examine,
@@ -239,6 +240,16 @@ def folder_of_another_run(sites: Two) -> dict[str, Any]:
     return {"out": sites.folder / "taken"}
 
 
+def folder_that_cannot_be_made(sites: Two) -> dict[str, Any]:
+    """A link to nothing takes its place: what any system refuses, and root too."""
+    (sites.folder / "gone").symlink_to(sites.folder / "nowhere")
+    return {"out": sites.folder / "gone" / "run"}
+
+
+def folder_under_a_file(sites: Two) -> dict[str, Any]:
+    return {"out": sites.charter / "run"}
+
+
 def agree(sites: Two, section: str, **keys: Any) -> dict[str, Any]:
     """Have both sign another recipe."""
     charter = read_charter(sites.charter)
@@ -267,7 +278,9 @@ def nothing_personal(sites: Two) -> dict[str, Any]:
         (graph_in_two_parts, "graph", "peer 0 cannot reach peer 1"),
         (nothing_personal, "recipe", "got 'heart', which is in no name"),
         (bad_rows, "data", "no field 'colour'"),
-        (folder_of_another_run, "disk", "holds a run with"),
+        (folder_of_another_run, "folder", "holds a run with"),
+        (folder_that_cannot_be_made, "folder", "cannot be made: File exists"),
+        (folder_under_a_file, "folder", "is a file"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -278,6 +291,16 @@ def test_a_problem_is_named_with_what_to_do(
     found = sites.doctor("north", 0.0, **arrange(sites))()
     assert problems(found) == [check]
     assert text in found[check].text and found[check].advice
+
+
+def test_a_folder_is_tried_out_and_left_as_it_was(tmp_path: Path, micro_model: Path) -> None:
+    config = recipe(tmp_path, micro_model)
+    before = sorted(tmp_path.iterdir())
+    too_long = tmp_path / "new" / ("n" * 300)
+    (found,) = check_folder(too_long, config)
+    assert found.mark == "problem" and found.text == f"{too_long} cannot be made: File name too long"
+    assert not check_folder(tmp_path / "new" / "run", config) and not check_folder(tmp_path, config)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_full_disk_is_a_problem(tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,14 @@
 """What stands between a site and a run, found before it joins: a finding a check, each with what to do about it.
 
-Nothing is written and nothing of the site's data is sent. The lines to the neighbours are measured by `runtimes/probe`:
-it takes a neighbour who joins, or examines himself, at the same time.
+No file is written, and nothing of the site's data is sent. The lines to the neighbours are measured by
+`runtimes/probe`: it takes a neighbour who joins, or examines himself, at the same time.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -117,8 +118,10 @@ def examine(
         pairs, found = check_edges(charter, topology, algorithm)
         say(found)
         others = sorted({i + j - index for i, j in pairs if index in (i, j)})
+        is_usable = say(check_folder(Path(config.run.out), config))
         if algorithm is not None:
-            say([check_disk(config, algorithm), check_memory(algorithm, len(others), device, available)])
+            say([check_disk(config, algorithm)] * is_usable)
+            say([check_memory(algorithm, len(others), device, available)])
         if node is None:
             say([Finding("neighbours", "warning", "not asked", "first have the charter put right")])
             return findings
@@ -278,11 +281,29 @@ def check_edges(
     return pairs, []
 
 
-def check_disk(config: RunConfig, algorithm: Algorithm) -> Finding:
-    """Whether the run's folder can be used, and can hold what the run writes."""
-    folder, need = RunFolder(Path(config.run.out)), foreseen_bytes(algorithm, 1)
+def check_folder(path: Path, config: RunConfig) -> list[Finding]:
+    """What is wrong with the run's folder. It is made and removed again where it is not there: only that tells."""
+    folder = RunFolder(path)
+    made: list[Path] = []
     try:
         folder.check(config.to_dict(), resume=folder.holds_run)
+        made = [each for each in (path, *path.parents) if not each.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+    except InputError as error:
+        return [_problem("folder", error, "name another with --out")]
+    except OSError as error:
+        return [Finding("folder", "problem", f"{path} cannot be made: {error.strerror}", "name another with --out")]
+    finally:
+        for each in made:
+            with suppress(OSError):  # it was not made, or is in use already
+                each.rmdir()
+    return []
+
+
+def check_disk(config: RunConfig, algorithm: Algorithm) -> Finding:
+    """Whether there is room for what the run writes."""
+    folder, need = RunFolder(Path(config.run.out)), foreseen_bytes(algorithm, 1)
+    try:
         folder.require_space(need)
     except InputError as error:
         return _problem("disk", error, "name another folder with --out")
