@@ -32,17 +32,10 @@ from peertune.algorithms import ALGORITHMS
 from peertune.charter import Charter, Member, read_charter, write_charter
 from peertune.cli import main
 from peertune.consortium import SiteOptions, new_charter
-from peertune.doctor import (
-    Finding,
-    check_charter,
-    check_clock,
-    check_data,
-    check_folder,
-    check_model,
-    check_topology,
-    examine,
-    predict,
-)
+from peertune.doctor import Finding, examine
+from peertune.doctor.inputs import check_charter, check_data, check_model, check_topology
+from peertune.doctor.lines import check_clock, predict
+from peertune.doctor.machine import check_folder
 from peertune.identity import load_identity, make_identity
 from peertune.run import run
 from peertune.runtimes import probe, survey
@@ -294,12 +287,15 @@ def test_a_problem_is_named_with_what_to_do(
 
 
 def test_a_folder_is_tried_out_and_left_as_it_was(tmp_path: Path, micro_model: Path) -> None:
-    config = recipe(tmp_path, micro_model)
+    def found(out: Path) -> list[Finding]:
+        return check_folder(recipe(tmp_path, micro_model, run={"out": str(out)}))
+
+    assert not found(tmp_path)
     before = sorted(tmp_path.iterdir())
     too_long = tmp_path / "new" / ("n" * 300)
-    (found,) = check_folder(too_long, config)
-    assert found.mark == "problem" and found.text == f"{too_long} cannot be made: File name too long"
-    assert not check_folder(tmp_path / "new" / "run", config) and not check_folder(tmp_path, config)
+    (problem,) = found(too_long)
+    assert problem.mark == "problem" and problem.text == f"{too_long} cannot be made: File name too long"
+    assert not found(tmp_path / "new" / "run")
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -638,7 +634,7 @@ def test_what_a_round_sends_is_what_a_run_sends(
     )
     own = options.config(charter)
     data, _ = check_data(own, charter, tmp_path, 0)
-    monkeypatch.setattr("peertune.doctor.check_base", lambda *_: None)
+    monkeypatch.setattr("peertune.doctor.inputs.check_base", lambda *_: None)
     topology, _ = check_topology(own, charter)
     made, found = check_model(own, charter, tmp_path, 0, torch.device("cpu"), data, topology)
     assert made is not None, found
