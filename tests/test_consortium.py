@@ -37,7 +37,7 @@ from peertune.algorithms.fedavg import Fedavg
 from peertune.charter import Charter, Member, difference, joined, parse_member, read_charter, write_charter
 from peertune.cli import main
 from peertune.config import from_dict
-from peertune.consortium import SiteOptions, leave
+from peertune.consortium import leave
 from peertune.ejection import ejected, ejection_path, needed, sign_ejection
 from peertune.errors import CharterError, CheckpointError, IdentityError
 from peertune.exchange import Hop
@@ -48,6 +48,7 @@ from peertune.runtimes.neighbor import Neighbor
 from peertune.runtimes.network import NetworkExchange, without
 from peertune.runtimes.node import Node
 from peertune.runtimes.port import check_port
+from peertune.site import SiteOptions
 from tests.recipes import tree, write_rows
 
 NAMES = ["north", "east", "south", "west"]

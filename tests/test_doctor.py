@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from peertune.algorithms import ALGORITHMS
 from peertune.charter import Charter, Member, read_charter, write_charter
 from peertune.cli import main
-from peertune.consortium import SiteOptions, new_charter
+from peertune.consortium import new_charter
 from peertune.doctor import Finding, examine
 from peertune.doctor.inputs import check_charter, check_data, check_model, check_topology
 from peertune.doctor.lines import check_clock, predict
@@ -43,6 +43,7 @@ from peertune.runtimes.frames import ProtocolError
 from peertune.runtimes.message import CHUNK_SIZE
 from peertune.runtimes.node import Node
 from peertune.runtimes.probe import LIMIT, Kind, Measured, Probe, _plausible
+from peertune.site import SiteOptions
 from peertune.workload import Workload, rehearse
 from tests.recipes import recipe, tree, write_rows
 from tests.test_consortium import free_ports, is_open, wait_for

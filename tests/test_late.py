@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from peertune.audit import Repeats, contributions
 from peertune.cli_output import summary_table
-from peertune.consortium import Repeats
 from peertune.exchange import Hop
 from peertune.runtimes import network
 from peertune.runtimes.catch_up import Pace
 from peertune.runtimes.edge import Edge
 from peertune.runtimes.network import NetworkExchange, NetworkGroup
-from peertune.site_summary import contributions
 
 
 def late_group(log: list[dict[str, Any]]) -> tuple[NetworkGroup, Any, SimpleQueue[Any]]:

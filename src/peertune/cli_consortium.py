@@ -14,7 +14,7 @@ from rich.console import Console
 from peertune.cli_output import Bars, print_paths, summary_table
 
 if TYPE_CHECKING:
-    from peertune.consortium import SiteOptions
+    from peertune.site import SiteOptions
 
 
 def _date(text: str) -> date:
@@ -166,8 +166,8 @@ def _leave(options: argparse.Namespace, console: Console) -> None:
 
 
 def _site(options: argparse.Namespace) -> SiteOptions:
-    from peertune.consortium import SiteOptions
     from peertune.identity import default_folder
+    from peertune.site import SiteOptions
 
     return SiteOptions(
         charter=Path(options.charter),

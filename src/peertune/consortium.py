@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from datetime import UTC, date, datetime
 from functools import partial
 from pathlib import Path
@@ -18,92 +13,36 @@ import torch
 import peertune
 from peertune.algorithms import ALGORITHMS, METHODS
 from peertune.assemble import make_algorithm, make_topology
+from peertune.audit import AUDIT, AuditLog, Repeats
 from peertune.charter import (
     Charter,
     Member,
     check_members,
     difference,
-    is_address,
     joined,
     read_charter,
     sample_counts,
     shared_recipe,
     write_charter,
 )
-from peertune.config import RunConfig, apply_override, from_dict, load_recipe
+from peertune.config import load_recipe
 from peertune.ejection import ejection_path, needed, sign_ejection
 from peertune.errors import CharterError, CheckpointError, ConfigError, Left, StorageError
 from peertune.identity import load_identity
 from peertune.lock import FolderLock, is_held
 from peertune.memory import keep_freed
 from peertune.model.load import TINY, resolve_path
-from peertune.prepare import base_print, prepare_model, prepare_tokenizer
+from peertune.prepare import prepare_model, prepare_tokenizer
 from peertune.progress import Progress
 from peertune.robust import check_rule
 from peertune.run import Site, run
-from peertune.run_folder import RunFolder, append_line, check_writable, storage_errors
+from peertune.run_folder import RunFolder, check_writable, storage_errors
 from peertune.runtimes import edges
 from peertune.runtimes.network import NetworkGroup
 from peertune.runtimes.node import Node
 from peertune.runtimes.port import check_port
 from peertune.runtimes.requests import Requests
-from peertune.site_summary import contributions
-
-AUDIT = "audit.jsonl"
-SITE_KEYS = (
-    *("run.device", "run.threads", "run.log_every", "model.trust_remote_code"),
-    *("data.text_field", "data.text_b_field", "data.label_field"),
-    *("data.instruction_field", "data.input_field", "data.output_field", "data.messages_field", "data.tools_field"),
-)
-"""Keys a site may set for itself: how its own files and machine are, and whether code beside the base may run there."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SiteOptions:
-    """What a site brings to the run of a charter: its key, its files, how its machine is reached.
-
-    Raises:
-        ConfigError: `listen` or `overrides` cannot be what is meant, whatever the charter.
-    """
-
-    charter: Path
-    """File of the charter, signed by all."""
-    identity: Path
-    """Folder of this site's key."""
-    out: Path
-    """Folder of the run."""
-    train: str = ""
-    """This site's training data; empty on a server only."""
-    test: str = ""
-    """Its held-out data; empty: nothing is evaluated."""
-    listen: str = ""
-    """HOST:PORT to open; empty: the port of this site's address in the charter, on all interfaces; none without."""
-    model: str = ""
-    """Where the base lies here; empty: as in the recipe."""
-    overrides: Sequence[str] = ()
-    """`section.key=value` of `SITE_KEYS`."""
-
-    def __post_init__(self) -> None:
-        if self.listen and not is_address(self.listen):
-            raise ConfigError(f"--listen: got {self.listen!r}, expected HOST:PORT, such as 0.0.0.0:7000")
-        for text in self.overrides:
-            if text.partition("=")[0].strip() not in SITE_KEYS:
-                raise ConfigError(f"--set {text!r}: the charter fixes this key; a site may set {', '.join(SITE_KEYS)}")
-
-    def config(self, charter: Charter) -> RunConfig:
-        """The charter's recipe with this site's own keys. Raises ConfigError."""
-        tree = charter.config(METHODS).to_dict()
-        tree["data"] |= {"train": self.train, "test": self.test}
-        tree["run"]["out"] = str(self.out)
-        tree["model"]["path"] = self.model or tree["model"]["path"]
-        for text in self.overrides:
-            apply_override(tree, text)
-        return from_dict(tree, METHODS)[0]
-
-    def address(self, charter: Charter, index: int) -> str:
-        """HOST:PORT that this site, the charter's member `index`, opens; empty: none."""
-        port = charter.members[index].address.rpartition(":")[2]
-        return self.listen or (f"[::]:{port}" if port else "")
+from peertune.site import SiteOptions, check_base, fingerprints
 
 
 def new_charter(
@@ -288,63 +227,3 @@ def _leave_request(out: Path) -> Path:
 def _is_named(path: str, base: Path) -> bool:
     """Whether a base's path means the same at all sites: a hub's name, or the packaged model."""
     return path == TINY or not Path(resolve_path(path, base)).is_dir()
-
-
-def fingerprints(module: Any, tokenizer: Any) -> tuple[str, str]:
-    """Hashes of the base with its adapter, and of the tokenizer with its chat template."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    words = backend.to_str() if backend is not None else str(sorted(tokenizer.get_vocab().items()))
-    text = f"{words}\n{tokenizer.chat_template}"
-    return base_print(module, set()), hashlib.sha256(text.encode()).hexdigest()
-
-
-def check_base(charter: Charter, path: str, module: Any, tokenizer: Any) -> None:
-    """Refuse another base or tokenizer than the charter's. Raises CharterError."""
-    found, agreed = fingerprints(module, tokenizer), (charter.base, charter.tokenizer)
-    tried = ", the packaged base, which is tried where no other is named," if path == TINY else ""
-    for what, mine, theirs in zip(("weights", "tokenizer"), found, agreed, strict=True):
-        if mine != theirs:
-            raise CharterError(
-                f"model.path: the {what} in {path!r}{tried} are not those of the charter; get the same base as"
-                " the other sites, and name its folder with --model"
-            )
-
-
-class Repeats:
-    """What is said of a round, and was said of the round before too: a long absence is told once."""
-
-    def __init__(self) -> None:
-        self._last: dict[tuple[str, str], int] = {}
-
-    def is_one(self, event: str, fields: Mapping[str, Any]) -> bool:
-        who, at = str(fields.get("peers", fields.get("peer"))), fields.get("round")
-        if event not in ("left_out", "was_missed", "late") or not isinstance(at, int):
-            return False
-        before, self._last[event, who] = self._last.get((event, who)), at
-        return before is not None and before <= at <= before + 1
-
-
-class AuditLog:
-    """DIR/audit.jsonl: what was made ready for whom, when it was fetched, what came, and who was missing.
-
-    Raises:
-        StorageError: when called: the disk refused a line.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._lock = threading.Lock()
-
-    def contributions(self, num_rounds: int) -> list[dict[str, Any]]:
-        """See `site_summary.contributions`; nothing where the log cannot be read."""
-        try:
-            with self.path.open("rb") as file:
-                return contributions(file, num_rounds)
-        except OSError:
-            return []
-
-    def __call__(self, event: str, **fields: Any) -> None:
-        line = json.dumps({"time": round(time.time(), 3), "event": event, **fields})
-        with self._lock, storage_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            append_line(self.path, line)

@@ -79,7 +79,7 @@ class Site:
     members: Sequence[str]
     """Names, by index."""
     contributions: Callable[[int], list[dict[str, Any]]]
-    """Given the number of rounds, what came from each neighbour in them (`site_summary.contributions`)."""
+    """Given the number of rounds, what came from each neighbour in them (`audit.contributions`)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from peertune.algorithms import METHODS
-from peertune.consortium import SiteOptions
 from peertune.doctor.finding import Finding, problem
 from peertune.doctor.inputs import check_charter, check_data, check_edges, check_key, check_model, check_topology
 from peertune.doctor.lines import check_clock, check_line, predict
@@ -21,6 +20,7 @@ from peertune.errors import ConfigError
 from peertune.memory import available_bytes
 from peertune.runtimes.node import Node
 from peertune.runtimes.survey import Survey
+from peertune.site import SiteOptions
 from peertune.workload import rehearse
 
 __all__ = ["Finding", "examine"]

@@ -11,12 +11,12 @@ from peertune.algorithms import ALGORITHMS, Algorithm
 from peertune.assemble import make_algorithm, make_batches, make_topology
 from peertune.charter import Charter, check_members, read_charter, sample_counts
 from peertune.config import RunConfig
-from peertune.consortium import check_base
 from peertune.doctor.finding import Finding, problem
 from peertune.errors import IdentityError, InputError, ModelError
 from peertune.identity import Identity, load_identity
 from peertune.prepare import Prepared, check_vocabulary, prepare_data, prepare_model, prepare_tokenizer
 from peertune.runtimes import edges
+from peertune.site import check_base
 from peertune.topology import Topology
 
 SOON_DAYS = 7

@@ -1,0 +1,122 @@
+"""A site's audit log: what was made ready for whom, when it was fetched, what came, and who was missing.
+
+Nothing in it decides how the run goes on: people and `watch` read it, and the summary's `contributions` are made of it.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peertune.logfields import MAX_NAMES, items, number, parse_line, text, whole
+from peertune.run_folder import append_line, storage_errors
+
+AUDIT = "audit.jsonl"
+
+
+class AuditLog:
+    """DIR/audit.jsonl, one line an event.
+
+    Raises:
+        StorageError: when called: the disk refused a line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+
+    def contributions(self, num_rounds: int) -> list[dict[str, Any]]:
+        """What came from each neighbour (see `contributions` below); nothing where the log cannot be read."""
+        try:
+            with self.path.open("rb") as file:
+                return contributions(file, num_rounds)
+        except OSError:
+            return []
+
+    def __call__(self, event: str, **fields: Any) -> None:
+        line = json.dumps({"time": round(time.time(), 3), "event": event, **fields})
+        with self._lock, storage_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            append_line(self.path, line)
+
+
+class Repeats:
+    """What is said of a round, and was said of the round before too: a long absence is told once."""
+
+    def __init__(self) -> None:
+        self._last: dict[tuple[str, str], int] = {}
+
+    def is_one(self, event: str, fields: Mapping[str, Any]) -> bool:
+        who, at = str(fields.get("peers", fields.get("peer"))), fields.get("round")
+        if event not in ("left_out", "was_missed", "late") or not isinstance(at, int):
+            return False
+        before, self._last[event, who] = self._last.get((event, who)), at
+        return before is not None and before <= at <= before + 1
+
+
+@dataclass
+class Contribution:
+    """What came from one neighbour; the key of a message begins with its round."""
+
+    came: set[tuple[int, int]] = field(default_factory=set)
+    late: dict[tuple[int, float], bool] = field(default_factory=dict)
+    """(round, amount) -> whether it was used."""
+    left_out: set[tuple[int, str]] = field(default_factory=set)
+
+    def forget(self, round: int) -> None:
+        """Drop what is done over again from a round on."""
+        self.came = {key for key in self.came if key[0] < round}
+        self.late = {key: used for key, used in self.late.items() if key[0] < round}
+        self.left_out = {key for key in self.left_out if key[0] < round}
+
+    def counts(self) -> dict[str, int]:
+        used = sum(self.late.values())
+        return {
+            "in_time": max(0, len(self.came) - len(self.late)),
+            "late_used": used,
+            "late_unused": len(self.late) - used,
+            "missed": max(0, len(self.left_out) - len(self.late)),
+        }
+
+
+def contributions(lines: Iterable[bytes], num_rounds: int) -> list[dict[str, Any]]:
+    """What came from each neighbour of a site in the rounds of a run, as far as its audit log holds it.
+
+    Args:
+        lines: of audit.jsonl. Rounds that a restarted process did over again count once.
+        num_rounds: messages of the final agreement, which comes after them, are left out.
+    Returns:
+        By neighbour: `neighbor`, its name; messages `in_time`, `late_used` and `late_unused` (docs/consortium.md), and
+        `missed`, those that never came.
+    """
+    found: dict[str, Contribution] = {}
+    is_new = False
+    for event in filter(None, map(parse_line, lines)):
+        kind, name, round = text(event.get("event")), text(event.get("peer")), whole(event.get("round"))
+        if kind == "started":
+            is_new, members = True, items(event.get("members"))
+            for place in map(whole, items(event.get("neighbors"))):
+                if place is not None and place < len(members):
+                    found.setdefault(text(members[place]), Contribution())
+        if kind not in ("sent", "arrived", "late", "left_out") or round is None or event.get("hop") == "state":
+            continue
+        if is_new:  # the first round of a process: the one before went on from there for nothing
+            is_new = False
+            for each in found.values():
+                each.forget(round)
+        if round >= num_rounds:
+            continue
+        if kind == "left_out":
+            for other in text(event.get("peers"), MAX_NAMES).split(", "):
+                if other in found:
+                    found[other].left_out.add((round, text(event.get("hop"))))
+        elif name in found and kind == "arrived":
+            found[name].came.add((round, whole(event.get("hop")) or 0))
+        elif name in found and kind == "late":
+            found[name].late[round, number(event.get("amount")) or 0.0] = event.get("used") is True
+    return [{"neighbor": name, **each.counts()} for name, each in found.items()]
