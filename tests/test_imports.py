@@ -12,6 +12,7 @@ LAYERS = [
     "seeds",
     "memory",
     "flat",
+    "storage",
     "lock",
     "identity",
     "charter",

@@ -23,7 +23,7 @@ from peertune.evaluation import measure
 from peertune.lock import FolderLock
 from peertune.prepare import prepare_data
 from peertune.run import run
-from peertune.run_folder import append_line
+from peertune.storage import append_line
 from tests.recipes import recipe, tree
 
 

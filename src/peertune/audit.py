@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from peertune.logfields import MAX_NAMES, items, number, parse_line, text, whole
-from peertune.run_folder import append_line, storage_errors
+from peertune.storage import append_line, storage_errors
 
 AUDIT = "audit.jsonl"
 

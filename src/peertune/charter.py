@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime
@@ -23,6 +22,7 @@ import peertune
 from peertune.config import Methods, NonNegative, Positive, RunConfig, Section, flatten, from_dict
 from peertune.errors import CharterError
 from peertune.identity import Identity, certificate_id, is_own, is_signed
+from peertune.storage import write_atomically
 
 MAX_PIECES = 400
 """Keys whose hashes one site tells another. With those of the parts that is 4 kB; gRPC carries 8 beside a call."""
@@ -271,13 +271,11 @@ def read_charter(path: Path) -> Charter:
 
 
 def write_charter(charter: Charter, path: Path) -> None:
-    """Write it aside and rename it into place. Raises CharterError."""
+    """Raises CharterError where it cannot be written."""
     tree = charter.model_dump(mode="json")
     tree["expires"] = charter.expires
-    aside = path.with_name(path.name + ".partial")
     try:
-        aside.write_text(tomli_w.dumps(tree, multiline_strings=True), encoding="utf-8")
-        os.replace(aside, path)
+        write_atomically(path, tomli_w.dumps(tree, multiline_strings=True))
     except OSError as error:
         raise CharterError(f"{path}: cannot be written: {error.strerror}; name another place") from error
 

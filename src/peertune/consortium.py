@@ -36,13 +36,14 @@ from peertune.prepare import prepare_model, prepare_tokenizer
 from peertune.progress import Progress
 from peertune.robust import check_rule
 from peertune.run import Site, run
-from peertune.run_folder import RunFolder, check_writable, storage_errors
+from peertune.run_folder import RunFolder
 from peertune.runtimes import edges
 from peertune.runtimes.network import NetworkGroup
 from peertune.runtimes.node import Node
 from peertune.runtimes.port import check_port
 from peertune.runtimes.requests import Requests
 from peertune.site import SiteOptions, check_base, fingerprints
+from peertune.storage import check_writable, storage_errors
 
 
 def new_charter(

@@ -8,7 +8,6 @@ charter's digest and the member's id, so a file of another run says nothing here
 from __future__ import annotations
 
 import hashlib
-import os
 import tomllib
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from peertune.charter import Charter
 from peertune.config import Section
 from peertune.errors import CharterError
 from peertune.identity import Identity, is_signed
+from peertune.storage import write_atomically
 
 
 class Ejection(Section):
@@ -73,10 +73,8 @@ def sign_ejection(path: Path, charter: Charter, member: str, identity: Identity)
     if found.member != named:
         raise CharterError(f"{own}: is about {found.member}, expected {named}; it was tampered with: delete it")
     ejection = found.signed(charter, identity)
-    aside = own.with_name(own.name + ".partial")
     try:
-        aside.write_text(tomli_w.dumps(ejection.model_dump()), encoding="utf-8")
-        os.replace(aside, own)
+        write_atomically(own, tomli_w.dumps(ejection.model_dump()))
     except OSError as error:
         raise CharterError(f"{own}: cannot be written: {error.strerror}") from error
     return ejection

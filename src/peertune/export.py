@@ -20,7 +20,8 @@ from peertune.model.language_model import LanguageModel
 from peertune.model.load import load_full_model, load_tokenizer, load_trained
 from peertune.optim import join_bfloat16
 from peertune.prepare import check_vocabulary, prepare_model, prepare_tokenizer
-from peertune.run_folder import RunFolder, check_writable, save_trained, storage_errors
+from peertune.run_folder import RunFolder, save_trained
+from peertune.storage import check_writable, storage_errors
 
 Task = Literal["text", "classification", "instruction", "chat"]
 

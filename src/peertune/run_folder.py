@@ -13,19 +13,17 @@ DIR/report.html      see report/
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from peertune.config import flatten
 from peertune.errors import CheckpointError, StorageError
 from peertune.lock import FolderLock
 from peertune.model.adapters import bottleneck_code, core_of, merge_adapter
+from peertune.storage import append_line, check_writable, nearest_existing, storage_errors, write_atomically
 
 FREE_KEYS = {
     *("run.out", "run.log_every", "run.checkpoint_every", "eval.every", "eval.points"),
@@ -102,7 +100,7 @@ class RunFolder:
         with storage_errors(self.path):
             shutil.rmtree(self.checkpoints, ignore_errors=True)
             self.path.mkdir(parents=True, exist_ok=True)
-            _replace(self.recipe, json.dumps(recipe, indent=1))
+            write_atomically(self.recipe, json.dumps(recipe, indent=1))
 
     def rewind(self, round: int) -> None:
         """Drop the events of what will be done again: all but those of the first `round` rounds."""
@@ -120,7 +118,7 @@ class RunFolder:
                 continue
             kept.append(line + "\n")
         with storage_errors(self.path):
-            _replace(self.events, "".join(kept) if round > 0 else "")
+            write_atomically(self.events, "".join(kept) if round > 0 else "")
 
     def event(self, event: str, **fields: Any) -> None:
         """Append one event. Raises StorageError, where `refused` is None."""
@@ -139,7 +137,7 @@ class RunFolder:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         with storage_errors(self.path):
-            _replace(self.summary, json.dumps(summary, indent=1))
+            write_atomically(self.summary, json.dumps(summary, indent=1))
 
     def read_recipe(self) -> dict[str, Any]:
         """What `create` wrote. Raises CheckpointError where it is damaged or missing."""
@@ -160,33 +158,6 @@ class RunFolder:
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(
                 f"{self.summary}: damaged: {error}; delete it and go on with --resume, which makes it anew"
-            ) from error
-
-
-def append_line(path: Path, line: str) -> None:
-    """Add a line to a file; what a full disk left of the one before stays on a line of its own. Raises OSError."""
-    with path.open("ab+") as file:
-        is_whole = True
-        if file.seek(0, os.SEEK_END):
-            file.seek(-1, os.SEEK_END)
-            is_whole = file.read(1) == b"\n"
-        file.write(f"{'' if is_whole else chr(10)}{line}\n".encode())
-
-
-class storage_errors:
-    """Context in which an operating-system error means that the disk refused a write."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError | SafetensorError):
-            reason = getattr(error, "strerror", None) or error
-            raise StorageError(
-                f"{self._path}: cannot write: {reason}; free some space and go on with --resume"
             ) from error
 
 
@@ -223,29 +194,3 @@ def save_model(folder: Path, module: Any, tokenizer: Any) -> None:
         for name, text in code.items():
             (folder / name).write_text(text, encoding="utf-8")
         tokenizer.save_pretrained(folder)
-
-
-def nearest_existing(path: Path) -> Path:
-    """The path itself, or the first folder above it that exists."""
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return path
-
-
-def check_writable(path: Path, key: str) -> None:
-    """Refuse a folder that lies under a file or cannot be written. Raises CheckpointError, naming the key."""
-    place = nearest_existing(path)
-    if not place.is_dir():
-        raise CheckpointError(f"{key}: got {str(path)!r}, but {place} is a file; name a folder")
-    if not os.access(place, os.W_OK):
-        raise CheckpointError(f"{key}: got {str(path)!r}, but {place} is not writable; name another folder")
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file aside and rename it into place."""
-    aside = path.with_name(path.name + ".partial")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)

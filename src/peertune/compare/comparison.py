@@ -13,7 +13,7 @@ from peertune.compare.grid import Grid, GridProgress, Tuned
 from peertune.compare.options import Options
 from peertune.compare.stats import Pair, pairs
 from peertune.errors import DivergedError
-from peertune.run_folder import storage_errors
+from peertune.storage import storage_errors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,8 @@ from peertune.memory import release
 from peertune.metric import METRICS
 from peertune.progress import Progress
 from peertune.report.events import read_run
-from peertune.run_folder import RunFolder, check_writable
+from peertune.run_folder import RunFolder
+from peertune.storage import check_writable
 
 NUM_POINTS = 8
 """Evaluations of a cell on the way, where the recipe does not say."""

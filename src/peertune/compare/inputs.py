@@ -11,7 +11,7 @@ from peertune.config import RunConfig
 from peertune.data.load import locate
 from peertune.errors import ConfigError
 from peertune.model.load import resolve_path
-from peertune.run_folder import storage_errors
+from peertune.storage import storage_errors
 
 INPUTS = "inputs.json"
 

@@ -16,7 +16,8 @@ from peertune.compare.cells import Summary
 from peertune.config import RunConfig
 from peertune.errors import DivergedError
 from peertune.progress import Progress
-from peertune.run_folder import RunFolder, storage_errors
+from peertune.run_folder import RunFolder
+from peertune.storage import storage_errors
 
 _DIVERGED = "diverged.txt"
 

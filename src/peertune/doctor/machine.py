@@ -15,8 +15,9 @@ from peertune.doctor.finding import Finding, problem
 from peertune.errors import IdentityError, InputError
 from peertune.prepare import resolve_device
 from peertune.report.text import memory, traffic
-from peertune.run_folder import RunFolder, nearest_existing
+from peertune.run_folder import RunFolder
 from peertune.runtimes.node import Node
+from peertune.storage import nearest_existing
 from peertune.workload import foreseen_bytes, needed_bytes
 
 

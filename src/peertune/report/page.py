@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from peertune.errors import StorageError
 from peertune.report import results, setup
 from peertune.report.events import RunRecord, read_run
 from peertune.report.html import document, navigation
+from peertune.storage import write_atomically
 
 SECTIONS = {
     "loss": "Loss",
@@ -37,11 +37,9 @@ def write_report(run_dir: Path) -> Path:
     """
     run_dir = Path(run_dir)
     page = render(read_run(run_dir))
-    path, draft = run_dir / "report.html", run_dir / "report.html.tmp"
+    path = run_dir / "report.html"
     try:
-        # Whoever has the page open never reloads half of it.
-        draft.write_text(page, encoding="utf-8", newline="\n")
-        os.replace(draft, path)
+        write_atomically(path, page)  # whoever has the page open never reloads half of it
     except OSError as error:
         raise StorageError(f"{path}: cannot be written ({error.strerror}); free space or check the folder") from None
     return path

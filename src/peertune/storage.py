@@ -1,0 +1,63 @@
+"""Small files on a disk that may be full, or go away in the middle of a write; and whether a folder can be written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from peertune.errors import CheckpointError, StorageError
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file aside, sync it and rename it into place: it is whole or as it was. Raises OSError."""
+    aside = path.with_name(path.name + ".partial")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file; what a full disk left of the one before stays on a line of its own. Raises OSError."""
+    with path.open("ab+") as file:
+        is_whole = True
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            is_whole = file.read(1) == b"\n"
+        file.write(f"{'' if is_whole else chr(10)}{line}\n".encode())
+
+
+class storage_errors:
+    """Context in which an operating-system error means that the disk refused a write."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError | SafetensorError):
+            reason = getattr(error, "strerror", None) or error
+            raise StorageError(
+                f"{self._path}: cannot write: {reason}; free some space and go on with --resume"
+            ) from error
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path itself, or the first folder above it that exists."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def check_writable(path: Path, key: str) -> None:
+    """Refuse a folder that lies under a file or cannot be written. Raises CheckpointError, naming the key."""
+    place = nearest_existing(path)
+    if not place.is_dir():
+        raise CheckpointError(f"{key}: got {str(path)!r}, but {place} is a file; name a folder")
+    if not os.access(place, os.W_OK):
+        raise CheckpointError(f"{key}: got {str(path)!r}, but {place} is not writable; name another folder")
