@@ -9,8 +9,8 @@ from typing import Any
 
 from peertune.charter import SAME_FILE, Charter
 from peertune.doctor.finding import Finding
+from peertune.formatting import traffic
 from peertune.identity import ALWAYS
-from peertune.report.text import traffic
 from peertune.runtimes.message import CHUNK_SIZE
 from peertune.runtimes.probe import Measured
 from peertune.runtimes.survey import Survey

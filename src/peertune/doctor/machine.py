@@ -13,8 +13,8 @@ from peertune.algorithms import Algorithm
 from peertune.config import RunConfig
 from peertune.doctor.finding import Finding, problem
 from peertune.errors import IdentityError, InputError
+from peertune.formatting import memory, traffic
 from peertune.prepare import resolve_device
-from peertune.report.text import memory, traffic
 from peertune.run_folder import RunFolder
 from peertune.runtimes.node import Node
 from peertune.storage import nearest_existing
