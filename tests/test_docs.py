@@ -11,7 +11,7 @@ import pytest
 
 from peertune.algorithms import METHODS
 from peertune.cli import main
-from peertune.config import keys_of, load_recipe
+from peertune.config import RunConfig, Section, keys_of, load_recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
@@ -84,11 +84,26 @@ def test_the_readmes_scripts_exist_and_its_tree_is_true() -> None:
 
 
 def test_the_readmes_recipe_keys_exist() -> None:
-    from peertune.config import RunConfig
-
     known = set(keys_of(RunConfig)) | {f"algorithm.{k}" for m in METHODS.values() for k in m.model_fields}
     for key in re.findall(r"--set (\w+(?:\.\w+)+)=", (ROOT / "README.md").read_text()):
         assert key in known, key
+
+
+def test_every_key_says_what_it_means() -> None:
+    """`peertune run --help` shows it."""
+
+    def silent(section: type[Section], prefix: str) -> list[str]:
+        found = []
+        for name, field in section.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+                found += silent(field.annotation, f"{prefix}{name}.")
+            elif not (field.description or "").strip():
+                found.append(prefix + name)
+        return found
+
+    assert silent(RunConfig, "") == []
+    for method, config in METHODS.items():
+        assert silent(config, f"{method}: algorithm.") == []
 
 
 def test_the_demos_recipe_is_valid() -> None:

@@ -105,6 +105,8 @@ class DataSection(Section):
     test: Sources = ""
     """Held-out rows, likewise; empty: nothing is evaluated. Left out together with train: "stdlib-test"."""
     task: Literal["text", "classification", "instruction", "chat"] = "text"
+    """What a row is, and what of it is predicted: a text (all of it), a text with a label (the label), an instruction
+    (its answer), a conversation (what the assistant says)."""
     batch_size: Positive = 8
     """Sequences in a peer's batch."""
     max_samples: NonNegative = 0
@@ -114,14 +116,21 @@ class DataSection(Section):
     validation_seed: NonNegative | None = None
     """Decides which rows those are; none: the partition's seed does."""
     text_field: str = "text"
+    """Field of the text (text, classification)."""
     text_b_field: str = "text_b"
-    """Second text of a pair; used where a row has it."""
+    """Field of a pair's second text; used where a row has it (classification)."""
     label_field: str = "label"
+    """Field of the label (classification)."""
     instruction_field: str = "instruction"
+    """Field of what is asked (instruction)."""
     input_field: str = "input"
+    """Field of what the instruction is about; put below it where a row has it (instruction)."""
     output_field: str = "output"
+    """Field of the answer (instruction)."""
     messages_field: str = "messages"
+    """Field of the messages, a list of objects with a role and content (chat)."""
     tools_field: str = "tools"
+    """Field of the functions offered, a list of their schemas; used where a row has it (chat)."""
     partition: PartitionSection = PartitionSection()
 
 
@@ -144,6 +153,7 @@ class AlgorithmConfig(Section):
     """Keys that every method has. A method adds its own by subclassing."""
 
     name: str = "deca"
+    """The method; an unknown name is answered with all known ones."""
     lr: LearningRate = 5e-5
     """Peak learning rate. Default: DECA's."""
     warmup_steps: NonNegative = 0
