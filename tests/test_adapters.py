@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from peertune.config import AlgorithmConfig, EvalSection, ModelSection
 from peertune.data.batches import Batch, Batches
 from peertune.errors import ConfigError, ModelError
-from peertune.evaluate import evaluate
-from peertune.export import evaluate_model, export
+from peertune.evaluation.likelihood import evaluate, label_scores, label_scores_plainly
+from peertune.export import export
 from peertune.formatting import number
+from peertune.measure_files import evaluate_model
 from peertune.model.adapters import adapter_names, add_adapter, merge_adapter
 from peertune.model.blocks import partition_blocks
 from peertune.model.language_model import LanguageModel
@@ -159,8 +160,6 @@ def test_a_layer_that_is_not_there_is_named() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_label_scores_go_through_the_adapter(kind: Any, tmp_path: Path, micro_model: Path) -> None:
     """Prompts run once and labels that go on from them give what running both together gives."""
-    from peertune.evaluate import label_scores, label_scores_plainly
-
     config = recipe(tmp_path, micro_model, algorithm={"name": "dec_lora", "adapter": kind})
     data = prepare_data(config, None)
     module = prepare_model(config, torch.device("cpu"), None)

@@ -13,7 +13,7 @@ from peertune.algorithms import METHODS
 from peertune.config import ModelSection, from_dict
 from peertune.data.render import Sample
 from peertune.errors import ModelError
-from peertune.evaluate import evaluate, label_scores_plainly
+from peertune.evaluation.likelihood import evaluate, label_scores_plainly
 from peertune.model.adapters import add_adapter
 from peertune.model.attention import choose_attention
 from peertune.model.language_model import LanguageModel

@@ -16,9 +16,9 @@ from peertune.cli import main
 from peertune.config import DataSection, EvalSection, ModelSection
 from peertune.data import collate, load_table, render
 from peertune.errors import ConfigError
-from peertune.evaluate import evaluate
 from peertune.evaluation import HeldOut, generate, generation, measure, references, remarks, run_harness
 from peertune.evaluation import metrics as measuring
+from peertune.evaluation.likelihood import evaluate
 from peertune.evaluation.references import end_tokens, only_calls
 from peertune.model.language_model import LanguageModel
 from peertune.model.load import load_model

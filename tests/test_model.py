@@ -13,7 +13,7 @@ from peertune.config import ModelSection
 from peertune.data.batches import Batch, collate
 from peertune.data.render import Sample
 from peertune.errors import ModelError
-from peertune.evaluate import label_scores, label_scores_plainly, macro_f1
+from peertune.evaluation.likelihood import label_scores, label_scores_plainly, macro_f1
 from peertune.model.blocks import block_table, find_layers, frozen_names, is_tied, partition_blocks
 from peertune.model.language_model import LanguageModel
 from peertune.model.load import clone_model, load_model

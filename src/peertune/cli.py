@@ -168,7 +168,7 @@ def _export(options: argparse.Namespace, console: Console) -> None:
 def _eval(options: argparse.Namespace, console: Console) -> None:
     from peertune.config import EvalSection
     from peertune.errors import ConfigError
-    from peertune.export import evaluate_model
+    from peertune.measure_files import evaluate_model
 
     tasks = [name for name in (options.lm_eval or "").split(",") if name]
     if not options.data and not tasks:

@@ -1,29 +1,22 @@
-"""What one does with a run afterwards: export its average model, and measure any model on a file."""
+"""A run's average model, or a peer's personal one, as a folder that `from_pretrained` loads."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from peertune.algorithms import METHODS
 from peertune.checkpoint import CheckpointStore
-from peertune.config import DataSection, EvalSection, ModelSection, apply_override, from_dict
-from peertune.data.load import load_table
-from peertune.data.render import find_labels, label_tokens, render
+from peertune.config import from_dict
 from peertune.errors import CheckpointError, ConfigError
-from peertune.evaluation import HeldOut, measure, references, require_harness, run_harness
-from peertune.model.language_model import LanguageModel
-from peertune.model.load import load_full_model, load_tokenizer, load_trained
+from peertune.model.load import load_full_model
 from peertune.optim import join_bfloat16
-from peertune.prepare import check_vocabulary, prepare_model, prepare_tokenizer
+from peertune.prepare import prepare_model, prepare_tokenizer
 from peertune.run_folder import RunFolder, save_trained
 from peertune.storage import check_writable, storage_errors
-
-Task = Literal["text", "classification", "instruction", "chat"]
 
 
 def export(run: Path, to: Path, peer: int | None = None) -> int | None:
@@ -97,91 +90,3 @@ def _check_peer(config: dict[str, Any], peer: int) -> None:
         )
     if not 0 <= peer < num_peers:
         raise ConfigError(f"--peer: got {peer}, expected a peer of this run, 0 to {num_peers - 1}")
-
-
-def evaluate_model(
-    model: str,
-    files: Sequence[str],
-    task: Task | None,
-    settings: EvalSection,
-    *,
-    max_length: int = 0,
-    harness_tasks: Sequence[str] = (),
-    trust_remote_code: bool = False,
-    overrides: Sequence[str] = (),
-) -> Iterator[dict[str, Any]]:
-    """Measure a model folder or hub name on data files, then on tasks of lm-evaluation-harness.
-
-    For classification the labels are those found in a file.
-
-    Args:
-        task: of all files.
-        settings: how many rows of a file are used, its first ones, and how many are answered by generation.
-        max_length: longest sequence, tokens; 0: 256 for files, the model's own for the harness.
-        harness_tasks: names the harness knows.
-        trust_remote_code: let code run that comes with the model, such as exported bottlenecks need.
-        overrides: `data.key=value` texts, such as the names of the files' fields.
-    Yields:
-        For each file "data", "samples", its metrics, and "by_client" where rows have a client; for each task of the
-        harness "lm_eval" and its metrics.
-    Raises:
-        ConfigError: there are files and no task, a setting means nothing for the task, an override is no key of [data],
-            or the harness is not installed or refuses.
-        ModelError, DataError: model or data cannot be used.
-    """
-    if harness_tasks:
-        require_harness()
-    if files and task is None:
-        raise ConfigError("--task: got none, expected text, classification, instruction or chat beside --data")
-    if settings.generate_samples and task in ("text", "classification"):
-        raise ConfigError(f"--generate: got it with --task {task}, expected instruction or chat, which have answers")
-    if settings.choice_samples and task not in ("chat", None):
-        raise ConfigError(f"--choices: got it with --task {task}, expected chat, whose rows offer functions")
-    chosen = ModelSection(path=model, trust_remote_code=trust_remote_code)
-    if max_length:
-        chosen = chosen.model_copy(update={"max_length": max_length})
-    # every file is read before the model, so that a wrong one is known at once
-    sections = [_section(data, task, overrides) for data in files if task is not None]
-    tables = [load_table(section.train, section).rows for section in sections]
-    tokenizer = load_tokenizer(chosen)
-    read = [
-        _held_out(rows, section, settings, tokenizer, chosen.max_length)
-        for rows, section in zip(tables, sections, strict=True)
-    ]
-    module = load_trained(chosen, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    for held_out in read:
-        check_vocabulary(module, model, held_out)
-    measured = LanguageModel(module, chosen)
-    for data, held_out in zip(files, read, strict=True):
-        found = measure(measured, held_out, settings, by_client=True)
-        nested = {"by_client": found.by_client} if found.by_client else {}
-        yield {"data": data, "samples": len(held_out.samples), **found.overall, **nested}
-    if harness_tasks:
-        limit = settings.max_samples
-        results = run_harness(module, tokenizer, harness_tasks, limit=limit, max_length=max_length)
-        for name, metrics in results.items():
-            yield {"lm_eval": name, **metrics}
-
-
-def _section(data: str, task: Task, overrides: Sequence[str]) -> DataSection:
-    """How a file is read. Raises ConfigError."""
-    tree: dict[str, Any] = {"data": {}}
-    for text in overrides:
-        key = text.partition("=")[0].strip()
-        if not key.startswith("data.") or key in ("data.train", "data.test", "data.task"):
-            raise ConfigError(
-                f"--set {text!r}: got {key!r}, expected a key of [data] such as data.text_field; files and task are"
-                " given by --data and --task"
-            )
-        apply_override(tree, text)
-    tree["data"] |= {"train": data, "task": task}
-    return from_dict(tree, METHODS)[0].data
-
-
-def _held_out(
-    rows: list[dict[str, Any]], section: DataSection, settings: EvalSection, tokenizer: Any, max_length: int
-) -> HeldOut:
-    names = find_labels(rows, section) if section.task == "classification" else []
-    samples = render(rows[: settings.max_samples or None], section, tokenizer, max_length, names).samples
-    known = references(rows, samples, section, tokenizer)
-    return HeldOut(samples, known, tokenizer, label_tokens(tokenizer, names))

@@ -1,4 +1,4 @@
-"""Metrics of a model: of calls, of generated answers, by client, and public benchmarks."""
+"""Metrics of a model: loss, accuracy by likelihood, of calls, of generated answers, by client; public benchmarks."""
 
 from peertune.evaluation.calls import Call, parse_calls, same_calls, same_names
 from peertune.evaluation.generation import generate

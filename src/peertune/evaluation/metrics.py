@@ -13,10 +13,10 @@ import torch
 from peertune.config import EvalSection
 from peertune.data.batches import collate
 from peertune.data.render import Sample
-from peertune.evaluate import Metrics, evaluate
 from peertune.evaluation.answers import exact_match
 from peertune.evaluation.calls import parse_calls, same_calls, same_names
 from peertune.evaluation.generation import generate
+from peertune.evaluation.likelihood import Metrics, evaluate
 from peertune.evaluation.references import Reference, end_tokens, only_calls
 from peertune.model.language_model import LanguageModel
 
