@@ -167,9 +167,8 @@ def test_label_scores_go_through_the_adapter(kind: Any, tmp_path: Path, micro_mo
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
     model = LanguageModel(module, config.model)
-    model.module.eval()
     samples = sorted(data.test.samples, key=lambda s: s.prompt_length)
-    with torch.no_grad():
+    with model.evaluating():
         fast = label_scores(model, samples, data.tokenizer.pad_token_id, data.test.labels)
         plain = label_scores_plainly(model, samples, data.tokenizer.pad_token_id, data.test.labels)
     torch.testing.assert_close(fast, plain, rtol=1e-3, atol=1e-3)

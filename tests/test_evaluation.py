@@ -138,9 +138,8 @@ def test_generation_ends_where_positions_do(name: str, byte_tokenizer: PreTraine
 def test_generation_with_adapters(byte_tokenizer: PreTrainedTokenizerBase) -> None:
     from peft import LoraConfig, get_peft_model
 
-    base = LanguageModel(make_model("llama"), ModelSection())
-    adapted = get_peft_model(base.module, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
-    model: Any = SimpleNamespace(module=adapted, device=base.device, stack=base.stack)
+    adapted = get_peft_model(make_model("llama"), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    model = LanguageModel(adapted, ModelSection())
     prompts = [np.arange(3, 3 + n, dtype=np.int32) for n in (4, 9)]
     expected = [greedily(model, prompt, 8, {2}) for prompt in prompts]
     assert generate(model, byte_tokenizer, prompts, max_new_tokens=8) == list(map(byte_tokenizer.decode, expected))

@@ -111,6 +111,16 @@ def test_a_head_that_is_not_plain_is_noticed_and_still_right() -> None:
     torch.testing.assert_close(total / count, torch.nn.functional.cross_entropy(logits, batch.input_ids[:, 1:][rows]))
 
 
+def test_evaluating_ends_as_it_began_whatever_happens() -> None:
+    model = LanguageModel(make_model("llama"), ModelSection())
+    for mode in (True, False):
+        model.module.train(mode)
+        with pytest.raises(ValueError, match="stop"), model.evaluating():
+            assert not model.module.training and not torch.is_grad_enabled()
+            raise ValueError("stop")
+        assert model.module.training == mode and torch.is_grad_enabled()
+
+
 def gradients(model: LanguageModel, block: Any, batch: Batch, remember: bool = False) -> dict[str, torch.Tensor]:
     active = model.activate(block)
     loss, count = model.loss_sum(batch, remember=remember)
@@ -237,16 +247,15 @@ def test_compiled_layers_give_the_same_gradients_from_three_graphs(name: str, mo
 @every
 def test_label_scores_equal_scoring_each_label_anew(name: str, tied: bool) -> None:
     model = LanguageModel(make_model(name, tied), ModelSection())
-    model.module.eval()
     rng = np.random.default_rng(0)
     samples = []
     for n in (3, 9, 6):
         ids = rng.integers(1, VOCABULARY, n).astype(np.int32)
         samples.append(Sample(ids, np.zeros(n, bool), label=0, prompt_length=n))
     labels = [[5], [6, 7, 8], [6, 9], [11]]
-    with torch.no_grad():
+    with model.evaluating():
         fast = label_scores(model, samples, 0, labels)
-    slow = label_scores_plainly(model, samples, 0, labels)
+        slow = label_scores_plainly(model, samples, 0, labels)
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-4)
 
 

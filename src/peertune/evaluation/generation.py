@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 Prompt = NDArray[np.int32]
 
 
-@torch.no_grad()
 def generate(
     model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -39,27 +38,24 @@ def generate(
     Returns:
         A text for each prompt, special tokens included; "" where a prompt is empty or fills all positions.
     """
-    mode = model.module.training
-    model.module.eval()
-    model.stack.begin_batch(None)
     ends = sorted({*stop} | ({tokenizer.eos_token_id} - {None}))
     positions = getattr(model.module.config, "max_position_embeddings", None) or 2**31
     texts = [""] * len(prompts)
     order = sorted((i for i, p in enumerate(prompts) if 0 < len(p) < positions), key=lambda i: (len(prompts[i]), i))
-    size = batch_size if len(order) < 2 or _padding_is_exact(model, tokenizer, prompts, order) else 1
-    for start in range(0, len(order), size):
-        members = order[start : start + size]
-        # what a shorter prompt of the batch may say must not depend on the longest: that one is on its own then
-        room = positions - len(prompts[members[-1]])
-        groups = [members] if room >= max_new_tokens else [[i] for i in members]
-        for group in groups:
-            limit = min(max_new_tokens, positions - len(prompts[group[-1]]))
-            new = _continue(model, tokenizer, [prompts[i] for i in group], ends, limit).sequences
-            width = max(len(prompts[i]) for i in group)
-            for i, row in zip(group, new[:, width:].tolist(), strict=True):
-                length = next((n for n, token in enumerate(row) if token in ends), len(row))
-                texts[i] = str(tokenizer.decode(row[:length], clean_up_tokenization_spaces=False))
-    model.module.train(mode)
+    with model.evaluating():
+        size = batch_size if len(order) < 2 or _padding_is_exact(model, tokenizer, prompts, order) else 1
+        for start in range(0, len(order), size):
+            members = order[start : start + size]
+            # what a shorter prompt of the batch may say must not depend on the longest: that one is on its own then
+            room = positions - len(prompts[members[-1]])
+            groups = [members] if room >= max_new_tokens else [[i] for i in members]
+            for group in groups:
+                limit = min(max_new_tokens, positions - len(prompts[group[-1]]))
+                new = _continue(model, tokenizer, [prompts[i] for i in group], ends, limit).sequences
+                width = max(len(prompts[i]) for i in group)
+                for i, row in zip(group, new[:, width:].tolist(), strict=True):
+                    length = next((n for n, token in enumerate(row) if token in ends), len(row))
+                    texts[i] = str(tokenizer.decode(row[:length], clean_up_tokenization_spaces=False))
     return texts
 
 

@@ -17,7 +17,6 @@ from peertune.model.language_model import LanguageModel
 Metrics = dict[str, float]
 
 
-@torch.no_grad()
 def evaluate(
     model: LanguageModel,
     samples: Sequence[Sample],
@@ -34,26 +33,23 @@ def evaluate(
     Returns:
         "loss" (nats a target token), "perplexity", and for classification "accuracy", "macro_f1" in [0, 1].
     """
-    mode = model.module.training
-    model.module.eval()
-    model.stack.begin_batch(None)  # nothing here is served from, or kept in, the cache of training
-    score = label_scores if not labels or _cache_is_exact(model, samples, pad_id, labels) else label_scores_plainly
     order = sorted(range(len(samples)), key=lambda i: (len(samples[i].input_ids), i))
     total, count = 0.0, 0
     predicted = np.zeros(len(samples), dtype=np.int64)
-    for start in range(0, len(order), batch_size):
-        members = order[start : start + batch_size]
-        chosen = [samples[i] for i in members]
-        if labels:
-            scores = score(model, chosen, pad_id, labels)
-            predicted[members] = scores.argmax(1).numpy()
-            total -= float(scores[torch.arange(len(chosen)), torch.tensor([s.label for s in chosen])].sum())
-            count += sum(len(labels[s.label]) for s in chosen)
-        else:
-            loss, targets = model.loss_sum(collate(chosen, pad_id))
-            total += float(loss)
-            count += targets
-    model.module.train(mode)
+    with model.evaluating():
+        score = label_scores if not labels or _cache_is_exact(model, samples, pad_id, labels) else label_scores_plainly
+        for start in range(0, len(order), batch_size):
+            members = order[start : start + batch_size]
+            chosen = [samples[i] for i in members]
+            if labels:
+                scores = score(model, chosen, pad_id, labels)
+                predicted[members] = scores.argmax(1).numpy()
+                total -= float(scores[torch.arange(len(chosen)), torch.tensor([s.label for s in chosen])].sum())
+                count += sum(len(labels[s.label]) for s in chosen)
+            else:
+                loss, targets = model.loss_sum(collate(chosen, pad_id))
+                total += float(loss)
+                count += targets
     mean = total / max(1, count)
     metrics = {"loss": mean, "perplexity": math.exp(min(mean, 700.0))}
     if labels:
@@ -68,7 +64,7 @@ def label_scores(
     """log p(label | prompt) for each sample and label, summed over the label's tokens.
 
     The prompt is run once; labels of more than one token continue from its keys and values. Not every architecture
-    allows that with padded prompts: `evaluate` asks `_cache_is_exact` first.
+    allows that with padded prompts: `evaluate` asks `_cache_is_exact` first. Called within `model.evaluating()`.
 
     Args:
         labels: token ids of each label.
@@ -98,7 +94,6 @@ def label_scores(
     return scores.double().cpu()
 
 
-@torch.no_grad()
 def label_scores_plainly(
     model: LanguageModel, samples: Sequence[Sample], pad_id: int, labels: Sequence[Sequence[int]]
 ) -> Tensor:
@@ -115,7 +110,6 @@ def label_scores_plainly(
     return torch.stack(columns, 1)
 
 
-@torch.no_grad()
 def _cache_is_exact(
     model: LanguageModel, samples: Sequence[Sample], pad_id: int, labels: Sequence[Sequence[int]]
 ) -> bool:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from peertune.config import EvalSection
 from peertune.data.batches import collate
@@ -120,19 +119,16 @@ def _shares(rows: Sequence[int], outcomes: Sequence[Mapping[str, bool]]) -> Metr
     return {name: float(np.mean(found)) for name, found in values.items() if found}
 
 
-@torch.no_grad()
 def _choose(model: LanguageModel, data: HeldOut, limit: int, outcomes: list[dict[str, bool]]) -> None:
     """Whether, of the functions offered, one that is to be called is the likeliest where the first call names it."""
-    mode = model.module.training
-    model.module.eval()
-    for i in _spread(data.references, limit, lambda reference: bool(reference.choices)):
-        expected = {call.name for call in data.references[i].calls}
-        losses = {
-            name: float(model.loss_sum(collate([sample], data.tokenizer.pad_token_id))[0])
-            for name, sample in data.references[i].choices
-        }
-        outcomes[i]["function_name_choice_accuracy"] = min(losses, key=lambda name: losses[name]) in expected
-    model.module.train(mode)
+    with model.evaluating():
+        for i in _spread(data.references, limit, lambda reference: bool(reference.choices)):
+            expected = {call.name for call in data.references[i].calls}
+            losses = {
+                name: float(model.loss_sum(collate([sample], data.tokenizer.pad_token_id))[0])
+                for name, sample in data.references[i].choices
+            }
+            outcomes[i]["function_name_choice_accuracy"] = min(losses, key=lambda name: losses[name]) in expected
 
 
 def _answer(model: LanguageModel, data: HeldOut, settings: EvalSection, outcomes: list[dict[str, bool]]) -> None:

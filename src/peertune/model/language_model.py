@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -94,6 +96,18 @@ class LanguageModel:
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """While it lasts: no dropout, no gradients, and nothing served from or kept in the prefix cache of training."""
+        mode = self.module.training
+        self.module.eval()
+        self.stack.begin_batch(None)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.module.train(mode)
+
     def forget(self) -> None:
         """Weights were replaced from outside: drop what was computed with the old ones."""
         self.stack.forget()
@@ -179,29 +193,22 @@ class LanguageModel:
         tokens = getattr(config.get("default"), "num_virtual_tokens", None) if isinstance(config, dict) else None
         return int(tokens or 0)
 
-    @torch.no_grad()
     def _check_plain_head(self) -> bool:
         """Whether logits are, bit by bit, the head applied to the last hidden state; some models scale or cap them."""
         head = self.core.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             return False
-        mode = self.module.training
-        self.module.eval()
         ids = torch.arange(1, 6, device=self.device)[None] % head.weight.shape[0]
-        hidden = self.hidden(ids)[0]
-        same = hidden.dtype == head.weight.dtype and torch.equal(head(hidden), self.all_logits(ids))
-        self.module.train(mode)
-        return same
+        with self.evaluating():
+            hidden = self.hidden(ids)[0]
+            return hidden.dtype == head.weight.dtype and torch.equal(head(hidden), self.all_logits(ids))
 
-    @torch.no_grad()
     def _require_causal(self, path: str) -> None:
         """Refuse a model whose tokens see what comes after them. Raises ModelError."""
-        mode = self.module.training
-        self.module.eval()
         ids = torch.arange(1, 6, device=self.device).repeat(2, 1) % self.core.get_input_embeddings().weight.shape[0]
         ids[1, 4] = 0
-        one, other = self.hidden(ids)[0][:, :4].float()
-        self.module.train(mode)
+        with self.evaluating():
+            one, other = self.hidden(ids)[0][:, :4].float()
         tolerance = 1e-3 if next(self.module.parameters()).dtype == torch.float32 else 0.05
         if (one - other).norm() > tolerance * one.norm():
             raise ModelError(
@@ -215,7 +222,6 @@ class LanguageModel:
         keys = ("sliding_window", "attention_chunk_size")
         return min((w for key in keys if (w := getattr(config, key, None))), default=math.inf)
 
-    @torch.no_grad()
     def _try_packing(self, config: ModelSection) -> str:
         """As `no_packing`: tries whether packed sequences come out as padded ones do, and none sees another."""
         for key in ("prefix_cache", "compile", "activation_budget_mb"):
@@ -227,20 +233,19 @@ class LanguageModel:
             return "its head scales or caps its output"
         if self.device.type != "cpu" or self.core.config._attn_implementation != attention.NAME:
             return "its attention is not ours, which is for CPUs, model.attention = 'auto' and models that can have it"
-        mode = self.module.training
-        self.module.eval()
         ids = torch.arange(1, 15).view(2, 7) % self.core.get_input_embeddings().weight.shape[0]
         mask = torch.ones_like(ids)
         mask[0, 4:] = 0
         batch = Batch(ids, mask, mask.bool() & (torch.arange(7) > 0), (0, 1))
         changed = Batch(torch.stack([ids[0].flip(0), ids[1]]), mask, batch.loss_mask, (0, 1))
-        padded = self.hidden(ids)[0][:, :-1][batch.loss_mask[:, 1:]]
-        try:
-            [packed_], [beside_another] = (self.hidden_before_targets(pack([b], self.device)) for b in (batch, changed))
-        except (TypeError, ValueError) as error:
-            return f"it takes no positions: {error}"
-        finally:
-            self.module.train(mode)
+        with self.evaluating():
+            padded = self.hidden(ids)[0][:, :-1][batch.loss_mask[:, 1:]]
+            try:
+                [packed_], [beside_another] = (
+                    self.hidden_before_targets(pack([b], self.device)) for b in (batch, changed)
+                )
+            except (TypeError, ValueError) as error:
+                return f"it takes no positions: {error}"
         second = slice(3, None)  # the first has three targets
         if not torch.equal(packed_[second], beside_another[second]):
             return "its layers look from one sequence to the next"
