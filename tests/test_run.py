@@ -432,6 +432,16 @@ def test_rows_without_a_label_are_left_out_before_the_others_are_dealt(tmp_path:
     assert "40 training rows have no label and were left out" in found.notes
 
 
+def test_rows_cut_or_dropped_are_noted(tmp_path: Path, micro_model: Path) -> None:
+    config = recipe(tmp_path, micro_model)
+    assert not any("had nothing to learn from" in note for note in prepare_data(config, None).notes)
+    with Path(str(config.data.train)).open("a") as file:
+        file.write(json.dumps({"text": "long " * 40, "label": "red"}) + "\n")
+        file.write(json.dumps({"text": "", "label": "red"}) + "\n")
+    [note] = prepare_data(config, None).notes
+    assert note == "1 training rows were cut to model.max_length, 1 had nothing to learn from"
+
+
 def test_a_peak_of_memory_before_a_kill_counts(
     tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,12 +10,12 @@ import torch
 from peertune.algorithms import METHODS
 from peertune.config import DataSection, EvalSection, ModelSection, apply_override, from_dict
 from peertune.data.load import load_table
-from peertune.data.render import find_labels, label_tokens, render
+from peertune.data.render import find_labels
 from peertune.errors import ConfigError
-from peertune.evaluation import HeldOut, measure, references, require_harness, run_harness
+from peertune.evaluation import measure, require_harness, run_harness
 from peertune.model.language_model import LanguageModel
 from peertune.model.load import load_tokenizer, load_trained
-from peertune.prepare import check_vocabulary
+from peertune.prepare import check_vocabulary, held_out
 
 Task = Literal["text", "classification", "instruction", "chat"]
 
@@ -65,18 +65,19 @@ def evaluate_model(
     sections = [_section(data, task, overrides) for data in files if task is not None]
     tables = [load_table(section.train, section).rows for section in sections]
     tokenizer = load_tokenizer(chosen)
-    read = [
-        _held_out(rows, section, settings, tokenizer, chosen.max_length)
-        for rows, section in zip(tables, sections, strict=True)
-    ]
+    read = []
+    for rows, section in zip(tables, sections, strict=True):
+        names = find_labels(rows, section) if section.task == "classification" else []
+        first = rows[: settings.max_samples or None]
+        read.append(held_out(first, section, tokenizer, chosen.max_length, names))
     module = load_trained(chosen, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    for held_out in read:
-        check_vocabulary(module, model, held_out)
+    for test in read:
+        check_vocabulary(module, model, test)
     measured = LanguageModel(module, chosen)
-    for data, held_out in zip(files, read, strict=True):
-        found = measure(measured, held_out, settings, by_client=True)
+    for data, test in zip(files, read, strict=True):
+        found = measure(measured, test, settings, by_client=True)
         nested = {"by_client": found.by_client} if found.by_client else {}
-        yield {"data": data, "samples": len(held_out.samples), **found.overall, **nested}
+        yield {"data": data, "samples": len(test.samples), **found.overall, **nested}
     if harness_tasks:
         limit = settings.max_samples
         results = run_harness(module, tokenizer, harness_tasks, limit=limit, max_length=max_length)
@@ -97,12 +98,3 @@ def _section(data: str, task: Task, overrides: Sequence[str]) -> DataSection:
         apply_override(tree, text)
     tree["data"] |= {"train": data, "task": task}
     return from_dict(tree, METHODS)[0].data
-
-
-def _held_out(
-    rows: list[dict[str, Any]], section: DataSection, settings: EvalSection, tokenizer: Any, max_length: int
-) -> HeldOut:
-    names = find_labels(rows, section) if section.task == "classification" else []
-    samples = render(rows[: settings.max_samples or None], section, tokenizer, max_length, names).samples
-    known = references(rows, samples, section, tokenizer)
-    return HeldOut(samples, known, tokenizer, label_tokens(tokenizer, names))

@@ -16,7 +16,7 @@ from peertune.config import DataSection, RunConfig
 from peertune.data.chat import plain_template
 from peertune.data.load import Row, Table, load_table
 from peertune.data.partition import describe_partition, partition
-from peertune.data.render import Rendered, Rows, Sample, find_labels, label_tokens, render
+from peertune.data.render import Rendered, Rows, find_labels, label_tokens, render
 from peertune.data.tools import LOSSES
 from peertune.errors import ConfigError, DataError, ModelError
 from peertune.evaluation import HeldOut, references, remarks
@@ -77,16 +77,8 @@ def prepare_data(config: RunConfig, base: Path | None, site: int | None = None) 
         )
     table = load_table(section.train, section, base=base) if section.train else Table([], [])
     test = load_table(section.test, section, base=base).rows if section.test and not on_validation else []
-    # Labels are those of all rows: one that only validation rows have is still a class. A site may lack one to learn.
-    label_names: list[str] = []
-    num_unlabelled = 0
-    if section.task == "classification":
-        # To learn, a site needs one; to be measured, two.
-        known, at_least = (table.rows, 2) if site is None else ([*table.rows, *test], 2 if test else 1)
-        label_names = find_labels(known, section, at_least)
-        if site is not None and table.rows and test:
-            _require_common_labels(table.rows, test, section)
-        table, num_unlabelled = _with_labels(table, section)
+    label_names = _class_names(table.rows, test, section, site is not None)
+    table, num_unlabelled = _with_labels(table, section) if label_names else (table, 0)
     partition_seed = seed if section.partition.seed is None else section.partition.seed
     if table.rows:
         kept_by = partition_seed if section.validation_seed is None else section.validation_seed
@@ -103,15 +95,7 @@ def prepare_data(config: RunConfig, base: Path | None, site: int | None = None) 
             train[peer] = render([table.rows[i] for i in rows], section, tokenizer, length, label_names)
         except DataError as error:
             raise DataError(f"peer {peer}: {error}") from error
-    held_out: list[Sample] = []
-    if test:
-        held_out = render(test, section, tokenizer, length, label_names).samples
-        limit = config.eval.max_samples
-        if limit and len(held_out) > limit:
-            keep = numpy_rng(seed, "eval").choice(len(held_out), limit, replace=False)
-            held_out = [held_out[i] for i in sorted(keep)]
-    answers = references(test, held_out, section, tokenizer)
-    measured = HeldOut(held_out, answers, tokenizer, label_tokens(tokenizer, label_names))
+    measured = held_out(test, section, tokenizer, length, label_names, limit=config.eval.max_samples, seed=seed)
     return Prepared(
         tokenizer=tokenizer,
         train=train,
@@ -120,9 +104,54 @@ def prepare_data(config: RunConfig, base: Path | None, site: int | None = None) 
         notes=[
             *([f"{num_unlabelled} training rows have no label and were left out"] if num_unlabelled else []),
             *_shortened(list(train.values()), length),
+            *_cut_or_dropped(list(train.values())),
             *remarks(measured, config.eval),
         ],
     )
+
+
+def held_out(
+    rows: Rows,
+    section: DataSection,
+    tokenizer: Any,
+    max_length: int,
+    label_names: Sequence[str],
+    *,
+    limit: int = 0,
+    seed: int = 0,
+) -> HeldOut:
+    """Held-out rows as models are measured on them.
+
+    Args:
+        rows: may be none.
+        max_length: longest sample, tokens.
+        label_names: the classes; empty but for classification.
+        limit: samples at most, drawn by `seed`; 0: all.
+    Raises:
+        DataError: as `render` and `label_tokens`.
+    """
+    samples = render(rows, section, tokenizer, max_length, label_names).samples if rows else []
+    if limit and len(samples) > limit:
+        keep = numpy_rng(seed, "eval").choice(len(samples), limit, replace=False)
+        samples = [samples[i] for i in sorted(keep)]
+    known = references(rows, samples, section, tokenizer)
+    return HeldOut(samples, known, tokenizer, label_tokens(tokenizer, label_names))
+
+
+def _class_names(train: Rows, test: Rows, section: DataSection, is_site: bool) -> list[str]:
+    """The names of the classes, sorted; none but for classification. Raises DataError.
+
+    They are those of all training rows: one that only validation rows have is still a class. At a site, which may lack
+    one to learn, they are those of its test rows too.
+    """
+    if section.task != "classification":
+        return []
+    # To learn, a site needs one; to be measured, two.
+    known, at_least = ([*train, *test], 2 if test else 1) if is_site else (train, 2)
+    names = find_labels(known, section, at_least)
+    if is_site and train and test:
+        _require_common_labels(train, test, section)
+    return names
 
 
 def _with_labels(table: Table, section: DataSection) -> tuple[Table, int]:
@@ -236,6 +265,14 @@ def _shortened(train: Sequence[Rendered], max_length: int) -> list[str]:
         f"functions of {sum(totals.values())} training rows were described shorter to fit model.max_length ="
         f" {max_length}; left out: {parts}"
     ]
+
+
+def _cut_or_dropped(train: Sequence[Rendered]) -> list[str]:
+    """Says how many rows lost a part or all of themselves."""
+    cut, dropped = sum(rendered.num_cut for rendered in train), sum(rendered.num_dropped for rendered in train)
+    if not cut and not dropped:
+        return []
+    return [f"{cut} training rows were cut to model.max_length, {dropped} had nothing to learn from"]
 
 
 def data_print(held: Sequence[Rendered]) -> str:

@@ -21,10 +21,13 @@ SUMMED = ("bytes_sent", "header_bytes_sent", "cpu_s")
 """Fields of a member that add up over its ranks."""
 
 
-def start_event(config: RunConfig, method: Algorithm, data: Prepared, notes: list[str], agrees: bool) -> dict[str, Any]:
-    """What is known before the first round. Adds a note on rows that were cut.
+def start_event(
+    config: RunConfig, method: Algorithm, data: Prepared, notes: Sequence[str], agrees: bool
+) -> dict[str, Any]:
+    """What is known before the first round.
 
     Args:
+        notes: what a user should know about the recipe and the rows.
         agrees: whether the peers are to end with one model.
     """
     module, topology = method.peer.model.module, method.topology
@@ -42,13 +45,10 @@ def start_event(config: RunConfig, method: Algorithm, data: Prepared, notes: lis
         }
         for shown, (peer, rendered) in zip(data.classes, data.train.items(), strict=True)
     ]
-    cut, dropped = (sum(peer[key] for peer in held) for key in ("cut", "dropped"))
-    if cut or dropped:
-        notes.append(f"{cut} training rows were cut to model.max_length, {dropped} had nothing to learn from")
     return {
         "config": config.to_dict(),
         "versions": versions(),
-        "notes": notes,
+        "notes": list(notes),
         "model": {
             "parameters": sum(sizes.values()),
             "trained": sum(sizes[n] for block in method.blocks for n in block.parameters),
