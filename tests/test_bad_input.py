@@ -113,6 +113,10 @@ CASES = {
     "fewer files than peers": Case(lambda r: r["data"].update(partition={"kind": "files"}), ["4"]),
     "NaN weights": Case(damaged_model, ["lm_head.weight", "NaN"]),
     "no such model": Case(put("model", path="no/such-model"), ["model.path", "no/such-model"]),
+    "no position left for a prompt": Case(
+        put("algorithm", name="dec_lora", adapter="prompt", num_virtual_tokens=60),
+        ["model.max_length", "40", "60", "96"],
+    ),
     "more than the model's positions": Case(put("model", max_length=4096), ["model.max_length", "4096", "96"]),
     "nothing left after cutting": Case(
         lambda r: (rows(r, "".join(line("x", "l" * 60 + str(i % 2)) for i in range(30)))), ["max_length"]

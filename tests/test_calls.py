@@ -168,6 +168,9 @@ def test_real_calls_read_back_from_the_models_own_template(
         ("The result is 12.", "12 apples", False),
         (" Paris. ", "paris", True),
         ("Paris, France", "Paris", False),
+        ("so 12", "#### 12 apples", True),
+        ("last 3", "intro\n#### Steps\n1. do\n2. go 3", False),
+        ("25", "4 9 16 25", False),
         ("", "x", False),
     ],
 )

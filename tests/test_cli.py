@@ -92,8 +92,25 @@ def test_eval_repeats_the_runs_own_figures(finished: Path, tmp_path: Path, capsy
     assert main(["eval", str(finished / "model"), *options]) == 0
     got = json.loads(capsys.readouterr().out.splitlines()[-1])
     expected = json.loads((finished / "summary.json").read_text())["metrics"]["average_model"]
-    assert got.pop("samples") == 12 and got.pop("data") == str(tmp_path / "test.jsonl")
+    counts = {name: got.pop(name) for name in ("data", "rows", "cut", "samples", "labels")}
+    assert counts == {"data": str(tmp_path / "test.jsonl"), "rows": 12, "cut": 0, "samples": 12, "labels": 3}
     assert got == pytest.approx(expected, rel=1e-4)
+
+
+def test_eval_chooses_between_the_classes_that_the_model_was_trained_to_tell(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Between those of the file alone a model looks better the fewer rows it is measured on."""
+    rows = [line for line in (tmp_path / "test.jsonl").read_text().splitlines() if '"green"' not in line]
+    (tmp_path / "two.jsonl").write_text("\n".join(rows) + "\n")
+    assert main(["export", str(finished), "--to", str(tmp_path / "copy")]) == 0
+    (finished / "summary.json").unlink()
+    assert main(["export", str(finished), "--to", str(tmp_path / "checkpoint")]) == 0
+    (tmp_path / "three.jsonl").write_text('{"text": "x", "label": "red"}\n{"text": "y", "label": "grey"}\n')
+    for model, file, labels in (("copy", "two", 3), ("checkpoint", "two", 3), ("copy", "three", 2)):
+        options = ["--data", str(tmp_path / f"{file}.jsonl"), "--task", "classification", "--max-length", "40"]
+        assert main(["eval", str(tmp_path / model), *options]) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["labels"] == labels
 
 
 def test_export_of_a_peers_personal_model(finished: Path, tmp_path: Path, micro_model: Path) -> None:

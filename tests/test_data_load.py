@@ -103,6 +103,25 @@ def test_messages_are_put_in_order(tmp_path: Path) -> None:
     assert quoted["tools"] == [{}]
 
 
+def test_calls_are_read_in_every_form_they_come_in(tmp_path: Path) -> None:
+    """As a list, one object, their JSON text, or the older field; an answer's role was another then, too."""
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    forms = [
+        {"tool_calls": [call]}, {"tool_calls": call}, {"tool_calls": json.dumps([call])},
+        {"function_call": call["function"]},
+    ]  # fmt: skip
+    rows = [
+        {"messages": [{"role": "assistant", "content": "", **form}, {"role": "function", "name": "f", "content": "1"}]}
+        for form in forms
+    ]
+    (tmp_path / "a.jsonl").write_text(lines(rows))
+    expected = [
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": "f", "content": "1"},
+    ]
+    assert [row["messages"] for row in load_table(str(tmp_path / "a.jsonl"), CHAT).rows] == [expected] * 4
+
+
 def test_long_cells_of_csv_are_read(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('text\n"' + "long " * 50_000 + '"\n')
     limit = csv.field_size_limit()
@@ -211,6 +230,20 @@ def test_stdlib_rows_come_with_their_groups(monkeypatch: pytest.MonkeyPatch) -> 
         ),
         ("a.jsonl", b'{"messages": [{"role": "user", "content": 1}]}', CHAT, "message 1: content is an integer"),
         ("a.jsonl", b'{"messages": [{"role": "user", "content": [{"image": 1}]}]}', CHAT, "a part that is not text"),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "assistant", "tool_calls": "f()"}]}',
+            CHAT,
+            "a.jsonl:1, message 1: field 'tool_calls' is text, expected a list of objects",
+        ),
+        ("a.jsonl", b'{"messages": [{"role": "a", "function_call": "f"}]}', CHAT, "'function_call' is text.*an object"),
+        (
+            "a.jsonl",
+            b'{"text": "a", "label": "x"}',
+            DataSection(task="classification", text_b_field="hypotesis"),
+            "a.jsonl: no row has the field 'hypotesis' .the first has text, label.*data.text_b_field",
+        ),
+        ("a.csv", b'text;label\n"a";"x"\n', LABELS, "broken CSV: .* expected commas between cells"),
         ("a.jsonl", b'{"messages": [], "tools": {"a": 1}}', CHAT, "field 'tools' is an object.*data.tools_field"),
     ],
 )

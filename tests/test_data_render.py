@@ -276,6 +276,9 @@ def test_only_the_assistant_is_learned(template: str | None, byte_tokenizer: Pre
     assert targets(byte_tokenizer, sample) == f"{space}same{space}{end}{space}last é{space}{end}"
     assert "unanswered" not in full(byte_tokenizer, sample)
     assert full(byte_tokenizer, sample).endswith(f"last é{space}{end}")
+    row["messages"][1]["weight"] = 0  # OpenAI's way to say that a turn is read, not learned
+    [sample] = render([row], CHAT, byte_tokenizer, 400).samples
+    assert targets(byte_tokenizer, sample) == f"{space}last é{space}{end}"
 
 
 @with_fixtures
@@ -411,7 +414,7 @@ def test_an_answer_longer_than_its_room_loses_its_end(byte_tokenizer: PreTrained
         (LABELS, [labelled("abc", "a"), labelled("abc", "b")], 10),
         (INSTRUCTION, [{"instruction": "a", "output": " "}, {"instruction": "", "output": "b"}], 64),
         (INSTRUCTION, [{"instruction": "a", "output": "b"}], 8),
-        (CHAT, [chat(), chat(user("a"))], 64),
+        (CHAT, [chat(assistant("")), chat(user("a"))], 64),
     ],
 )
 def test_nothing_left_to_learn_from(
@@ -433,4 +436,10 @@ def test_a_refusing_template_names_the_row(byte_tokenizer: PreTrainedTokenizerBa
     byte_tokenizer.chat_template = INST
     rows = [chat(user("a"), assistant("b")), chat({"role": "system", "content": "s"}, user("a"), assistant("b"))]
     with pytest.raises(DataError, match="row 2: the model's chat template refuses this conversation: no system turn"):
+        render(rows, CHAT, byte_tokenizer, 64)
+
+
+def test_conversations_without_an_assistant_name_the_roles_they_have(byte_tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [chat(user("a"), {"role": "model", "content": "b"})]
+    with pytest.raises(DataError, match=r"no turn of 1 conversations has the role 'assistant'.*; got model, user;"):
         render(rows, CHAT, byte_tokenizer, 64)

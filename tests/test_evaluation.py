@@ -121,6 +121,25 @@ def test_prompts_go_alone_where_padding_changes_what_is_said(
     assert sizes[3:] == [1, 2, 1, 1, 1]
 
 
+def test_an_end_token_at_once_and_the_models_own_settings_change_nothing(
+    byte_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """The trial of padding then had one step alone and two padded; settings may suppress tokens or ask for more."""
+    model = LanguageModel(make_model("llama"), ModelSection())
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, 61, n).astype(np.int32) for n in range(4, 24)]
+    [first] = greedily(model, prompts[0], 1, set())
+    prompts = [prompts[0], *[prompt for prompt in prompts if greedily(model, prompt, 1, set()) != [first]][:3]]
+    byte_tokenizer.eos_token_id = model.module.generation_config.eos_token_id = first
+    expected = [greedily(model, prompt, 6, {first}) for prompt in prompts]
+    model.module.generation_config.min_new_tokens = 4
+    model.module.generation_config.suppress_tokens = [expected[1][0]]
+    own = model.module.generation_config
+    got = generate(model, byte_tokenizer, prompts, max_new_tokens=6)
+    assert got == [byte_tokenizer.decode(ids) for ids in expected] and got[0] == "" and got[1]
+    assert model.module.generation_config is own
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_generation_ends_where_positions_do(name: str, byte_tokenizer: PreTrainedTokenizerBase) -> None:
     model = LanguageModel(make_model(name), ModelSection())
@@ -246,6 +265,11 @@ def test_references_that_cannot_be_read_are_told(chatty: PreTrainedTokenizerBase
     [said] = remarks(held_out(ROWS, chatty), EvalSection(generate_samples=1))
     assert "the calls of 3 of 3 held-out rows do not read back" in said
     chatty.chat_template = TEMPLATE
+    assert remarks(HeldOut([], [], chatty, (), 60, 40, 3), EvalSection()) == [
+        "40 of 60 held-out rows were cut to model.max_length: what they are measured by may lack its end, or its"
+        " question",
+        "3 of 60 held-out rows have nothing to predict and were left out",
+    ]
     [said] = remarks(held_out(ROWS, chatty, 60), EvalSection(generate_samples=1))
     assert "the calls of 3 of 3 held-out rows do not read back" in said and "cut off" in said
 

@@ -339,7 +339,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="data.key=value",
         help="how the files are read, such as data.text_field=sentence; repeatable",
     )
-    evaluate.add_argument("--max-samples", type=_at_least(0), default=0, metavar="N", help="rows at most; 0: all")
+    evaluate.add_argument(
+        "--max-samples", type=_at_least(0), default=0, metavar="N", help="rows at most, drawn; 0: all"
+    )
     evaluate.add_argument(
         "--max-length",
         type=_at_least(8),

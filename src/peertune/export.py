@@ -77,7 +77,8 @@ def export(run: Path, to: Path, peer: int | None = None) -> int | None:
     own = dict(module.named_parameters())
     for name, value in (average | personal).items():
         own[name].data.copy_(value)
-    save_trained(to, module, prepare_tokenizer(config, base), lambda: load_full_model(config.model, cpu, base))
+    tokenizer, labels = prepare_tokenizer(config, base), recipe.get("labels", ())
+    save_trained(to, module, tokenizer, lambda: load_full_model(config.model, cpu, base), labels=labels)
     return done
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -10,12 +11,13 @@ import torch
 from peertune.algorithms import METHODS
 from peertune.config import DataSection, EvalSection, ModelSection, apply_override, from_dict
 from peertune.data.load import load_table
-from peertune.data.render import find_labels
-from peertune.errors import ConfigError
+from peertune.data.render import Rows, find_labels
+from peertune.errors import ConfigError, DataError
 from peertune.evaluation import measure, require_harness, run_harness
 from peertune.model.language_model import LanguageModel
 from peertune.model.load import load_tokenizer, load_trained
 from peertune.prepare import check_vocabulary, held_out
+from peertune.run_folder import read_labels
 
 Task = Literal["text", "classification", "instruction", "chat"]
 
@@ -33,18 +35,20 @@ def evaluate_model(
 ) -> Iterator[dict[str, Any]]:
     """Measure a model folder or hub name on data files, then on tasks of lm-evaluation-harness.
 
-    For classification the labels are those found in a file.
+    For classification the labels are those that came with the model, where a file has no others; else the file's.
 
     Args:
         task: of all files.
-        settings: how many rows of a file are used, its first ones, and how many are answered by generation.
+        settings: how many rows of a file are used at most, drawn as in a run of seed 0, and how many are answered by
+            generation.
         max_length: longest sequence, tokens; 0: 256 for files, the model's own for the harness.
         harness_tasks: names the harness knows.
         trust_remote_code: let code run that comes with the model, such as exported bottlenecks need.
         overrides: `data.key=value` texts, such as the names of the files' fields.
     Yields:
-        For each file "data", "samples", its metrics, and "by_client" where rows have a client; for each task of the
-        harness "lm_eval" and its metrics.
+        For each file "data", its "rows", how many of them were "cut" to the longest length and how many "samples" of
+        them were measured, for classification the number of "labels"; its metrics, and "by_client" where rows have a
+        client. For each task of the harness "lm_eval" and its metrics.
     Raises:
         ConfigError: there are files and no task, a setting means nothing for the task, an override is no key of [data],
             or the harness is not installed or refuses.
@@ -67,9 +71,12 @@ def evaluate_model(
     tokenizer = load_tokenizer(chosen)
     read = []
     for rows, section in zip(tables, sections, strict=True):
-        names = find_labels(rows, section) if section.task == "classification" else []
-        first = rows[: settings.max_samples or None]
-        read.append(held_out(first, section, tokenizer, chosen.max_length, names))
+        names = _labels(model, rows, section) if section.task == "classification" else []
+        limit = settings.max_samples
+        try:
+            read.append(held_out(rows, section, tokenizer, chosen.max_length, names, limit=limit))
+        except DataError as error:
+            raise DataError(f"{section.train}: {error}") from error
     module = load_trained(chosen, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     for test in read:
         check_vocabulary(module, model, test)
@@ -77,12 +84,20 @@ def evaluate_model(
     for data, test in zip(files, read, strict=True):
         found = measure(measured, test, settings, by_client=True)
         nested = {"by_client": found.by_client} if found.by_client else {}
-        yield {"data": data, "samples": len(test.samples), **found.overall, **nested}
+        counts = {"rows": test.num_rows, "cut": test.num_cut, "samples": len(test.samples)}
+        counts |= {"labels": len(test.labels)} if test.labels else {}
+        yield {"data": data, **counts, **found.overall, **nested}
     if harness_tasks:
         limit = settings.max_samples
         results = run_harness(module, tokenizer, harness_tasks, limit=limit, max_length=max_length)
         for name, metrics in results.items():
             yield {"lm_eval": name, **metrics}
+
+
+def _labels(model: str, rows: Rows, section: DataSection) -> list[str]:
+    """The classes to choose between: with fewer of them a model would seem better. Raises DataError."""
+    known, found = read_labels(Path(model)), find_labels(rows, section, 1)
+    return known if set(found) <= set(known) else find_labels(rows, section)
 
 
 def _section(data: str, task: Task, overrides: Sequence[str]) -> DataSection:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +57,8 @@ class Prepared:
     """What is evaluated: held-out rows, or those kept back for validation."""
     classes: list[dict[str, Any]]
     """Who holds what, by peer, for the report."""
+    label_names: Sequence[str] = ()
+    """Names of the classes, in the order of their numbers; empty but for classification."""
     notes: list[str] = field(default_factory=list)
     """What a user should know about the rows."""
 
@@ -101,6 +104,7 @@ def prepare_data(config: RunConfig, base: Path | None, site: int | None = None) 
         train=train,
         test=measured,
         classes=describe_partition(table.rows, list(parts.values()), section),
+        label_names=label_names,
         notes=[
             *([f"{num_unlabelled} training rows have no label and were left out"] if num_unlabelled else []),
             *_shortened(list(train.values()), length),
@@ -130,12 +134,19 @@ def held_out(
     Raises:
         DataError: as `render` and `label_tokens`.
     """
-    samples = render(rows, section, tokenizer, max_length, label_names).samples if rows else []
+    if not rows:
+        return HeldOut([], [], tokenizer, label_tokens(tokenizer, label_names))
+    try:
+        rendered = render(rows, section, tokenizer, max_length, label_names)
+    except DataError as error:
+        raise DataError(f"held-out rows: {error}") from error
+    samples = rendered.samples
     if limit and len(samples) > limit:
         keep = numpy_rng(seed, "eval").choice(len(samples), limit, replace=False)
         samples = [samples[i] for i in sorted(keep)]
     known = references(rows, samples, section, tokenizer)
-    return HeldOut(samples, known, tokenizer, label_tokens(tokenizer, label_names))
+    labels = label_tokens(tokenizer, label_names)
+    return HeldOut(samples, known, tokenizer, labels, len(rows), rendered.num_cut, rendered.num_dropped)
 
 
 def _class_names(train: Rows, test: Rows, section: DataSection, is_site: bool) -> list[str]:
@@ -211,6 +222,14 @@ def prepare_model(config: RunConfig, device: torch.device, base: Path | None) ->
         ModelError, ConfigError: as `load_model` and `add_adapter`.
     """
     module = load_model(config.model, device, base, seed=derive_seed(config.run.seed, "base"))
+    positions = getattr(module.config, "max_position_embeddings", None) or math.inf
+    virtual = config.algorithm.num_virtual_tokens if config.algorithm.adapter in ("prompt", "prefix") else 0
+    if config.model.max_length + virtual > positions:
+        raise ConfigError(
+            f"model.max_length: got {config.model.max_length} beside {virtual} virtual tokens, but"
+            f" {config.model.path!r} has {positions} positions for both; lower it to {int(positions) - virtual}, or"
+            " take fewer (algorithm.num_virtual_tokens)"
+        )
     return add_adapter(module, config.algorithm, derive_seed(config.run.seed, "adapter"))
 
 

@@ -263,7 +263,7 @@ class Run:
             base = str(self.base.absolute())
             recipe = {
                 "config": self.config.to_dict(), "versions": versions(), "base": base, "members": self.num_members,
-                "site": None if self.site is None else self.site.index,
+                "site": None if self.site is None else self.site.index, "labels": list(self.data.label_names),
             }  # fmt: skip
             self.folder.create(recipe)
             self.folder.rewind(0)
@@ -389,7 +389,8 @@ class Run:
     def _keep(self, module: torch.nn.Module, summary: Mapping[str, Any]) -> None:
         """Write the model, the report and, last, the summary, by which the run is finished."""
         full = partial(load_full_model, self.config.model, torch.device("cpu"), self.base)
-        save_trained(self.folder.model, module, self.data.tokenizer, full, self.folder.adapter)
+        labels = self.data.label_names
+        save_trained(self.folder.model, module, self.data.tokenizer, full, self.folder.adapter, labels)
         write_report(self.folder.path)
         self.folder.write_summary(summary)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ FREE_KEYS = {
     *("link.bandwidth_mbit", "link.latency_ms"),
 }
 """Keys that a resumed run may change: they do not touch what is computed."""
+LABELS = "labels.json"
+"""Beside a model that tells classes: their names, in the order of their numbers."""
 
 
 class RunFolder:
@@ -162,7 +164,12 @@ class RunFolder:
 
 
 def save_trained(
-    folder: Path, module: Any, tokenizer: Any, load_base: Callable[[], Any], adapter: Path | None = None
+    folder: Path,
+    module: Any,
+    tokenizer: Any,
+    load_base: Callable[[], Any],
+    adapter: Path | None = None,
+    labels: Sequence[str] = (),
 ) -> None:
     """Export what was trained as a whole model, an adapter merged into it; one that cannot be merged by itself.
 
@@ -171,18 +178,29 @@ def save_trained(
         module: the trained model.
         load_base: loads the base once more, to merge an adapter into.
         adapter: where the adapter alone goes too.
+        labels: names of the classes it was trained to tell, kept beside it.
     """
-    if core_of(module) is module:
-        save_model(folder, module, tokenizer)
-        return
-    merged = merge_adapter(module, load_base())
+    merged = module if core_of(module) is module else merge_adapter(module, load_base())
     if merged is not None:
         save_model(folder, merged, tokenizer)
-    alone = adapter or (folder if merged is None else None)
-    if alone is not None:
+    alone = adapter or folder
+    if merged is not module and (adapter is not None or merged is None):
         with storage_errors(alone):
             module.save_pretrained(alone)
             tokenizer.save_pretrained(alone)
+    for written in {folder, alone} if labels else set():
+        if written.exists():
+            with storage_errors(written):
+                (written / LABELS).write_text(json.dumps(list(labels), ensure_ascii=False), encoding="utf-8")
+
+
+def read_labels(folder: Path) -> list[str]:
+    """Names of the classes that a model in a folder was trained to tell; none where it does not say."""
+    try:
+        found = json.loads((folder / LABELS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
 
 
 def save_model(folder: Path, module: Any, tokenizer: Any) -> None:

@@ -301,7 +301,8 @@ def _length(tokenized: Tokenized | None) -> int:
 
 def _says_something(message: Message) -> bool:
     content = message.get("content") or ""
-    return message["role"] == "assistant" and bool(content.strip() or message.get("tool_calls"))
+    is_learned = message["role"] == "assistant" and message.get("weight", 1) != 0
+    return is_learned and bool(content.strip() or message.get("tool_calls"))
 
 
 def _with_object(call: Any) -> Any:

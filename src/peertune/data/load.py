@@ -28,6 +28,8 @@ Located = Iterator[tuple[str, Row]]
 _KINDS = (".jsonl", ".json", ".csv", ".txt", ".parquet")
 _EXPECTED = ".jsonl, .json, .csv or .txt (each also with .gz), .parquet, or a Hugging Face data set org/name[:split]"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+OPTIONAL = {"classification": "text_b_field", "instruction": "input_field", "chat": "tools_field"}
+"""By task, the key of [data] that names a field which rows may lack."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,20 @@ def load_table(sources: str | list[str], config: DataSection, *, base: Path | No
         if len(rows) == before:
             raise DataError(f"{name}: is empty; expected at least one row")
         source.extend(origin or [index] * (len(rows) - before))
+    _check_optional(rows, config, ", ".join(names))
     return Table(rows, source)
+
+
+def _check_optional(rows: list[Row], config: DataSection, where: str) -> None:
+    """Refuse the name of an optional field that was set and that no row has: it is a wrong one. Raises DataError."""
+    key = OPTIONAL.get(config.task)
+    if key is None or (field := getattr(config, key)) == type(config).model_fields[key].default:
+        return
+    if not any(field in row for row in rows):
+        raise DataError(
+            f"{where}: no row has the field {field!r} (the first has {', '.join(map(str, rows[0]))}); name the right"
+            f" one with data.{key}, or leave that out"
+        )
 
 
 def _open(name: str, config: DataSection, base: Path | None) -> Located:
@@ -201,7 +216,10 @@ def _read_csv(text: str, name: str) -> Located:
     try:
         lines = [(reader.line_num, cells) for cells in reader if cells]
     except csv.Error as error:
-        raise DataError(f"{name}:{reader.line_num}: broken CSV: {error}") from None
+        raise DataError(
+            f"{name}:{reader.line_num}: broken CSV: {error}; expected commas between cells, and a quote within a quoted"
+            " cell doubled"
+        ) from None
     finally:
         csv.field_size_limit(limit)
     header = lines[0][1] if lines else []
@@ -268,7 +286,7 @@ def _check(row: Row, where: str, config: DataSection) -> Row:
     else:
         row = {**row, config.messages_field: _messages(row, where, config)}
         if row.get(config.tools_field) is not None:
-            row[config.tools_field] = _objects(row, where, "tools_field", config)
+            row[config.tools_field] = _objects(row[config.tools_field], where, config.tools_field, "tools_field")
     return row
 
 
@@ -302,28 +320,31 @@ def _label(row: Row, where: str, config: DataSection) -> str:
     return str(value).strip()
 
 
-def _objects(row: Row, where: str, key: str, config: DataSection) -> list[Row]:
-    """A field that holds a list of objects, or its JSON text as CSV files have it."""
-    value = _value(row, where, key, config)
+def _objects(value: Any, where: str, field: str, key: str = "") -> list[Row]:
+    """A field's list of objects, or its JSON text as CSV files have it.
+
+    Args:
+        key: that of [data] which names the field, if any.
+    """
+    named = f" (data.{key})" if key else ""
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.strip() else []
         except json.JSONDecodeError:
             pass  # reported below as text where a list was expected
         except (RecursionError, ValueError) as error:
-            raise DataError(
-                f"{where}: field {getattr(config, key)!r}: broken JSON: {_unreadable(error)} (data.{key})"
-            ) from None
+            raise DataError(f"{where}: field {field!r}: broken JSON: {_unreadable(error)}{named}") from None
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         got = _type(value) if not isinstance(value, list) else "a list that does not hold objects only"
-        raise DataError(f"{where}: field {getattr(config, key)!r} is {got}, expected a list of objects (data.{key})")
+        raise DataError(f"{where}: field {field!r} is {got}, expected a list of objects{named}")
     _check_encodable(json.dumps(value, ensure_ascii=False), where)
     return value
 
 
 def _messages(row: Row, where: str, config: DataSection) -> list[Row]:
     messages = []
-    for number, message in enumerate(_objects(row, where, "messages_field", config), 1):
+    value = _value(row, where, "messages_field", config)
+    for number, message in enumerate(_objects(value, where, config.messages_field, "messages_field"), 1):
         place = f"{where}, message {number}"
         if not isinstance(message.get("role"), str):
             raise DataError(
@@ -340,8 +361,28 @@ def _messages(row: Row, where: str, config: DataSection) -> list[Row]:
             raise DataError(f"{place}: content is {_type(content)}, expected text")
         # templates test for presence
         kept = {key: value for key, value in message.items() if value is not None}
-        messages.append({**kept, "content": content or ""})
+        messages.append({**_with_tool_calls(kept, place), "content": content or ""})
     return messages
+
+
+def _with_tool_calls(message: Row, where: str) -> Row:
+    """A message whose calls are a list of objects, also where it has them as their JSON text or in the older form.
+
+    That is one `function_call` of an assistant, answered by the role "function"; templates know those above and "tool".
+    """
+    older = message.get("function_call")
+    if older is not None:
+        if not isinstance(older, dict):
+            raise DataError(f"{where}: field 'function_call' is {_type(older)}, expected an object")
+        message = {key: value for key, value in message.items() if key != "function_call"}
+        message = {"tool_calls": [{"type": "function", "function": older}], **message}
+    if message["role"] == "function":
+        message = {**message, "role": "tool"}
+    if "tool_calls" in message:
+        calls = message["tool_calls"]
+        calls = _objects([calls] if isinstance(calls, dict) else calls, where, "tool_calls")
+        message = {**message, "tool_calls": calls}
+    return message
 
 
 def _check_encodable(text: str, where: str) -> None:

@@ -137,6 +137,12 @@ def render(
     else:
         samples, num_cut, num_dropped, tools_cut = _converse(rows, config, tokenizer, max_length)
     if not samples:
+        if config.task == "chat" and not any(m["role"] == "assistant" for r in rows for m in r[config.messages_field]):
+            roles = ", ".join(sorted({m["role"] for r in rows for m in r[config.messages_field]}))
+            raise DataError(
+                f"data: no turn of {len(rows)} conversations has the role 'assistant', whose words are learned; got"
+                f" {roles or 'no turns'}; rename the roles"
+            )
         raise DataError(
             f"data: none of {len(rows)} rows leaves a token to predict within model.max_length = {max_length}: they "
             "are empty or too long; raise model.max_length, or check the fields' names under [data]"

@@ -10,14 +10,14 @@ _NUMBER = re.compile(r"(?<![\w.])[-+]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<
 def exact_match(generated: str, expected: str) -> bool:
     """Whether an answer is right.
 
-    Where the expected one ends in "#### N", as those of GSM8K do, or is nothing but a number, numbers are compared: the
-    generated one is what follows "####", else the last in the text. Else the texts are compared, without case,
-    punctuation at the end and differences of white space.
+    Where the expected one ends in "#### N", as those of GSM8K do, or is one number and nothing else, numbers are
+    compared: the generated one is what follows "####", else the last in the text. Else the texts are compared, without
+    case, punctuation at the end and differences of white space.
     """
-    marked = "####" in expected
-    number = last_number(expected.rpartition("####")[2])
-    if number is not None and (marked or not _NUMBER.sub("", expected).strip(" \n\t.%$€£")):
-        return answered_number(generated) == number
+    _, mark, tail = expected.rpartition("####")
+    is_alone = not _NUMBER.sub("", tail).strip(" \n\t.%$€£")
+    if len(_NUMBER.findall(tail)) == 1 and (is_alone or (mark and "\n" not in tail.strip())):
+        return answered_number(generated) == last_number(tail)
     return normalise(generated) == normalise(expected)
 
 

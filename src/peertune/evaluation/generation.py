@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Prompt = NDArray[np.int32]
+NEVER = -1
+"""No token; as the end token it lets nothing end. With none at all transformers takes the model's own."""
 
 
 def generate(
@@ -40,6 +43,7 @@ def generate(
     """
     ends = sorted({*stop} | ({tokenizer.eos_token_id} - {None}))
     positions = getattr(model.module.config, "max_position_embeddings", None) or 2**31
+    positions -= model.num_virtual
     texts = [""] * len(prompts)
     order = sorted((i for i, p in enumerate(prompts) if 0 < len(p) < positions), key=lambda i: (len(prompts[i]), i))
     with model.evaluating():
@@ -76,26 +80,35 @@ def _continue(
     for row, seen, prompt in zip(ids, mask, prompts, strict=True):
         row[width - len(prompt) :] = torch.as_tensor(prompt.astype(np.int64))
         seen[width - len(prompt) :] = 1
-    # What is left unsaid here would be taken from the model's own settings, which may sample or penalise.
     config = GenerationConfig(
         max_new_tokens=limit,
-        min_length=0,
         do_sample=False,
-        num_beams=1,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
         pad_token_id=pad,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=list(ends) or None,
+        eos_token_id=list(ends) or [NEVER],
         return_dict_in_generate=True,
         output_logits=True,
     )
-    return model.module.generate(
-        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
-    )
+    with _without_own_settings(model):
+        return model.module.generate(
+            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
+        )
+
+
+@contextmanager
+def _without_own_settings(model: LanguageModel) -> Iterator[None]:
+    """Context in which the model's own settings of generation, which may sample, penalise or suppress, say nothing."""
+    from transformers import GenerationConfig
+
+    holders = [model.module] if model.core is model.module else [model.module, model.core]
+    own = [holder.generation_config for holder in holders]
+    try:
+        for holder in holders:
+            holder.generation_config = GenerationConfig()
+        yield
+    finally:
+        for holder, settings in zip(holders, own, strict=True):
+            holder.generation_config = settings
 
 
 def _padding_is_exact(

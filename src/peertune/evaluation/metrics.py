@@ -33,6 +33,12 @@ class HeldOut:
     tokenizer: PreTrainedTokenizerBase
     labels: Sequence[Sequence[int]] = ()
     """Token ids of each label (classification)."""
+    num_rows: int = 0
+    """Rows that the samples were drawn from."""
+    num_cut: int = 0
+    """Of them, those cut to the longest sample's length."""
+    num_dropped: int = 0
+    """Of them, those with nothing to predict."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,13 @@ def remarks(data: HeldOut, settings: EvalSection) -> list[str]:
     num_calls = sum(bool(sample.calls) for sample in data.samples)
     unread = sum(not reference.readable for reference in data.references)
     said = []
+    if data.num_cut:
+        said.append(
+            f"{data.num_cut} of {data.num_rows} held-out rows were cut to model.max_length: what they are measured"
+            " by may lack its end, or its question"
+        )
+    if data.num_dropped:
+        said.append(f"{data.num_dropped} of {data.num_rows} held-out rows have nothing to predict and were left out")
     if num_calls and not settings.generate_samples:
         said.append(
             f"{num_calls} held-out rows make calls, but eval.generate_samples is 0: no answer is generated, and"

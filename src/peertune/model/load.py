@@ -109,16 +109,28 @@ def load_model(config: ModelSection, device: torch.device, base: Path | None = N
 
 
 def load_trained(config: ModelSection, device: torch.device) -> nn.Module:
-    """As `load_model`, but the folder may also be an adapter's, as peft writes it; its base is loaded with it."""
-    if not (Path(resolve_path(config.path)) / "adapter_config.json").exists():
-        return load_model(config, device)
-    from peft import AutoPeftModelForCausalLM
+    """As `load_model`, but the folder may also be an adapter's, as peft writes it; its base is loaded in the same way.
 
-    with warnings.catch_warnings():
-        # peft asks transformers by a name that is on its way out.
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-        module: nn.Module = _from_pretrained(AutoPeftModelForCausalLM, config, None)
-    return module.to(device)
+    Raises:
+        ModelError: as `load_model`, of the base; or the adapter does not fit it.
+    """
+    folder = resolve_path(config.path)
+    if not (Path(folder) / "adapter_config.json").exists():
+        return load_model(config, device)
+    from peft import PeftConfig, PeftModel
+
+    try:
+        base_path = PeftConfig.from_pretrained(folder).base_model_name_or_path
+        base = load_model(config.model_copy(update={"path": base_path}), device)
+        with warnings.catch_warnings():
+            # peft asks transformers by a name that is on its way out.
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+            return PeftModel.from_pretrained(base, folder).to(device)  # type: ignore[no-any-return]
+    except ModelError:
+        raise
+    except Exception as error:  # peft raises many kinds for a damaged adapter or another base
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ModelError(f"model.path: the adapter in {config.path!r} does not load on its base: {reason}") from error
 
 
 def load_full_model(config: ModelSection, device: torch.device, base: Path | None = None) -> nn.Module:
