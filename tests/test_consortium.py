@@ -1028,3 +1028,9 @@ def test_a_site_that_must_goes_out_through_an_http_proxy(tmp_path: Path, monkeyp
     fork.Process(target=play_node, args=(charter, b, "", 60.0, heard[1]), daemon=True).start()
     assert heard[1].get(timeout=60) == heard[0].get(timeout=60) == ["connected"]
     assert proxy.asked and set(proxy.asked) == {f"127.0.0.1:{port}"}
+
+
+def test_what_another_site_says_of_its_charter_cannot_write_to_a_terminal(tmp_path: Path) -> None:
+    charter = make_charter(tmp_path, ["a", "b"])
+    named = difference(charter, {"\x1b]0;x\x07\x1b[2J\nnote: all is well": "y", **charter.parts()}, "")
+    assert named.isprintable() and "all is well" in named

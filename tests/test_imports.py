@@ -8,6 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "src" / "peertune"
 LAYERS = [
     "errors",
+    "logfields",
     "config",
     "seeds",
     "memory",
@@ -31,7 +32,6 @@ LAYERS = [
     "checkpoint",
     "run_folder",
     "evaluation",
-    "logfields",
     "formatting",
     "metric",
     "report",

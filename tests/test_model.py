@@ -16,6 +16,7 @@ from peertune.errors import ModelError
 from peertune.evaluation.likelihood import label_scores, label_scores_plainly, macro_f1
 from peertune.model.blocks import block_table, find_layers, frozen_names, is_tied, partition_blocks
 from peertune.model.language_model import LanguageModel
+from peertune.model.layers import draws_in_training
 from peertune.model.load import clone_model, load_model
 from tests.shapes import ARCHITECTURES, LAYERS, VOCABULARY, make_model
 
@@ -284,3 +285,13 @@ def test_a_damaged_base_is_refused(tmp_path: Any) -> None:
         load_model(ModelSection(path=str(tmp_path), max_length=16), torch.device("cpu"))
     with pytest.raises(ModelError, match="64 positions"):
         load_model(ModelSection(path=str(tmp_path), max_length=65), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "draws"),
+    [("attention_dropout", 0.1, True), ("router_jitter_noise", 0.01, True), ("router_jitter_noise", 0.0, False)],
+)
+def test_what_draws_random_numbers_in_training_is_known(key: str, value: float, draws: bool) -> None:
+    module = make_model("llama")
+    setattr(module.config, key, value)
+    assert draws_in_training(module) == draws

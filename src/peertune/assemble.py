@@ -18,7 +18,7 @@ from peertune.config import ModelSection, RunConfig
 from peertune.data.batches import Batches, UnionBatches
 from peertune.errors import ConfigError
 from peertune.model.language_model import LanguageModel
-from peertune.model.layers import has_dropout
+from peertune.model.layers import draws_in_training
 from peertune.model.sharding import ShardedModel
 from peertune.peer import Peer
 from peertune.prepare import Prepared, model_blocks, prepare_model
@@ -89,7 +89,7 @@ def make_pool(config: RunConfig, module: torch.nn.Module, device: torch.device) 
     for reason, applies in (
         (f"run.threads = {section.threads}, expected 1", section.threads > 1),
         (f"device {device}, expected a CPU", device.type != "cpu"),
-        ("a model with dropout, whose draws come from one generator", has_dropout(module)),
+        ("a model with dropout or jitter, whose draws come from one generator", draws_in_training(module)),
     ):
         if applies:
             raise ConfigError(
@@ -104,9 +104,10 @@ def make_parts(config: RunConfig, peers: Sequence[Member]) -> list[Alone | Toget
     if size == 1 or len(peers) <= 1:  # none where a process plays the hub alone
         return [Alone(algorithm) for algorithm in algorithms]
     local_steps = [algorithm for algorithm in algorithms if isinstance(algorithm, LocalSteps)]
+    module = peers[0].algorithm.peer.model.module
     for reason, applies in (
         (f"{config.algorithm.name}, which has no rounds of local AdamW steps", len(local_steps) < len(algorithms)),
-        ("a model with dropout, whose draws are each peer's own", has_dropout(peers[0].algorithm.peer.model.module)),
+        ("a model with dropout or jitter, whose draws are each peer's own", draws_in_training(module)),
     ):
         if applies:
             raise ConfigError(f"run.batched_peers: got {size} with {reason}; set run.batched_peers = 1")

@@ -22,6 +22,7 @@ import peertune
 from peertune.config import Methods, NonNegative, Positive, RunConfig, Section, flatten, from_dict
 from peertune.errors import CharterError
 from peertune.identity import Identity, certificate_id, is_own, is_signed
+from peertune.logfields import text
 from peertune.storage import write_atomically
 
 MAX_PIECES = 400
@@ -293,7 +294,7 @@ def difference(mine: Charter, theirs: Mapping[str, str], pieces: object = "") ->
     found: list[str] = []
     for part in sorted(own.keys() | theirs.keys()):
         if own.get(part) != theirs.get(part):
-            found += sorted(key for key in differing if key.partition(".")[0] == part) or [part[:40]]
+            found += sorted(key for key in differing if key.partition(".")[0] == part) or [text(part, 40)]
     more = f" and {len(found) - MAX_NAMED} more" if len(found) > MAX_NAMED else ""
     return ", ".join(found[:MAX_NAMED]) + more
 

@@ -17,7 +17,7 @@ from peertune.errors import ModelError
 from peertune.model import attention, lora, norm
 from peertune.model.adapters import core_of
 from peertune.model.blocks import Block, find_layers
-from peertune.model.layers import LayerStack, has_dropout
+from peertune.model.layers import LayerStack, draws_in_training
 from peertune.model.loss import chunked_cross_entropy
 from peertune.model.packing import Packing, is_worth_packing, pack, packed
 
@@ -43,18 +43,18 @@ class LanguageModel:
         """The transformers model itself."""
         self._decoder = _decoder_of(self.core, config.path)
         self.num_virtual = self._num_virtual()
-        dropout = has_dropout(module)
-        if dropout and config.prefix_cache:
+        draws = draws_in_training(module)
+        if draws and config.prefix_cache:
             raise ModelError(
-                f"model.prefix_cache: got true, but {config.path!r} has dropout, which draws anew at each visit;"
-                " set its dropout to 0 in its config.json, or leave the cache off"
+                f"model.prefix_cache: got true, but {config.path!r} has dropout or jitter, drawn anew at each visit;"
+                " set it to 0 in its config.json, or leave the cache off"
             )
         self.stack = LayerStack(
             find_layers(self.core)[1],
             activation_budget=config.activation_budget_mb * 1_000_000,
             prefix_cache=config.prefix_cache,
             compile=config.compile,
-            has_dropout=dropout,
+            draws=draws,
         )
         if like is None:
             self._require_causal(config.path)

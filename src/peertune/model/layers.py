@@ -53,14 +53,14 @@ class LayerStack:
         activation_budget: int = 0,
         prefix_cache: bool = False,
         compile: bool = False,
-        has_dropout: bool = False,
+        draws: bool = False,
     ) -> None:
         """
         Args:
             activation_budget: bytes that saved activations of the layers may take; 0: no recomputation.
             prefix_cache: keep a `PrefixCache`. Batches must then all have one length.
             compile: run each layer through torch.compile while training: three graphs, below, in and above the block.
-            has_dropout: recomputing a layer must then draw the same numbers again.
+            draws: it draws random numbers in training; recomputing a layer must then draw the same numbers again.
         """
         self.active = 0
         self.cache = PrefixCache() if prefix_cache else None
@@ -70,7 +70,7 @@ class LayerStack:
         self._samples: Sequence[int] | None = None
         self._start = 0
         self._returns_tuple = False
-        self._has_dropout = has_dropout
+        self._draws = draws
         self._layers = list(layers)
         for index, layer in enumerate(layers):
             layer.forward = self._wrap(index, layer.forward, compile)
@@ -132,7 +132,7 @@ class LayerStack:
         keep = self._budget // max(1, self._measured[1])
         if index >= self._num_layers - keep:
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=self._has_dropout, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=self._draws, **kwargs)
 
     def _saved_bytes(
         self, index: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -153,13 +153,13 @@ class LayerStack:
         return sum(saved.values())
 
 
-def has_dropout(module: nn.Module) -> bool:
-    """Whether a model drops anything in training, by its dropout modules and by what its config says."""
+def draws_in_training(module: nn.Module) -> bool:
+    """Whether a model draws random numbers in training, by its dropout modules and by what its config says."""
     if any(isinstance(m, nn.Dropout) and m.p > 0 for m in module.modules()):
         return True
     settings = vars(getattr(module, "config", None) or object).items()
     return any(
-        isinstance(v, float) and v > 0 and k.endswith(("dropout", "pdrop", "dropout_prob"))
+        isinstance(v, float) and v > 0 and k.endswith(("dropout", "pdrop", "dropout_prob", "jitter_noise"))
         for k, v in settings
         if not k.startswith(("summary", "classifier"))  # of heads that a language model does not have
     )

@@ -24,7 +24,7 @@ from peertune.errors import ConfigError, ModelError
 from peertune.model.adapters import core_of
 from peertune.model.blocks import find_layers, is_tied
 from peertune.model.language_model import LanguageModel
-from peertune.model.layers import has_dropout
+from peertune.model.layers import draws_in_training
 from peertune.model.loss import chunked_cross_entropy
 
 
@@ -114,7 +114,7 @@ def check_shardable(module: nn.Module, trained: Collection[str]) -> None:
             f"run.ranks_per_peer: got torch {torch.__version__}, expected one whose FSDP2 knows"
             " set_reduce_scatter_unused_params, such as 2.13; install that, or set run.ranks_per_peer = 1"
         )
-    if has_dropout(module) or has_dropout(core_of(module)):
+    if draws_in_training(module) or draws_in_training(core_of(module)):
         raise ConfigError(
             "run.ranks_per_peer: got a model with dropout, whose draws on several ranks would not be those of one; set"
             " its dropout (algorithm.lora_dropout, or that in its config.json) to 0, or run.ranks_per_peer = 1"

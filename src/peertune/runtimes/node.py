@@ -19,6 +19,7 @@ import grpc
 from peertune.charter import SAME_FILE, Charter, difference, joined
 from peertune.errors import CharterError, IdentityError
 from peertune.identity import Identity, certificate_id
+from peertune.logfields import text
 from peertune.memory import keep_freed
 from peertune.runtimes.edge import MAX_FRAME
 from peertune.runtimes.frames import ProtocolError
@@ -36,6 +37,8 @@ HANDSHAKE_S = 10.0
 """Seconds after which one who dialled and has not shown a member's key is let go of; gRPC's own choice is 120."""
 EJECTED, TWICE = grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.ALREADY_EXISTS
 """How a stream ends whose member takes part no more, or whose process is a second one."""
+MAX_REASON = 200
+"""Characters of what another says of why it ends a stream."""
 MAX_STREAMS = 8
 """Streams that a member may have open over one connection: a talk, a probe, and those that are just ending."""
 REDIAL_S = (0.2, 10.0)
@@ -226,7 +229,7 @@ class Node:
                     await neighbor.talk(call.read, call.write)
                     code = await call.code() if call.done() else None
                     if code in (EJECTED, TWICE, grpc.StatusCode.FAILED_PRECONDITION):
-                        reason = str(await call.details())
+                        reason = text(await call.details(), MAX_REASON)
                         self._log_refusal("refused_by", index, reason)
                         neighbor.turns_away = "" if code is grpc.StatusCode.FAILED_PRECONDITION else reason
                     else:

@@ -11,8 +11,9 @@ from collections.abc import Collection, Sequence
 
 import grpc
 
+from peertune.logfields import text
 from peertune.runtimes.frames import ProtocolError
-from peertune.runtimes.node import Node
+from peertune.runtimes.node import MAX_REASON, Node
 from peertune.runtimes.probe import BUSY, CONNECT_S, TOO_OFTEN, Measured, diagnose
 
 
@@ -58,10 +59,10 @@ class Survey:
                         self.failures[index] = "it runs another peertune, which cannot be measured"
                         return
                     if code is TOO_OFTEN:
-                        self.postponed[index] = str(error.details())
+                        self.postponed[index] = text(error.details(), MAX_REASON)
                         return
                     if code not in (BUSY, grpc.StatusCode.UNAVAILABLE):
-                        self.failures[index] = f"it refuses: {error.details()}"
+                        self.failures[index] = f"it refuses: {text(error.details(), MAX_REASON)}"
                         return
                     # Two who ask each other at the same moment both find the other busy: not twice.
                     await asyncio.sleep(0.1 + 0.05 * self.node.index)
