@@ -14,7 +14,7 @@ from _harness import RESULTS, finish, interleaved, peak_bytes
 
 from peertune.config import ExchangeSection
 from peertune.exchange import Inbox
-from peertune.robust import robust
+from peertune.robust import robust_inbox
 
 RULES = {"plain": "none", "clip": "clip", "trimmed_mean": "trimmed_mean"}
 CPU = torch.device("cpu")
@@ -35,7 +35,8 @@ def main() -> None:
     figures = {}
     for who, received in (("peer", inbox), ("server", server)):
         rules = {
-            name: robust(ExchangeSection.model_validate({"robust": rule}), 0, received) for name, rule in RULES.items()
+            name: robust_inbox(ExchangeSection.model_validate({"robust": rule}), 0, received)
+            for name, rule in RULES.items()
         }
         work = {name: partial(rule.mean, "block") for name, rule in rules.items()}
         times = interleaved(work, options.repeats, CPU)

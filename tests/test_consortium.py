@@ -34,7 +34,7 @@ from peertune import __version__
 from peertune.algorithms import METHODS
 from peertune.algorithms.deca import Deca
 from peertune.algorithms.fedavg import Fedavg
-from peertune.charter import Charter, Member, difference, joined, parse_member, read_charter, write_charter
+from peertune.charter import Charter, Member, difference, parse_member, piece_hashes, read_charter, write_charter
 from peertune.cli import main
 from peertune.config import from_dict
 from peertune.consortium import leave
@@ -530,15 +530,21 @@ def test_what_differs_is_named_by_its_key_in_few_bytes(tmp_path: Path) -> None:
     recipe = {"algorithm": {"lr": 0.1, "inner_steps": 8}, "run": {"seed": 0}}
     other = mine.model_copy(update={"recipe": recipe, "members": moved, "grace_s": 1.0})
     named = "grace_s, members.b.address, recipe.algorithm.inner_steps"
-    assert difference(mine, other.parts(), joined(other)) == difference(other, mine.parts(), joined(mine)) == named
-    assert difference(mine, mine.parts(), joined(mine)) == ""
+    assert (
+        difference(mine, other.parts(), piece_hashes(other))
+        == difference(other, mine.parts(), piece_hashes(mine))
+        == named
+    )
+    assert difference(mine, mine.parts(), piece_hashes(mine)) == ""
     for nonsense in ("", "zz", None, 7, ["a"], "f" * 10**6):
         assert difference(mine, other.parts(), nonsense) == "grace_s, members, recipe"
     many = [charter.members[0].model_copy(update={"name": f"m{i}"}) for i in range(500)]
     crowd = mine.model_copy(update={"members": many})
-    assert 0 < len(joined(crowd)) < 4000 and difference(mine, crowd.parts(), joined(crowd)).startswith("members")
+    assert 0 < len(piece_hashes(crowd)) < 4000 and difference(mine, crowd.parts(), piece_hashes(crowd)).startswith(
+        "members"
+    )
     wide = mine.model_copy(update={"recipe": {"edges": {f"e{i}": i for i in range(500)}}})
-    assert joined(wide) == "" and difference(mine, wide.parts(), joined(wide)) == "recipe"
+    assert piece_hashes(wide) == "" and difference(mine, wide.parts(), piece_hashes(wide)) == "recipe"
     assert len(difference(mine, {f"{i}" * 999: "" for i in range(99)})) < 300
 
 

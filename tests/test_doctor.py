@@ -42,7 +42,7 @@ from peertune.runtimes import probe, survey
 from peertune.runtimes.frames import ProtocolError
 from peertune.runtimes.message import CHUNK_SIZE
 from peertune.runtimes.node import Node
-from peertune.runtimes.probe import LIMIT, Kind, Measured, Probe, _plausible
+from peertune.runtimes.probe import LIMIT, Kind, LineQuality, Probe, _plausible
 from peertune.site import SiteOptions
 from peertune.workload import Workload, rehearse
 from tests.recipes import recipe, tree, write_rows
@@ -506,7 +506,7 @@ def test_random_frames_end_a_probe_or_do_nothing(frames: list[bytes]) -> None:
 
 def test_a_report_is_seen_from_the_other_side() -> None:
     _, own = answered([hello(), struct.pack("<Bdddd", Kind.REPORT, 0.5, 10.0, 20.0, 3.0)])
-    assert own.visits == {1: Measured(0.5, 20.0, 10.0, -3.0, "doctor", "")}
+    assert own.visits == {1: LineQuality(0.5, 20.0, 10.0, -3.0, "doctor", "")}
 
 
 def test_there_is_one_probe_at_a_time() -> None:
@@ -563,7 +563,7 @@ def test_a_probe_that_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -
     assert context.code is grpc.StatusCode.DEADLINE_EXCEEDED and not own.slot.locked()
 
 
-LINE = Measured(rtt_s=0.1, up=100.0, down=50.0, clock_s=0.0, doing="doctor", differs="")
+LINE = LineQuality(rtt_s=0.1, up=100.0, down=50.0, clock_s=0.0, doing="doctor", differs="")
 
 
 def test_clocks_are_compared() -> None:
@@ -572,8 +572,8 @@ def test_clocks_are_compared() -> None:
     assert check_clock(charter, {}, now).mark == "ok"
     assert check_clock(charter, {}, datetime(1970, 1, 2, tzinfo=UTC)).mark == "warning"
     assert check_clock(charter, {1: LINE}, now).mark == "ok"
-    fast = Measured(**{**LINE.__dict__, "clock_s": 86_400.0})
-    slow = Measured(**{**LINE.__dict__, "clock_s": -90.0})
+    fast = LineQuality(**{**LINE.__dict__, "clock_s": 86_400.0})
+    slow = LineQuality(**{**LINE.__dict__, "clock_s": -90.0})
     found = check_clock(charter, {1: fast, 2: slow}, now)
     assert found.mark == "warning"
     assert found.text == "b's is 1 day, 0:00:00 ahead, c's is 0:01:30 behind"
@@ -649,7 +649,7 @@ def test_what_a_round_sends_is_what_a_run_sends(
 @pytest.mark.parametrize("value", [math.inf, math.nan, 1e300])
 @pytest.mark.parametrize("key", ["rtt_s", "up", "down", "clock_s"])
 def test_what_a_neighbor_reports_that_can_be_no_measurement_is_refused(key: str, value: float) -> None:
-    sound = Measured(0.1, 1e6, 1e6, -3.0, "join", "")
+    sound = LineQuality(0.1, 1e6, 1e6, -3.0, "join", "")
     assert _plausible(sound) is sound
     with pytest.raises(ProtocolError, match="what cannot be"):
         _plausible(replace(sound, **{key: value}))

@@ -17,7 +17,7 @@ from peertune.checkpoint import CheckpointStore
 from peertune.config import ExchangeSection
 from peertune.errors import ConfigError
 from peertune.exchange import Hop, Inbox, Payload
-from peertune.robust import check_rule, robust
+from peertune.robust import check_rule, robust_inbox
 from peertune.run import run
 from tests.recipes import recipe
 from tests.test_consortium import NAMES, Consortium
@@ -69,7 +69,9 @@ SOURCES = st.lists(st.integers(0, 20), min_size=6, max_size=12, unique=True)
 def test_clip_is_the_numpy_reference(seed: int, sources: list[int], is_server: bool, factor: float) -> None:
     inbox, peer = make_inbox(seed, sources), 21 if is_server else sources[0]
     rule = ExchangeSection(robust="clip", clip_factor=factor)
-    np.testing.assert_allclose(robust(rule, peer, inbox).mean("w").numpy(), clipped(inbox, peer, factor), atol=1e-5)
+    np.testing.assert_allclose(
+        robust_inbox(rule, peer, inbox).mean("w").numpy(), clipped(inbox, peer, factor), atol=1e-5
+    )
 
 
 @given(seed=st.integers(0, 99), sources=SOURCES, is_server=st.booleans(), trim=st.sampled_from([1, 2]))
@@ -78,7 +80,9 @@ def test_trimmed_mean_is_the_numpy_reference(seed: int, sources: list[int], is_s
     rule = ExchangeSection(robust="trimmed_mean", trim=trim)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "PIECE", 4)  # so that a tensor has several pieces, the last one short
-        np.testing.assert_allclose(robust(rule, peer, inbox).mean("w").numpy(), trimmed(inbox, peer, trim), atol=1e-5)
+        np.testing.assert_allclose(
+            robust_inbox(rule, peer, inbox).mean("w").numpy(), trimmed(inbox, peer, trim), atol=1e-5
+        )
 
 
 @given(seed=st.integers(0, 99), sources=SOURCES, is_server=st.booleans())
@@ -87,15 +91,15 @@ def test_equal_messages_come_out_exactly(seed: int, sources: list[int], is_serve
     inbox, peer = make_inbox(seed, sources), 21 if is_server else sources[0]
     same = inbox.payloads[sources[0]]
     inbox = Inbox(inbox.weights, dict.fromkeys(sources, same))
-    assert torch.equal(robust(CLIP, peer, inbox).mean("w"), inbox.mean("w"))
-    assert torch.equal(robust(TRIM, peer, inbox).mean("w"), same["w"])
+    assert torch.equal(robust_inbox(CLIP, peer, inbox).mean("w"), inbox.mean("w"))
+    assert torch.equal(robust_inbox(TRIM, peer, inbox).mean("w"), same["w"])
 
 
 def test_where_nothing_is_clipped_it_is_bitwise_the_plain_mean_and_none_is_the_inbox_itself() -> None:
     inbox = make_inbox(0, [0, 1, 2, 3])
     wide = ExchangeSection(robust="clip", clip_factor=100.0)
-    assert torch.equal(robust(wide, 2, inbox).mean("w"), inbox.mean("w"))
-    assert robust(ExchangeSection(), 2, inbox) is inbox
+    assert torch.equal(robust_inbox(wide, 2, inbox).mean("w"), inbox.mean("w"))
+    assert robust_inbox(ExchangeSection(), 2, inbox) is inbox
 
 
 @pytest.mark.parametrize("is_server", [False, True])
@@ -107,7 +111,7 @@ def test_one_message_moves_the_mean_no_further_than_the_good_ones(
     inbox = make_inbox(1, [0, 1, 2, 3, 4], (50, 40))
     honest = [inbox.payloads[j]["w"].double().numpy() for j in (0, 1, 3, 4)]
     inbox.payloads[2]["w"].fill_(value)  # type: ignore[index]
-    found = robust(rule, 9 if is_server else 0, inbox).mean("w").double().numpy()
+    found = robust_inbox(rule, 9 if is_server else 0, inbox).mean("w").double().numpy()
     spread = max(np.linalg.norm(a - b) for a in honest for b in honest)
     assert min(np.linalg.norm(found - a) for a in honest) <= spread
     assert np.abs(found).max() < 10
@@ -117,16 +121,16 @@ def test_garbage_that_all_of_the_neighbors_send_leaves_the_own_message() -> None
     inbox = make_inbox(2, [0, 1, 2, 3])
     for j in (1, 2, 3):
         inbox.payloads[j]["w"].fill_(float("inf"))
-    assert torch.equal(robust(CLIP, 0, inbox).mean("w"), inbox.payloads[0]["w"])
+    assert torch.equal(robust_inbox(CLIP, 0, inbox).mean("w"), inbox.payloads[0]["w"])
 
 
 @pytest.mark.parametrize("rule", [CLIP, TRIM], ids=["clip", "trimmed_mean"])
 def test_a_lone_neighbor_is_not_believed_and_a_lone_answer_is(rule: ExchangeSection) -> None:
     """The rest of the neighbours are away; a client hears nobody but its server."""
     pair = make_inbox(3, [0, 1])
-    np.testing.assert_allclose(robust(rule, 0, pair).mean("w"), pair.payloads[0]["w"], rtol=1e-6)
+    np.testing.assert_allclose(robust_inbox(rule, 0, pair).mean("w"), pair.payloads[0]["w"], rtol=1e-6)
     answer = Inbox({5: 1.0}, {5: pair.payloads[1]})
-    assert torch.equal(robust(rule, 0, answer).mean("w"), pair.payloads[1]["w"])
+    assert torch.equal(robust_inbox(rule, 0, answer).mean("w"), pair.payloads[1]["w"])
 
 
 def everyone_to_everyone(count: int) -> list[Hop]:

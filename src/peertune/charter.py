@@ -286,8 +286,8 @@ def difference(mine: Charter, theirs: Mapping[str, str], pieces: object = "") ->
 
     Args:
         theirs: the other's `parts`: whether and where they differ.
-        pieces: hashes of the other's `pieces`, as `joined` gives them; of a part whose key cannot be told by them, as
-            where they are missing or none of ours, the part is named.
+        pieces: the other's `piece_hashes`; of a part whose key cannot be told by them, as where they are missing or
+            none of ours, the part is named.
     """
     own, known, keys = mine.parts(), _told(pieces), mine.pieces()
     differing = {key for key, hash in keys.items() if hash not in known} if known & {*keys.values()} else set()
@@ -299,7 +299,7 @@ def difference(mine: Charter, theirs: Mapping[str, str], pieces: object = "") ->
     return ", ".join(found[:MAX_NAMED]) + more
 
 
-def joined(charter: Charter) -> str:
+def piece_hashes(charter: Charter) -> str:
     """What a site tells another of its charter's `pieces`: their hashes, one after the other."""
     return "".join(charter.pieces().values())
 

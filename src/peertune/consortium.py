@@ -19,7 +19,7 @@ from peertune.charter import (
     Member,
     check_members,
     difference,
-    joined,
+    piece_hashes,
     read_charter,
     sample_counts,
     shared_recipe,
@@ -41,7 +41,7 @@ from peertune.runtimes import edges
 from peertune.runtimes.network import NetworkGroup
 from peertune.runtimes.node import Node
 from peertune.runtimes.port import check_port
-from peertune.runtimes.requests import Requests
+from peertune.runtimes.site_requests import Requests
 from peertune.site import SiteOptions, check_base, fingerprints
 from peertune.storage import check_writable, storage_errors
 
@@ -118,7 +118,7 @@ def sign_charter(path: Path, identity: Path, copies: Sequence[Path] = ()) -> Cha
     charter.check_signatures(str(path), but=own.id)  # its own is made anew
     for copy in copies:
         other = read_charter(copy)
-        if differs := difference(charter, other.parts(), joined(other)):
+        if differs := difference(charter, other.parts(), piece_hashes(other)):
             raise CharterError(f"{copy}: is another charter than {path}: {differs} differ; get a copy of the same one")
         other.check_signatures(str(copy))
         charter = charter.model_copy(update={"signatures": {**other.signatures, **charter.signatures}})

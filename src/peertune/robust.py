@@ -64,7 +64,7 @@ def check_rule(rule: ExchangeSection, method: str, averages: bool, hops: Iterabl
                 )
 
 
-def robust(rule: ExchangeSection, peer: int, inbox: Inbox) -> Inbox:
+def robust_inbox(rule: ExchangeSection, peer: int, inbox: Inbox) -> Inbox:
     """The inbox of `peer`, with the mean that the recipe asks for."""
     if rule.robust == "none" or _is_relay(inbox.weights, peer):
         return inbox

@@ -12,7 +12,7 @@ from peertune.doctor.finding import Finding
 from peertune.formatting import traffic
 from peertune.identity import ALWAYS
 from peertune.runtimes.message import CHUNK_SIZE
-from peertune.runtimes.probe import Measured
+from peertune.runtimes.probe import LineQuality
 from peertune.runtimes.survey import Survey
 from peertune.workload import Workload
 
@@ -58,7 +58,7 @@ def check_line(survey: Survey, index: int) -> Finding:
     return Finding(check, "ok", text, values=values)
 
 
-def check_clock(charter: Charter, measured: Mapping[int, Measured], now: datetime | None = None) -> Finding:
+def check_clock(charter: Charter, measured: Mapping[int, LineQuality], now: datetime | None = None) -> Finding:
     """This site's clock against those of its neighbours; else against what a certificate may say."""
     now = now or datetime.now(UTC)
     offsets = {charter.members[i].name: found.clock_s for i, found in measured.items()}
@@ -78,7 +78,7 @@ def check_clock(charter: Charter, measured: Mapping[int, Measured], now: datetim
 def predict(
     charter: Charter,
     workload: Workload | None,
-    measured: Mapping[int, Measured],
+    measured: Mapping[int, LineQuality],
     others: Sequence[int],
     now: datetime | None = None,
 ) -> Finding:

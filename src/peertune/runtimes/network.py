@@ -30,8 +30,8 @@ from peertune.runtimes.catch_up import StateRequest
 from peertune.runtimes.edge import STATE, Key
 from peertune.runtimes.neighbor import Neighbor
 from peertune.runtimes.node import Node
-from peertune.runtimes.requests import Requests
 from peertune.runtimes.rounds import edges
+from peertune.runtimes.site_requests import Requests
 from peertune.wire import Traffic
 
 T = TypeVar("T")

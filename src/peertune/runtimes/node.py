@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import grpc
 
-from peertune.charter import SAME_FILE, Charter, difference, joined
+from peertune.charter import SAME_FILE, Charter, difference, piece_hashes
 from peertune.errors import CharterError, IdentityError
 from peertune.identity import Identity, certificate_id
 from peertune.logfields import text
@@ -218,7 +218,7 @@ class Node:
 
     async def _dial(self, index: int) -> None:
         member, neighbor = self.charter.members[index], self.neighbors[index]
-        metadata = ((CHARTER_KEY, json.dumps(self.charter.parts())), (PIECES_KEY, joined(self.charter)))
+        metadata = ((CHARTER_KEY, json.dumps(self.charter.parts())), (PIECES_KEY, piece_hashes(self.charter)))
         wait = REDIAL_S[0]
         while not (neighbor.is_ejected or self._is_stopping):
             async with self.channel(index) as channel:

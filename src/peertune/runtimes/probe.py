@@ -27,7 +27,7 @@ from typing import Any
 
 import grpc
 
-from peertune.charter import Charter, difference, joined
+from peertune.charter import Charter, difference, piece_hashes
 from peertune.errors import IdentityError
 from peertune.identity import certificate_id
 from peertune.runtimes.frames import Frames, ProtocolError
@@ -78,7 +78,7 @@ _pack = FRAMES.pack
 
 
 @dataclass(frozen=True)
-class Measured:
+class LineQuality:
     """What a probe found, as seen from this site."""
 
     rtt_s: float
@@ -94,7 +94,7 @@ class Measured:
     """Parts in which its charter is another; empty: none."""
 
 
-def _plausible(found: Measured) -> Measured:
+def _plausible(found: LineQuality) -> LineQuality:
     """What was measured, part of which is the other's word. Raises ProtocolError where it can be no measurement."""
     is_sane = (
         0 < found.rtt_s < MAX_S and abs(found.clock_s) < MAX_S and all(1 < r < 1e15 for r in (found.up, found.down))
@@ -114,7 +114,7 @@ class Probe:
     def __init__(self, charter: Charter, doing: str) -> None:
         self.charter, self.doing = charter, doing
         self.slot = asyncio.Lock()
-        self.visits: dict[int, Measured] = {}
+        self.visits: dict[int, LineQuality] = {}
         """Member -> what it reported when it last probed this site."""
         self._left: dict[int, tuple[float, float]] = {}
         """Member -> seconds that its probes might still take, and when that was."""
@@ -171,12 +171,12 @@ class Probe:
                         await context.write(chunk)
             elif kind is Kind.REPORT:
                 rtt_s, up, down, clock_s = fields
-                self.visits[index] = _plausible(Measured(rtt_s, down, up, -clock_s, doing, differs))
+                self.visits[index] = _plausible(LineQuality(rtt_s, down, up, -clock_s, doing, differs))
             if max(taken, given) > LIMIT:
                 raise ProtocolError(f"a probe has {LIMIT} bytes each way")
         raise ProtocolError(f"a probe has {MAX_FRAMES} frames")
 
-    async def measure(self, channel: Any) -> Measured:
+    async def measure(self, channel: Any) -> LineQuality:
         """Probe whoever is at the other end of a channel.
 
         Raises:
@@ -193,7 +193,7 @@ class Probe:
             finally:
                 call.cancel()
 
-    async def _measure(self, call: Any) -> Measured:
+    async def _measure(self, call: Any) -> LineQuality:
         doing, differs = self._met(await _next(call))
         await call.write(self._hello())
         trips = []
@@ -231,10 +231,10 @@ class Probe:
         await call.done_writing()
         if await call.read() is not grpc.aio.EOF:
             raise ProtocolError("sent more than it was asked for")
-        return _plausible(Measured(rtt_s, up, down, clock_s, doing, differs))
+        return _plausible(LineQuality(rtt_s, up, down, clock_s, doing, differs))
 
     def _hello(self) -> bytes:
-        told = {"doing": self.doing, "charter": self.charter.parts(), "pieces": joined(self.charter)}
+        told = {"doing": self.doing, "charter": self.charter.parts(), "pieces": piece_hashes(self.charter)}
         return _pack(Kind.HELLO) + json.dumps(told).encode()
 
     def _met(self, frame: Any) -> tuple[str, str]:

@@ -15,7 +15,7 @@ from peertune.algorithms.base import Algorithm, LocalReport
 from peertune.algorithms.together import Alone, Together
 from peertune.errors import PeerLostError
 from peertune.exchange import ROLL, Hop, Inbox, Payload
-from peertune.robust import robust
+from peertune.robust import robust_inbox
 from peertune.runtimes.group import Member
 
 PLAN = "without"
@@ -48,7 +48,7 @@ def play_round(
         reports = list(pool.map(lambda part: _timed_local(round, part, time.thread_time), parts))
     for hop in members[0].algorithm.hops(round):
         for member, inbox in _carry(round, hop, members, lambda member, hop: member.algorithm.outgoing(hop)):
-            member.algorithm.mix(hop, robust(member.rule, member.index, inbox))
+            member.algorithm.mix(hop, robust_inbox(member.rule, member.index, inbox))
     return [report for part in reports for report in part]
 
 

@@ -14,7 +14,7 @@ import grpc
 from peertune.logfields import text
 from peertune.runtimes.frames import ProtocolError
 from peertune.runtimes.node import MAX_REASON, Node
-from peertune.runtimes.probe import BUSY, CONNECT_S, TOO_OFTEN, Measured, diagnose
+from peertune.runtimes.probe import BUSY, CONNECT_S, TOO_OFTEN, LineQuality, diagnose
 
 
 class Survey:
@@ -26,7 +26,7 @@ class Survey:
 
     def __init__(self, node: Node, others: Sequence[int], wait_s: float, heard: Collection[tuple[str, str, str]]):
         self.node, self.others, self.wait_s, self.heard = node, others, wait_s, heard
-        self.measured: dict[int, Measured] = {}
+        self.measured: dict[int, LineQuality] = {}
         self.failures: dict[int, str] = {}
         """Neighbour -> why this site could not reach it."""
         self.postponed: dict[int, str] = {}
