@@ -115,8 +115,8 @@ class Exchange(Protocol):
         """Wait for this peer's sources; None if the hop brings it nothing.
 
         Args:
-            like: gives what this peer itself would send along the hop. All messages of a hop have its names and
-                shapes; what has others is refused.
+            like: makes what this peer itself would send along the hop; every message of the hop has to have its names
+                and shapes.
         """
 
     def saved(self, round: int) -> None:

@@ -1,4 +1,4 @@
-"""Reading the lines of a run's logs, which anybody may have written: what has another type than expected becomes
+"""Reading what anybody may have written, lines of a run's logs above all: what has another type than expected becomes
 nothing, never an error."""
 
 from __future__ import annotations

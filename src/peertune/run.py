@@ -395,7 +395,7 @@ class Run:
         self.folder.write_summary(summary)
 
     def _insist(self, write: Callable[[], None]) -> None:
-        """Write what the run was for; where the others will not be there a second time, wait for space."""
+        """Write the results; a site whose disk is full tries again until there is space, as the others have gone."""
         told = False
         while True:
             try:

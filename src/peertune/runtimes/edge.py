@@ -77,7 +77,7 @@ MAX_FRAME = CHUNK_SIZE + FRAMES.size(Kind.CHUNK)
 
 
 class Listener:
-    """Whom an edge tells what happens on it; by itself it does nothing."""
+    """Callbacks of an `Edge`; all of them do nothing here."""
 
     def fetched(self, key: Key, size: int) -> None:
         """The neighbour begins to fetch a message, of which so many bytes are still to go."""

@@ -44,7 +44,7 @@ WAITING_S = 5.0
 
 
 class NetworkGroup:
-    """Implements `peertune.runtimes.Group` for one site: what others measured stays with them.
+    """Implements `peertune.runtimes.Group` for one site; `gather` gives only what this site knows, `mean` nothing.
 
     Args:
         is_robust: messages are mixed by a rule that a late one, added by itself, would go around.
