@@ -42,7 +42,6 @@ LAYERS = [
     "assemble",
     "average",
     "records",
-    "site_summary",
     "workload",
     "run_state",
     "run",

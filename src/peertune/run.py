@@ -43,6 +43,7 @@ from peertune.prepare import (
 )
 from peertune.progress import Progress, Silent
 from peertune.records import (
+    agreement_of,
     combined_fields,
     peer_fields,
     quality_of,
@@ -58,7 +59,6 @@ from peertune.run_folder import RunFolder, save_trained
 from peertune.run_state import Agreed, RunState
 from peertune.runtimes import Group, Member, agree, play_round
 from peertune.runtimes.simulation import SimulatedGroup
-from peertune.site_summary import agreement_of
 from peertune.workload import foreseen_bytes
 
 RETRY_S = 5.0
