@@ -243,3 +243,18 @@ def test_an_unknown_option_is_answered_with_the_nearest_of_its_command(capsys: p
         with pytest.raises(SystemExit, match="2"):
             main(arguments)
         assert said in capsys.readouterr().err
+
+
+def test_eval_draws_its_rows_from_all_of_a_file(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file sorted by label would else be measured on its first class alone."""
+    lines = sorted((tmp_path / "test.jsonl").read_text().splitlines(), key=lambda line: json.loads(line)["label"])
+    (tmp_path / "sorted.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "first.jsonl").write_text("\n".join(lines[:4]) + "\n")
+    found = []
+    for file, more in (("sorted", ["--max-samples", "4"]), ("sorted", ["--max-samples", "4"]), ("first", [])):
+        options = ["--data", str(tmp_path / f"{file}.jsonl"), "--task", "classification", "--max-length", "40", *more]
+        assert main(["eval", str(finished / "model"), *options]) == 0
+        found.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    assert found[0] == found[1] and found[0]["rows"] == found[2]["rows"] == 4 and found[0]["loss"] != found[2]["loss"]

@@ -18,6 +18,7 @@ from peertune.model.language_model import LanguageModel
 from peertune.model.load import load_tokenizer, load_trained
 from peertune.prepare import check_vocabulary, held_out
 from peertune.run_folder import read_labels
+from peertune.seeds import numpy_rng
 
 Task = Literal["text", "classification", "instruction", "chat"]
 
@@ -39,7 +40,7 @@ def evaluate_model(
 
     Args:
         task: of all files.
-        settings: how many rows of a file are used at most, drawn as in a run of seed 0, and how many are answered by
+        settings: how many rows of a file are used at most, drawn from all of them, and how many are answered by
             generation.
         max_length: longest sequence, tokens; 0: 256 for files, the model's own for the harness.
         harness_tasks: names the harness knows.
@@ -72,9 +73,8 @@ def evaluate_model(
     read = []
     for rows, section in zip(tables, sections, strict=True):
         names = _labels(model, rows, section) if section.task == "classification" else []
-        limit = settings.max_samples
         try:
-            read.append(held_out(rows, section, tokenizer, chosen.max_length, names, limit=limit))
+            read.append(held_out(_drawn(rows, settings.max_samples), section, tokenizer, chosen.max_length, names))
         except DataError as error:
             raise DataError(f"{section.train}: {error}") from error
     module = load_trained(chosen, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -92,6 +92,13 @@ def evaluate_model(
         results = run_harness(module, tokenizer, harness_tasks, limit=limit, max_length=max_length)
         for name, metrics in results.items():
             yield {"lm_eval": name, **metrics}
+
+
+def _drawn(rows: Rows, limit: int) -> Rows:
+    """At most so many of the rows, in their order, the same at each call; 0: all. Files are often sorted."""
+    if not limit or len(rows) <= limit:
+        return rows
+    return [rows[i] for i in sorted(numpy_rng(0, "eval").choice(len(rows), limit, replace=False))]
 
 
 def _labels(model: str, rows: Rows, section: DataSection) -> list[str]:
