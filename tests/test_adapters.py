@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from peertune.config import AlgorithmConfig, EvalSection, ModelSection
 from peertune.data.batches import Batch, Batches
 from peertune.errors import ConfigError, ModelError
-from peertune.evaluation.likelihood import evaluate, label_scores, label_scores_plainly
+from peertune.evaluation.label_scores import label_scores, label_scores_plainly
+from peertune.evaluation.likelihood import evaluate
 from peertune.export import export
 from peertune.formatting import number
 from peertune.measure_files import evaluate_model

@@ -13,7 +13,8 @@ from peertune.algorithms import METHODS
 from peertune.config import ModelSection, from_dict
 from peertune.data.render import Sample
 from peertune.errors import ModelError
-from peertune.evaluation.likelihood import evaluate, label_scores_plainly
+from peertune.evaluation.label_scores import cache_is_exact, label_scores, label_scores_plainly
+from peertune.evaluation.likelihood import evaluate
 from peertune.model.adapters import add_adapter
 from peertune.model.attention import choose_attention
 from peertune.model.language_model import LanguageModel
@@ -37,9 +38,9 @@ UNUSUAL: dict[str, dict[str, Any]] = {
 }
 
 
-def made(name: str, dtype: torch.dtype = torch.float32) -> Any:
+def made(name: str, dtype: torch.dtype = torch.float32, **sizes: Any) -> Any:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(name, **{**SIZES, **UNUSUAL.get(name, {})})
+    config = AutoConfig.for_model(name, **{**SIZES, **UNUSUAL.get(name, {}), **sizes})
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -81,6 +82,17 @@ def test_loss_and_label_scores_are_those_of_the_model_itself(name: str) -> None:
     with model.evaluating():
         plain = label_scores_plainly(model, rows, 0, labels)
     assert torch.allclose(plain, torch.tensor(best, dtype=torch.float64), atol=1e-4)
+
+
+def test_labels_keep_within_an_attention_window() -> None:
+    """Together they would outgrow it; behind a prompt that leaves a single one no room, none is held."""
+    model = LanguageModel(made("mistral", sliding_window=20), ModelSection())
+    labels = [[first, *range(10, 14)] for first in range(1, 8)]
+    with model.evaluating():
+        assert cache_is_exact(model, samples(), 0, labels)
+        fast, plain = (score(model, samples(), 0, labels) for score in (label_scores, label_scores_plainly))
+        torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-4)
+        assert not cache_is_exact(model, samples(), 0, [[*label, *range(20, 30)] for label in labels])
 
 
 def test_a_state_of_another_type_than_the_heads_is_the_models_own_business() -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,9 @@ from peertune.config import ModelSection
 from peertune.data.batches import Batch, collate
 from peertune.data.render import Sample
 from peertune.errors import ModelError
-from peertune.evaluation.likelihood import label_scores, label_scores_plainly, macro_f1
+from peertune.evaluation import label_scores as scoring
+from peertune.evaluation.label_scores import label_scores, label_scores_plainly
+from peertune.evaluation.likelihood import macro_f1
 from peertune.model.blocks import block_table, find_layers, frozen_names, is_tied, partition_blocks
 from peertune.model.language_model import LanguageModel
 from peertune.model.layers import draws_in_training
@@ -244,20 +247,69 @@ def test_compiled_layers_give_the_same_gradients_from_three_graphs(name: str, mo
     assert not counters["graph_break"]
 
 
+LABELS = [[5], [6, 7, 8], [6, 9], [11], [6, 7, 9, 12, 13], [6, 7, 9, 12, 14], [20, 21], [20, 22, 6, 7, 8], [30, 31, 32]]
+"""Of mixed lengths, some of which begin alike."""
+
+
+def prompts() -> list[Sample]:
+    rng = np.random.default_rng(0)
+    found = []
+    for label, length in enumerate((3, 9, 6)):
+        ids = rng.integers(1, VOCABULARY, length).astype(np.int32)
+        found.append(Sample(ids, np.zeros(length, bool), label=label, prompt_length=length))
+    return found
+
+
 @both
 @every
 def test_label_scores_equal_scoring_each_label_anew(name: str, tied: bool) -> None:
     model = LanguageModel(make_model(name, tied), ModelSection())
-    rng = np.random.default_rng(0)
-    samples = []
-    for n in (3, 9, 6):
-        ids = rng.integers(1, VOCABULARY, n).astype(np.int32)
-        samples.append(Sample(ids, np.zeros(n, bool), label=0, prompt_length=n))
-    labels = [[5], [6, 7, 8], [6, 9], [11]]
     with model.evaluating():
-        fast = label_scores(model, samples, 0, labels)
-        slow = label_scores_plainly(model, samples, 0, labels)
+        fast = label_scores(model, prompts(), 0, LABELS)
+        slow = label_scores_plainly(model, prompts(), 0, LABELS)
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("only_likeliest", [False, True])
+@pytest.mark.parametrize("slots", [1, 6, 100])
+def test_labels_that_do_not_fit_behind_a_prompt_take_turns(
+    slots: int, only_likeliest: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "SLOTS", slots)
+    model = LanguageModel(make_model("llama"), ModelSection())
+    held = []
+    hidden = model.hidden
+
+    def noting(*args: Any, past: Any = None, **options: Any) -> Any:
+        out, kept = hidden(*args, past=past, **options)
+        held.append(kept.get_seq_length() - 9)
+        return out, kept
+
+    monkeypatch.setattr(model, "hidden", noting)
+    with model.evaluating():
+        fast = label_scores(model, prompts(), 0, LABELS, only_likeliest=only_likeliest)
+        slow = label_scores_plainly(model, prompts(), 0, LABELS)
+    assert max(held) <= max(slots, 4)
+    known = fast.isfinite()
+    assert known.all() or only_likeliest
+    torch.testing.assert_close(fast[known], slow[known], rtol=1e-4, atol=1e-4)
+
+
+def test_of_the_likeliest_label_and_a_samples_own_the_scores_are_known() -> None:
+    model = LanguageModel(make_model("llama"), ModelSection())
+    with torch.no_grad():
+        model.core.get_output_embeddings().weight.mul_(3.0)  # sure of itself, as a model that has learned
+    rng = np.random.default_rng(1)
+    labels = [rng.integers(1, VOCABULARY, rng.integers(1, 6)).tolist() for _ in range(30)]
+    samples = [replace(sample, label=own) for own in (0, 7, 29) for sample in prompts()]
+    with model.evaluating():
+        some = label_scores(model, samples, 0, labels, only_likeliest=True)
+        all_ = label_scores(model, samples, 0, labels)
+    assert (some == -torch.inf).double().mean() > 0.3
+    torch.testing.assert_close(some.max(1).values, all_.max(1).values, rtol=1e-4, atol=1e-4)
+    assert torch.equal(some.argmax(1), all_.argmax(1))
+    own = torch.tensor([sample.label for sample in samples])[:, None]
+    torch.testing.assert_close(some.gather(1, own), all_.gather(1, own), rtol=1e-4, atol=1e-4)
 
 
 def test_macro_f1_by_hand() -> None:

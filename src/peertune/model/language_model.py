@@ -135,7 +135,7 @@ class LanguageModel:
 
     def packs(self, batch: Batch) -> bool:
         """Whether a batch can run without padding: no layer's window may be shorter than a sequence."""
-        return not self.no_packing and batch.input_ids.shape[1] <= self._window()
+        return not self.no_packing and batch.input_ids.shape[1] <= self.window()
 
     def hidden_before_targets(self, tokens: Packing) -> list[Tensor]:
         """Last hidden states at the places before the targets: by row of `tokens`, [its targets, hidden]."""
@@ -151,7 +151,8 @@ class LanguageModel:
 
         Args:
             input_ids: [batch, length]; with `past`, the tokens that go on from it.
-            mask: [batch, tokens so far + length], 1 on tokens; None: there is no padding before a token.
+            mask: with `past`, bool [batch, length, places so far + length]: which places each token sees, itself among
+                them; as many come before it. None: every place up to it.
             use_cache: also return keys and values.
             past: keys and values of the tokens so far.
         Returns:
@@ -159,11 +160,11 @@ class LanguageModel:
         """
         options: dict[str, Any] = {"use_cache": use_cache}
         if mask is not None:
-            if past is not None:
-                places = mask.cumsum(1)[:, -input_ids.shape[1] :] - 1
-                options["position_ids"] = places + self.num_virtual
-            virtual = mask.new_ones(len(mask), self.num_virtual)
-            options["attention_mask"] = torch.cat([virtual, mask], 1)
+            mask = torch.cat([mask.new_ones(*mask.shape[:2], self.num_virtual), mask], 2)
+            options["position_ids"] = mask.sum(2) - 1
+            # As numbers to add to the scores: the form that every attention takes.
+            added = torch.zeros_like(mask, dtype=self.core.get_input_embeddings().weight.dtype)
+            options["attention_mask"] = added.masked_fill_(~mask, torch.finfo(added.dtype).min)[:, None]
         if past is not None or not self.num_virtual:
             out = self._decoder(input_ids=input_ids, past_key_values=past, **options)
             return out.last_hidden_state, out.past_key_values if use_cache else None
@@ -216,7 +217,7 @@ class LanguageModel:
                 " is_decoder = true in its config.json, and weights that were trained so"
             )
 
-    def _window(self) -> float:
+    def window(self) -> float:
         """How far back, in tokens, the layers that look back least do."""
         config = self.core.config.get_text_config()
         keys = ("sliding_window", "attention_chunk_size")

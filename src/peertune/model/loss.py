@@ -68,6 +68,10 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, t
     Returns:
         A float32 scalar, differentiable in the first three.
     """
-    budget = LOGITS_BYTES_CPU if hidden.device.type == "cpu" else LOGITS_BYTES_GPU
-    rows = max(16, budget // (4 * weight.shape[0]))
-    return _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, rows)  # type: ignore[no-any-return, no-untyped-call]
+    return _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, chunk_rows(weight))  # type: ignore[no-any-return, no-untyped-call]
+
+
+def chunk_rows(weight: Tensor) -> int:
+    """Rows of logits to make at a time with a head's weight [vocabulary, hidden]."""
+    budget = LOGITS_BYTES_CPU if weight.device.type == "cpu" else LOGITS_BYTES_GPU
+    return max(16, budget // (4 * weight.shape[0]))
