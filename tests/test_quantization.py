@@ -27,7 +27,7 @@ from peertune.model.language_model import LanguageModel
 from peertune.model.load import clone_model, load_full_model, load_model
 from peertune.model.lora import plain_layers, take_over
 from peertune.model.quantization import is_quantized, num_weights, quantization_states
-from peertune.prepare import base_print
+from peertune.prepare import base_fingerprint
 from peertune.run import run
 from tests.recipes import recipe, tree
 from tests.shapes import ARCHITECTURES, VOCABULARY, make_model
@@ -200,14 +200,14 @@ def test_it_is_repeatable_and_an_evaluation_changes_no_bit(dtype: Any, shared: P
     for evaluates in (False, True):
         module = load_model(section(shared / "models" / "english-4m", dtype=dtype), CPU)
         adapted = adapt(module)
-        first, print_before = step(adapted, ids(vocabulary=4096)), base_print(module, set())
+        first, fingerprint_before = step(adapted, ids(vocabulary=4096)), base_fingerprint(module, set())
         if evaluates:
             with torch.no_grad():
                 loss = module.eval()(input_ids=ids(vocabulary=4096), labels=ids(vocabulary=4096)).loss
             assert float(loss) == float(first["loss"])
             module.train()
-            assert base_print(module, set()) == print_before
-        runs.append((print_before, first, step(adapted, ids(vocabulary=4096))))
+            assert base_fingerprint(module, set()) == fingerprint_before
+        runs.append((fingerprint_before, first, step(adapted, ids(vocabulary=4096))))
     (print_one, *steps_one), (print_two, *steps_two) = runs
     assert print_one == print_two
     for one, two in zip(steps_one, steps_two, strict=True):
@@ -239,13 +239,13 @@ def test_clones_share_the_quantised_base_with_its_scales(folder: Path) -> None:
 
 
 @needs_package
-def test_the_print_of_a_base_sees_codes_scales_and_buffers(folder: Path) -> None:
+def test_the_fingerprint_of_a_base_sees_codes_scales_and_buffers(folder: Path) -> None:
     def changed(how: Any) -> bool:
         module: Any = load_model(section(folder), CPU)
-        before = base_print(module, set())
+        before = base_fingerprint(module, set())
         with torch.no_grad():
             how(module)
-        return base_print(module, set()) != before
+        return base_fingerprint(module, set()) != before
 
     def weight(module: Any) -> Any:
         return module.model.layers[2].mlp.up_proj.weight
@@ -345,7 +345,7 @@ def test_a_stored_4_bit_model_loads_as_such_only(folder: Path, tmp_path: Path) -
     module: Any = load_model(section(folder), CPU)
     module.save_pretrained(tmp_path / "small")
     again: Any = load_model(section(tmp_path / "small"), CPU)
-    assert base_print(again, set()) == base_print(module, set())
+    assert base_fingerprint(again, set()) == base_fingerprint(module, set())
     assert torch.equal(again(input_ids=ids()).logits, module(input_ids=ids()).logits)
     with pytest.raises(ModelError, match="is stored quantised"):
         load_full_model(section(tmp_path / "small"), CPU)

@@ -428,7 +428,7 @@ def test_rows_without_a_label_are_left_out_before_the_others_are_dealt(tmp_path:
     train.write_text("\n".join([*train.read_text().splitlines(), *bare]) + "\n")
     found = prepare_data(config, None)
     assert sum(len(rendered.samples) for rendered in found.train.values()) == 60
-    assert all("" not in described["classes"] for described in found.classes)
+    assert all("" not in described["classes"] for described in found.holdings)
     assert "40 training rows have no label and were left out" in found.notes
 
 

@@ -55,8 +55,8 @@ class Prepared:
     """By peer; a site holds its own only, a server none."""
     test: HeldOut
     """What is evaluated: held-out rows, or those kept back for validation."""
-    classes: list[dict[str, Any]]
-    """Who holds what, by peer, for the report."""
+    holdings: list[dict[str, Any]]
+    """What each peer holds, as `describe_partition` tells it, in the order of `train`."""
     label_names: Sequence[str] = ()
     """Names of the classes, in the order of their numbers; empty but for classification."""
     notes: list[str] = field(default_factory=list)
@@ -103,7 +103,7 @@ def prepare_data(config: RunConfig, base: Path | None, site: int | None = None) 
         tokenizer=tokenizer,
         train=train,
         test=measured,
-        classes=describe_partition(table.rows, list(parts.values()), section),
+        holdings=describe_partition(table.rows, list(parts.values()), section),
         label_names=label_names,
         notes=[
             *([f"{num_unlabelled} training rows have no label and were left out"] if num_unlabelled else []),
@@ -294,7 +294,7 @@ def _cut_or_dropped(train: Sequence[Rendered]) -> list[str]:
     return [f"{cut} training rows were cut to model.max_length, {dropped} had nothing to learn from"]
 
 
-def data_print(held: Sequence[Rendered]) -> str:
+def data_fingerprint(held: Sequence[Rendered]) -> str:
     """A hash of a peer's samples: a resumed run must train on the same ones."""
     digest = hashlib.sha256()
     for rendered in held:
@@ -305,7 +305,7 @@ def data_print(held: Sequence[Rendered]) -> str:
     return digest.hexdigest()
 
 
-def base_print(module: nn.Module, trained: set[str]) -> str:
+def base_fingerprint(module: nn.Module, trained: set[str]) -> str:
     """A hash of what a checkpoint leaves out of a model: frozen weights, stored buffers, scales, and all shapes."""
     digest = hashlib.sha256()
 

@@ -43,7 +43,7 @@ def start_event(
             "cut": rendered.num_cut,
             "dropped": rendered.num_dropped,
         }
-        for shown, (peer, rendered) in zip(data.classes, data.train.items(), strict=True)
+        for shown, (peer, rendered) in zip(data.holdings, data.train.items(), strict=True)
     ]
     return {
         "config": config.to_dict(),

@@ -33,9 +33,9 @@ from peertune.model.load import clone_model, load_full_model
 from peertune.peer import Peer
 from peertune.prepare import (
     Prepared,
-    base_print,
+    base_fingerprint,
     check_vocabulary,
-    data_print,
+    data_fingerprint,
     model_blocks,
     prepare_data,
     prepare_model,
@@ -211,8 +211,8 @@ class Run:
         """Members whose checkpoints lie in this run's folder: at a site of a consortium, its own only."""
         batches = make_batches(config, data, method.pools_data)
         held = {0: list(data.train.values())} if method.pools_data else {i: [r] for i, r in data.train.items()}
-        data_prints = {i: data_print(held.get(i, [])) for i in self.group.hosted}
-        own_base = self._same_everywhere(base_print(module, own))
+        data_fingerprints = {i: data_fingerprint(held.get(i, [])) for i in self.group.hosted}
+        own_base = self._same_everywhere(base_fingerprint(module, own))
         self.members: list[Member] = []
         model: LanguageModel | None = None
         for index in self.group.hosted:
@@ -234,7 +234,7 @@ class Run:
         self.store = CheckpointStore(folder.checkpoints, self.num_members, num_shards, shard)
         self.pool = make_pool(config, module, self.device)
         self.parts = make_parts(config, self.peers)
-        self.state = RunState(self.members, data_prints, own_base, self.device, self.group.clock)
+        self.state = RunState(self.members, data_fingerprints, own_base, self.device, self.group.clock)
 
     def carry_out(self) -> dict[str, Any]:
         """Rounds, agreement, summary, exported model, report; returns the summary."""

@@ -13,7 +13,7 @@ from peertune.charter import Charter, is_address
 from peertune.config import RunConfig, apply_override, from_dict
 from peertune.errors import CharterError, ConfigError
 from peertune.model.load import TINY
-from peertune.prepare import base_print
+from peertune.prepare import base_fingerprint
 
 SITE_KEYS = (
     *("run.device", "run.threads", "run.log_every", "model.trust_remote_code"),
@@ -76,7 +76,7 @@ def fingerprints(module: Any, tokenizer: Any) -> tuple[str, str]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = backend.to_str() if backend is not None else str(sorted(tokenizer.get_vocab().items()))
     text = f"{words}\n{tokenizer.chat_template}"
-    return base_print(module, set()), hashlib.sha256(text.encode()).hexdigest()
+    return base_fingerprint(module, set()), hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_base(charter: Charter, path: str, module: Any, tokenizer: Any) -> None:
