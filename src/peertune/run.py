@@ -59,6 +59,7 @@ from peertune.run_folder import RunFolder, save_trained
 from peertune.run_state import Agreed, RunState
 from peertune.runtimes import Group, Member, agree, play_round
 from peertune.runtimes.simulation import SimulatedGroup
+from peertune.topology import Topology
 from peertune.workload import foreseen_bytes
 
 RETRY_S = 5.0
@@ -196,32 +197,15 @@ class Run:
         own = {name for block in self.blocks for name in block.parameters}
         self.num_peers, self.num_members = topology.num_peers, topology.num_members
         self.group = connect(self.num_members, config.link)
-        ranks = self.group.ranks
-        shard, num_shards = (0, 1) if ranks is None else (ranks.get_local_rank(), ranks.size())
-        folder.is_written = shard == 0
-        if self.group.survives_loss:
-            folder.refused = lambda error: progress.note(f"warning: {error}; until then the run goes on without a log")
-        if self.group.is_recorder and folder.is_written:
-            folder.lock.acquire()  # before anything connects or is written
-            # Once more: another process may have been at work on it while this one loaded.
-            folder.check(config.to_dict(), resume)
-            folder.require_unfinished()
+        self._take_folder()
         told = self.group.gather([True] * len(self.group.hosted))
         self.num_stored = len(told) - told.count(None)
         """Members whose checkpoints lie in this run's folder: at a site of a consortium, its own only."""
-        batches = make_batches(config, data, method.pools_data)
         held = {0: list(data.train.values())} if method.pools_data else {i: [r] for i, r in data.train.items()}
         data_fingerprints = {i: data_fingerprint(held.get(i, [])) for i in self.group.hosted}
         own_base = self._same_everywhere(base_fingerprint(module, own))
-        self.members: list[Member] = []
-        model: LanguageModel | None = None
-        for index in self.group.hosted:
-            model = wrap_model(clone_model(module, own), config.model, ranks, own, model)
-            peer = Peer(index, model, self.blocks, batches.get(index), config.run.seed)  # a hub has none
-            algorithm = method(peer, config.algorithm, topology)
-            self.members.append(Member(algorithm, self.group.exchange(index), config.exchange))
-        # Only now: an instance whose layers were taken over cannot be cloned.
-        self.average = Average(wrap_model(module, config.model, ranks, own, model), self.members, self.group)
+        self.members, model = self._make_members(module, own, topology)
+        self.average = Average(model, self.members, self.group)
         self.peers = [member for member in self.members if not member.is_hub]
         self.method = self.members[0].algorithm
         check_rule(config.exchange, config.algorithm.name, method.averages, self.method.hops(0))
@@ -231,10 +215,46 @@ class Run:
                 f"exchange.robust = {config.exchange.robust!r}: the peers do not agree on one model in the end"
             )
         self.group.open(self.method)
+        ranks = self.group.ranks
+        shard, num_shards = (0, 1) if ranks is None else (ranks.get_local_rank(), ranks.size())
         self.store = CheckpointStore(folder.checkpoints, self.num_members, num_shards, shard)
         self.pool = make_pool(config, module, self.device)
         self.parts = make_parts(config, self.peers)
         self.state = RunState(self.members, data_fingerprints, own_base, self.device, self.group.clock)
+
+    def _take_folder(self) -> None:
+        """Lock the run's folder where this process writes to it, before anything connects or is written."""
+        folder, ranks = self.folder, self.group.ranks
+        folder.is_written = ranks is None or ranks.get_local_rank() == 0
+        if self.group.survives_loss:
+            folder.refused = lambda error: self.progress.note(
+                f"warning: {error}; until then the run goes on without a log"
+            )
+        if self.group.is_recorder and folder.is_written:
+            folder.lock.acquire()
+            # Once more: another process may have been at work on it while this one loaded.
+            folder.check(self.config.to_dict(), self.resume)
+            folder.require_unfinished()
+
+    def _make_members(
+        self, module: torch.nn.Module, own: set[str], topology: Topology
+    ) -> tuple[list[Member], LanguageModel]:
+        """The hosted members, each with a model of its own, and the model that is left for their average.
+
+        Args:
+            module: the base; taken over.
+            own: names of the parameters that each member has for itself.
+        """
+        config, method = self.config, ALGORITHMS[self.config.algorithm.name]
+        batches, members = make_batches(config, self.data, method.pools_data), []
+        model: LanguageModel | None = None
+        for index in self.group.hosted:
+            model = wrap_model(clone_model(module, own), config.model, self.group.ranks, own, model)
+            peer = Peer(index, model, self.blocks, batches.get(index), config.run.seed)  # a hub has none
+            algorithm = method(peer, config.algorithm, topology)
+            members.append(Member(algorithm, self.group.exchange(index), config.exchange))
+        # Only now: an instance whose layers were taken over cannot be cloned.
+        return members, wrap_model(module, config.model, self.group.ranks, own, model)
 
     def carry_out(self) -> dict[str, Any]:
         """Rounds, agreement, summary, exported model, report; returns the summary."""
