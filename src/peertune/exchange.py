@@ -130,11 +130,11 @@ class Exchange(Protocol):
 
 
 @lru_cache(maxsize=4)
-def gossip(topology: Topology) -> Hop:
+def gossip(topology: Topology, *, takes_late: bool = True) -> Hop:
     """Everyone to all neighbours, weighted by the mixing matrix W (w_ij is what i gives to j's message)."""
     w = topology.weights
     pairs = ((j, i) for i in range(topology.num_peers) for j in range(topology.num_peers))
-    return Hop("gossip", {(j, i): float(w[i, j]) for j, i in pairs if w[i, j] > 0}, takes_late=True)
+    return Hop("gossip", {(j, i): float(w[i, j]) for j, i in pairs if w[i, j] > 0}, takes_late=takes_late)
 
 
 def agreement(

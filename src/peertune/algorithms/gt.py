@@ -16,7 +16,6 @@ At K = 1 that is the tracker above. The paper adds the step after mixing; here, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -57,7 +56,7 @@ class Gt(LocalSteps):
 
     def hops(self, round: int) -> Sequence[Hop]:
         """One of gossip; a late message is of no use, as the tracked gradients in it belong to its round."""
-        return (replace(gossip(self.topology), takes_late=False),)
+        return (gossip(self.topology, takes_late=False),)
 
     def outgoing(self, hop: Hop) -> Payload:
         return {**super().outgoing(hop), **{TRACKED + name: z for name, z in self.tracked.items()}}

@@ -132,7 +132,7 @@ def cells_of(row: Row, keys: Sequence[str]) -> list[str]:
         "macro_f1": NONE if row.macro_f1 is None else METRICS["macro_f1"].show(row.macro_f1),
         "samples": NONE if row.samples is None else count(row.samples),
         "bytes_sent": traffic(row.bytes_sent),
-        "bytes_sent_by_hub": NONE if row.bytes_sent_by_hub is None else traffic(row.bytes_sent_by_hub),
+        "bytes_sent_by_hub": traffic(row.bytes_sent_by_hub),
         "peak_memory_bytes": memory(row.peak_memory_bytes),
         "cpu_s": duration(row.cpu_s),
         "simulated_s": duration(row.simulated_s),

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from peertune.config import ModelSection
-from peertune.errors import ModelError
+from peertune.errors import InputError, ModelError
 from peertune.model.attention import choose_attention
 from peertune.model.quantization import is_finite, loading_options, quantization_states, quiet, settle
 
@@ -126,11 +126,12 @@ def load_trained(config: ModelSection, device: torch.device) -> nn.Module:
             # peft asks transformers by a name that is on its way out.
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
             return PeftModel.from_pretrained(base, folder).to(device)  # type: ignore[no-any-return]
-    except ModelError:
-        raise
+    except InputError:
+        raise  # of the base, which says what is wrong with it
     except Exception as error:  # peft raises many kinds for a damaged adapter or another base
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ModelError(f"model.path: the adapter in {config.path!r} does not load on its base: {reason}") from error
+        raise ModelError(
+            f"model.path: the adapter in {config.path!r} does not load on its base: {_reason(error)}"
+        ) from error
 
 
 def load_full_model(config: ModelSection, device: torch.device, base: Path | None = None) -> nn.Module:
@@ -162,7 +163,7 @@ def _from_pretrained(kind: Any, config: ModelSection, base: Path | None, **optio
         what = {"AutoTokenizer": "tokenizer", "AutoConfig": "model's config.json"}.get(
             kind.__name__, "causal language model"
         )
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = _reason(error)
         if "trust_remote_code" in str(error):
             reason = "it comes with code of its own; set model.trust_remote_code = true to let that run"
         if "attn_implementation" in reason:
@@ -173,3 +174,8 @@ def _from_pretrained(kind: Any, config: ModelSection, base: Path | None, **optio
         raise ModelError(
             f"model.path: got {config.path!r}, expected a folder or hub name of a {what}; {place}: {reason}"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What an error of a library says, in one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
