@@ -23,7 +23,7 @@ from peertune.measure_files import evaluate_model
 from peertune.model.adapters import adapter_names, add_adapter, merge_adapter
 from peertune.model.blocks import partition_blocks
 from peertune.model.language_model import LanguageModel
-from peertune.model.load import clone_model, load_model
+from peertune.model.load import clone_model, load_model, load_trained
 from peertune.model.lora import take_over
 from peertune.prepare import prepare_data, prepare_model
 from peertune.run import run
@@ -207,6 +207,23 @@ def test_what_is_exported_is_what_was_measured(kind: Any, tmp_path: Path, micro_
         trust_remote_code=kind == "bottleneck",
     )
     assert {key: line[key] for key in measured} == pytest.approx(measured, rel=1e-4)
+
+
+def test_an_adapter_that_does_not_fit_or_whose_base_is_gone_is_refused(tmp_path: Path, micro_model: Path) -> None:
+    run(recipe(tmp_path, micro_model, algorithm={"name": "dec_lora", "rounds": 1, "local_steps": 1, "rank": 2}))
+    adapter = tmp_path / "out" / "adapter"
+    section = ModelSection(path=str(adapter), max_length=4096)
+    with pytest.raises(ModelError, match=r"model.max_length: got 4096, but .* has 96 positions"):
+        load_trained(section, torch.device("cpu"))
+    section = ModelSection(path=str(adapter), max_length=40)
+    load_trained(section, torch.device("cpu"))
+    (adapter / "adapter_model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ModelError, match=r"the adapter in .* does not load on its base"):
+        load_trained(section, torch.device("cpu"))
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "no/such-base"}))
+    with pytest.raises(ModelError, match="got 'no/such-base', expected a folder or hub name"):
+        load_trained(section, torch.device("cpu"))
 
 
 def test_bottlenecks_are_not_left_out_in_silence(tmp_path: Path, micro_model: Path) -> None:

@@ -111,6 +111,10 @@ def test_eval_chooses_between_the_classes_that_the_model_was_trained_to_tell(
         options = ["--data", str(tmp_path / f"{file}.jsonl"), "--task", "classification", "--max-length", "40"]
         assert main(["eval", str(tmp_path / model), *options]) == 0
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["labels"] == labels
+    (tmp_path / "copy" / "labels.json").write_text('["red", ')  # damaged: as if it said nothing
+    options = ["--data", str(tmp_path / "two.jsonl"), "--task", "classification", "--max-length", "40"]
+    assert main(["eval", str(tmp_path / "copy"), *options]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["labels"] == 2
 
 
 def test_export_of_a_peers_personal_model(finished: Path, tmp_path: Path, micro_model: Path) -> None:
