@@ -465,6 +465,10 @@ def test_workers_change_nothing_but_the_time(path: Path, tmp_path: Path) -> None
         quiet = Quiet()
         rows = [(row.contestant, row.mean, row.worst_peer) for row in compare(asked, quiet).rows]
         assert bool(quiet.cells) == (workers == 1), "cells that workers did are found done"
+        if workers > 1:
+            assert "4 runs to be done, 2 at a time" in quiet.notes, "tuning"
+            assert [note for note in quiet.notes if "(1 of 4, about" in note]
+            assert [note for note in quiet.notes if note.endswith("(4 of 4)")]
         return rows
 
     assert found("one", 1) == found("two", 2)

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing.connection import wait
@@ -15,6 +16,7 @@ from peertune import run as runs
 from peertune.compare.cells import Summary
 from peertune.config import RunConfig
 from peertune.errors import DivergedError
+from peertune.formatting import duration, plural
 from peertune.progress import Progress
 from peertune.run_folder import RunFolder
 from peertune.storage import storage_errors
@@ -52,7 +54,7 @@ def play_ahead(
     Args:
         cells: recipes with their labels.
         workers: processes at a time.
-        note: told of each cell that is done.
+        note: told how many are to be done, and of each that is, with the time that the rest may take.
     Raises:
         PeertuneError: a cell's; cells not begun are left.
     """
@@ -61,13 +63,18 @@ def play_ahead(
         folder = RunFolder(Path(config.run.out))
         if not folder.summary.exists() and not diverged(folder.path):
             todo.append((config, label))
+    if todo:
+        note(f"{plural(len(todo), 'run')} to be done, {min(workers, len(todo))} at a time")
+    began = time.monotonic()
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, spawn, _end_with_parent, max_tasks_per_child=1) as pool:
         futures = {pool.submit(carry_out, config, base): label for config, label in todo}
         try:
             for number, future in enumerate(as_completed(futures), 1):
                 outcome = "diverged" if future.result() is None else "done"
-                note(f"{futures[future]}: {outcome} ({number} of {len(todo)})")
+                left_s = (time.monotonic() - began) / number * (len(todo) - number)
+                left = f", about {duration(left_s)} left" if left_s else ""
+                note(f"{futures[future]}: {outcome} ({number} of {len(todo)}{left})")
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
