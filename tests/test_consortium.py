@@ -153,6 +153,8 @@ STAR = {"topology": {"kind": "star", "weights": "samples"}}
 TRIED: dict[str, dict[str, Any]] = {
     "deca": {"algorithm": {}},
     "dec_lora": {"algorithm": {"name": "dec_lora", "rounds": 3, "local_steps": 2, "rank": 2}},
+    "choco": {"algorithm": {"name": "choco", "rounds": 4, "local_steps": 2, "refresh_every": 3}},
+    "scaffold": {"algorithm": {"name": "scaffold", "rounds": 3, "local_steps": 2, "participation": 0.5}, **STAR},
     "fedavg": {"algorithm": {"name": "fedavg", "rounds": 2, "local_steps": 2}, **STAR},
 }
 

@@ -10,6 +10,7 @@ import torch
 
 from peertune.algorithms import ALGORITHMS
 from peertune.algorithms.alternating_lora import AlternatingLora, AlternatingLoraConfig
+from peertune.algorithms.choco import Choco, ChocoConfig
 from peertune.algorithms.dec_lora import DecLora, DecLoraConfig
 from peertune.algorithms.decaf import Decaf, average_product, turn_towards
 from peertune.algorithms.diloco import Diloco, DilocoConfig
@@ -20,12 +21,15 @@ from peertune.algorithms.local_steps import LocalSteps, LocalStepsConfig
 from peertune.algorithms.noloco import Noloco, NolocoConfig
 from peertune.algorithms.qg import Qg
 from peertune.algorithms.rw_lora import RwLora
+from peertune.algorithms.scaffold import Scaffold, ScaffoldConfig
 from peertune.algorithms.turns import BlockwiseConfig
 from peertune.config import TopologySection
 from peertune.errors import ConfigError
-from peertune.exchange import Inbox
+from peertune.exchange import Hop, Inbox
 from peertune.peer import Peer
 from peertune.runtimes import play_round
+from peertune.runtimes.message import LARGEST
+from peertune.runtimes.network import without
 from peertune.topology import Topology, build_topology
 from tests.quadratic import NUM_PEERS, SIZE, QuadraticPeer, gradient, simulate, start, weights_of
 
@@ -226,6 +230,91 @@ def test_noloco_with_one_group_is_diloco() -> None:
     np.testing.assert_allclose(weights_of(alike), weights_of(diloco)[:NUM_PEERS], atol=1e-6)
     with pytest.raises(ConfigError, match="group_size: got 5 on a graph that is not complete"):
         simulate(Noloco, noloco, graph("ring"))
+
+
+@pytest.mark.parametrize("kind", ["ring", "exponential"])
+@pytest.mark.parametrize(("share", "gamma", "refresh"), [(1.0, 1.0, 0), (0.5, 0.7, 0), (0.2, 0.3, 0), (0.5, 0.6, 2)])
+def test_choco_is_the_numpy_reference(kind: Any, share: float, gamma: float, refresh: int) -> None:
+    topology, k = graph(kind), max(1, int(share * SIZE))
+    config = ChocoConfig(**SHORT, ratio=share, gamma=gamma, refresh_every=refresh)
+    theta, adams = np.tile(start(), (NUM_PEERS, 1)), [Adam() for _ in range(NUM_PEERS)]
+    public, entries = theta, 0
+    for t in range(ROUNDS):
+        theta = np.array([descend(i, theta[i], adams[i], t * K) for i in range(NUM_PEERS)])
+        q, is_whole = theta - public, bool(refresh) and (t + 1) % refresh == 0
+        for tensor in () if is_whole else (q[:, :SIZE], q[:, SIZE:]):
+            for row in tensor:
+                row[np.argsort(-np.abs(row))[k:]] = 0
+        entries += SIZE if is_whole else 2 * k  # values, and their places
+        public = public + q
+        theta = theta + gamma * (topology.weights @ public - public)
+    members = simulate(Choco, config, topology)
+    np.testing.assert_allclose(weights_of(members), theta, atol=5e-5)
+    sent = len(topology.targets(0)) * 2 * 4 * entries
+    assert [member.exchange.sent.payload_bytes for member in members] == [sent] * NUM_PEERS
+
+
+def test_choco_that_sends_everything_is_gossip() -> None:
+    choco = simulate(Choco, ChocoConfig(**SHORT, ratio=1.0, gamma=1.0), graph())
+    gossip = simulate(DecLora, DecLoraConfig(**SHORT), graph())
+    np.testing.assert_allclose(weights_of(choco), weights_of(gossip), atol=2e-6)
+
+
+@pytest.mark.parametrize("refresh", [0, 50])
+def test_choco_comes_together_after_a_lost_message_once_whole_weights_are_sent(refresh: int) -> None:
+    class Deaf(Choco):
+        mixes_left = 3
+
+        def mix(self, hop: Hop, inbox: Inbox) -> None:
+            self.mixes_left -= 1
+            if self.mixes_left == 0 and self.peer.index == 0:
+                left = without(inbox.weights, [1], 0)
+                inbox = Inbox(left, {j: inbox.payloads[j] for j in left})
+            super().mix(hop, inbox)
+
+    keys: dict[str, Any] = {"lr": LR, "local_steps": 1, "rounds": 200, "schedule": "linear"}
+    config = ChocoConfig(**keys, ratio=0.5, gamma=0.5, refresh_every=refresh)
+    members = simulate(Deaf, config, graph())
+    assert (np.ptp(weights_of(members), axis=0).max() < 0.01) == bool(refresh)
+    assert [members[0].algorithm.can_join(round) for round in (0, 49)] == [False, bool(refresh)]
+
+
+def test_places_of_large_tensors_come_through_as_they_are() -> None:
+    """A float32 of their bits: as a number it could not tell 2^24 from 2^24 + 1."""
+    places = torch.tensor([0, 1, 2**24, 2**24 + 1, 2**30], dtype=torch.int64)
+    bits = places.int().view(torch.float32)
+    assert torch.equal(bits.view(torch.int32).long(), places)
+    assert bits.isfinite().all() and bits.max() <= LARGEST, "sites take no larger numbers"
+
+
+@pytest.mark.parametrize("participation", [1.0, 0.4])
+@pytest.mark.parametrize("reset", [True, False])
+def test_scaffold_is_the_numpy_reference(participation: float, reset: bool) -> None:
+    config = ScaffoldConfig(**SHORT, participation=participation, reset_moments=reset)
+    members, share = simulate(Scaffold, config, server()), np.array(COUNTS) / sum(COUNTS)
+    x, adams, taken = start(), [Adam() for _ in range(NUM_PEERS)], [0] * NUM_PEERS
+    c, own = np.zeros_like(x), np.zeros((NUM_PEERS, 2 * SIZE))
+    for t in range(ROUNDS):
+        drawn: list[int] = members[0].algorithm.sampled(t)  # type: ignore[attr-defined]
+        mean, change = np.zeros_like(x), np.zeros_like(own)
+        for i in drawn:
+            adams[i] = Adam() if reset else adams[i]
+            y, change[i] = x, -own[i]
+            for _ in range(K):
+                g = gradient(i, taken[i], y)
+                change[i] += g / K
+                y = y - LR * adams[i].step(g - own[i] + c)
+                taken[i] += 1
+            mean = mean + share[i] / share[drawn].sum() * y
+        x, c, own = mean, c + share @ change, own + change
+    np.testing.assert_allclose(weights_of(members), np.tile(x, (NUM_PEERS + 1, 1)), atol=5e-5)
+    held = [np.concatenate([m.algorithm.control[n].numpy() for n in "ab"]) for m in members]  # type: ignore[attr-defined]
+    np.testing.assert_allclose(held, np.tile(share @ own, (NUM_PEERS + 1, 1)), atol=1e-4)
+    assert np.abs(c).max() > 0.1, "the correction must be worth something"
+    complete = simulate(Scaffold, config, graph("complete", "samples"))
+    np.testing.assert_array_equal(weights_of(members)[:NUM_PEERS], weights_of(complete))
+    rounds = [t // K for t in taken]
+    assert [m.exchange.sent.payload_bytes for m in members[:NUM_PEERS]] == [r * 2 * 2 * SIZE * 4 for r in rounds]
 
 
 STEPS = [name for name, method in ALGORITHMS.items() if issubclass(method, LocalSteps)]

@@ -2,6 +2,7 @@
 
 from peertune.algorithms.alternating_lora import AlternatingLora
 from peertune.algorithms.base import Algorithm
+from peertune.algorithms.choco import Choco
 from peertune.algorithms.dec_adapter import DecAdapter
 from peertune.algorithms.dec_lora import DecLora
 from peertune.algorithms.deca import Deca
@@ -16,6 +17,7 @@ from peertune.algorithms.noloco import Noloco
 from peertune.algorithms.pooled import Pooled
 from peertune.algorithms.qg import Qg
 from peertune.algorithms.rw_lora import RwLora
+from peertune.algorithms.scaffold import Scaffold
 from peertune.config import AlgorithmConfig
 
 __all__ = ["ALGORITHMS", "METHODS", "Algorithm"]
@@ -33,7 +35,9 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "rw_lora": RwLora,
     "gt": Gt,
     "qg": Qg,
+    "choco": Choco,
     "fedavg": Fedavg,
+    "scaffold": Scaffold,
     "diloco": Diloco,
     "noloco": Noloco,
 }

@@ -18,7 +18,7 @@ none: everybody sends to everybody and does the server's part for itself, with t
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -68,7 +68,7 @@ class FedavgConfig(LocalStepsConfig):
 
 
 class Fedavg(LocalSteps):
-    Config = FedavgConfig
+    Config: ClassVar[type[AlgorithmConfig]] = FedavgConfig
     config: FedavgConfig
 
     def __init__(self, peer: Peer, config: AlgorithmConfig, topology: Topology) -> None:
