@@ -105,6 +105,24 @@ def test_merging_gives_the_adapted_models_output() -> None:
     torch.testing.assert_close(merged(input_ids=batch().input_ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("end", ["embed_tokens", "lm_head"])
+def test_an_adapter_on_one_end_of_a_tied_model_is_merged_at_that_end_alone(end: str, tmp_path: Path) -> None:
+    def tied() -> Any:
+        return make_model("llama", tied=True).requires_grad_(False)
+
+    settings = AlgorithmConfig(adapter="lora", rank=2, target_modules=["q_proj", end])
+    module = add_adapter(tied(), settings, 0)
+    for name, parameter in module.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    expected = LanguageModel(copy.deepcopy(module), ModelSection()).all_logits(batch().input_ids)
+    merged: Any = merge_adapter(module, tied())
+    torch.testing.assert_close(merged(input_ids=batch().input_ids).logits, expected, rtol=1e-4, atol=1e-4)
+    merged.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(input_ids=batch().input_ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2"])  # without and with biases
 def test_taking_over_a_lora_layer_changes_nothing_but_rounding(name: str) -> None:
     exact = add_adapter(frozen(name), AlgorithmConfig(adapter="lora", rank=4, lora_alpha=12.0), 0)

@@ -727,3 +727,11 @@ def test_names_are_no_markup() -> None:
     )  # fmt: skip
     console.print(terminal_table([row]))
     assert "[bold]x" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_contestant_that_cannot_be_run_is_refused_before_any_is(
+    make: Callable[..., tuple[Comparison, Quiet]], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"noloco:group_size=3: algorithm\.group_size: got 3 on a graph"):
+        make(algorithms="dpsgd,noloco:group_size=3", seeds="0")
+    assert not (tmp_path / "compared").exists()

@@ -261,6 +261,12 @@ def test_references_that_cannot_be_read_are_told(chatty: PreTrainedTokenizerBase
     [said] = remarks(data, EvalSection())
     assert "3 held-out rows make calls, but eval.generate_samples is 0" in said
     assert remarks(data, EvalSection(generate_samples=1)) == []
+    lengths = sorted(reference.num_tokens for reference in data.references if reference.calls)
+    assert lengths[0] > 1
+    [said] = remarks(data, EvalSection(generate_samples=1, max_new_tokens=lengths[0] - 1))
+    assert said.startswith(
+        f"the answers of 3 of {len(data.references)} held-out rows are longer than eval.max_new_tokens"
+    )
     chatty.chat_template = TEMPLATE.replace("m.tool_calls | tojson", "m.tool_calls[0].name + '()'")
     [said] = remarks(held_out(ROWS, chatty), EvalSection(generate_samples=1))
     assert "the calls of 3 of 3 held-out rows do not read back" in said

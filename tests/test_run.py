@@ -341,6 +341,15 @@ def test_the_other_tasks_run(task: str, tmp_path: Path, micro_model: Path) -> No
     assert (template is not None) == (task != "text")
 
 
+def test_keys_of_another_method_are_refused(tmp_path: Path, micro_model: Path) -> None:
+    config = recipe(tmp_path, micro_model)
+    for name, expected in (("deca", "DecaConfig"), ("gt", "LocalStepsConfig"), ("nothing", "one of deca, ")):
+        keys = ALGORITHMS["dec_lora"].Config(name=name)
+        with pytest.raises(ConfigError, match=f"got a DecLoraConfig with name = '{name}', expected {expected}"):
+            run(config.model_copy(update={"algorithm": keys}))
+    assert not (tmp_path / "out").exists()
+
+
 def test_pooled_is_one_model_on_the_union_of_the_batches(tmp_path: Path, micro_model: Path) -> None:
     """With peers of equal batches, the pooled loss of the first step is the mean of the peers' alone."""
     sections: dict[str, Any] = {"data": {"partition": {"kind": "iid"}}, "algorithm": {"inner_steps": 1}}

@@ -1,9 +1,13 @@
 """Messages are safetensors files, and what is counted is what they hold."""
 
+from typing import Any
+
 import pytest
 import torch
 from safetensors.torch import load
 
+from peertune.exchange import Hop
+from peertune.runtimes.simulation import Mailbox
 from peertune.wire import Traffic, header, payload_size
 
 
@@ -23,7 +27,7 @@ def test_header_and_tensors_are_a_safetensors_file() -> None:
 
 
 def test_only_float32_travels() -> None:
-    with pytest.raises(KeyError):
+    with pytest.raises(TypeError, match=r"a payload's 'a' is torch\.float64, expected torch\.float32"):
         header({"a": torch.zeros(2, dtype=torch.float64)})
 
 
@@ -37,3 +41,20 @@ def test_traffic_is_counted_by_edge_payload_and_header_apart() -> None:
     again = Traffic()
     again.load_state_dict(traffic.state_dict())
     assert again == traffic
+
+
+@pytest.mark.parametrize(
+    ("target", "change", "said"),
+    [
+        (7, {}, "peer 0 sends to 7, expected one of 2"),
+        (1, {"more": torch.zeros(1)}, "peer 1 sends tensors of other names or shapes than peer 0"),
+        (1, {"b": torch.zeros(5, 3)}, "peer 1 sends tensors of other names or shapes than peer 0"),
+    ],
+)
+def test_a_simulation_refuses_what_peers_apart_could_not_carry(target: int, change: Any, said: str) -> None:
+    mailbox = Mailbox()
+    ends = [mailbox.endpoint(peer) for peer in (0, 1)]
+    hop = Hop("gossip", {(0, target): 0.5, (1, 0): 0.5})
+    with pytest.raises(ValueError, match=said):
+        for end, payload in zip(ends, (make_payload(), make_payload() | change), strict=True):
+            end.start(0, hop, payload)

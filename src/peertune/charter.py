@@ -18,11 +18,11 @@ from typing import Annotated, Any
 import tomli_w
 from pydantic import AfterValidator, Field, ValidationError
 
-import peertune
 from peertune.config import Methods, NonNegative, Positive, RunConfig, Section, flatten, from_dict
 from peertune.errors import CharterError
 from peertune.identity import Identity, certificate_id, is_own, is_signed
 from peertune.logfields import text
+from peertune.plugins import code_version
 from peertune.storage import write_atomically
 
 MAX_PIECES = 400
@@ -66,7 +66,7 @@ class Signature(Section):
 
 class Charter(Section):
     version: str
-    """Of peertune, the same at all sites."""
+    """Of peertune, and of the package that brings the method where another does; the same at all sites."""
     expires: date
     base: str
     """Hash of the base model's weights, with the adapter that a method puts on it."""
@@ -153,10 +153,13 @@ class Charter(Section):
                 f"charter: its quorum is {self.quorum}, expected at most its {len(self.members)} members, or the run"
                 " would wait for ever; write a new one"
             )
-        if self.version != peertune.__version__:
-            raise CharterError(
-                f"charter: is for peertune {self.version}, this is {peertune.__version__}; all sites need the same"
-            )
+        if self.version != (here := code_version(self._method())):
+            raise CharterError(f"charter: is for peertune {self.version}, this is {here}; all sites need the same")
+
+    def _method(self) -> str:
+        """The recipe's method; empty where it names none, which `config` refuses."""
+        section = self.recipe.get("algorithm")
+        return str(section.get("name", "")) if isinstance(section, dict) else ""
 
     def check_signatures(self, what: str = "charter", *, but: str = "") -> None:
         """Refuse signatures that do not hold; who has not signed yet is passed over.

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-import peertune
 from peertune.algorithms import ALGORITHMS, METHODS
 from peertune.assemble import make_algorithm, make_topology
 from peertune.audit import AUDIT, AuditLog, Repeats
@@ -32,6 +31,7 @@ from peertune.identity import load_identity
 from peertune.lock import FolderLock, is_held
 from peertune.memory import keep_freed
 from peertune.model.load import TINY, resolve_path
+from peertune.plugins import code_version
 from peertune.prepare import prepare_model, prepare_tokenizer
 from peertune.progress import Progress
 from peertune.robust import check_rule
@@ -87,7 +87,7 @@ def new_charter(
     if quorum > len(members):
         raise CharterError(f"--quorum: got {quorum}, expected at most the {len(members)} members there are")
     charter = Charter(
-        version=peertune.__version__,
+        version=code_version(config.algorithm.name),
         expires=expires,
         base=base,
         tokenizer=tokenizer,

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-import peertune
 from peertune.algorithms.base import Algorithm, LocalReport
 from peertune.config import RunConfig
 from peertune.evaluation import Measured
 from peertune.model.blocks import Block, frozen_names
 from peertune.model.quantization import num_weights
+from peertune.plugins import code_version
 from peertune.prepare import Prepared
 from peertune.runtimes import Member
 
@@ -47,7 +47,7 @@ def start_event(
     ]
     return {
         "config": config.to_dict(),
-        "versions": versions(),
+        "versions": versions(config.algorithm.name),
         "notes": list(notes),
         "model": {
             "parameters": sum(sizes.values()),
@@ -182,7 +182,7 @@ def summary_of(
 
     return {
         "config": config.to_dict(),
-        "versions": versions(),
+        "versions": versions(config.algorithm.name),
         "seed": config.run.seed,
         "algorithm": config.algorithm.name,
         "metrics": metrics,
@@ -217,12 +217,12 @@ def _mixing(method: Algorithm) -> dict[str, Any]:
     return {"weights": topology.weights.tolist(), "lambda2": topology.second_eigenvalue}
 
 
-def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
+def versions(method: str) -> dict[str, str]:
+    """Versions that a result of a method depends on."""
     import transformers
 
     return {
-        "peertune": peertune.__version__,
+        "peertune": code_version(method),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),

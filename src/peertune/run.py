@@ -130,6 +130,12 @@ def run(
         RunError: the run had to stop; its last checkpoint is intact.
     """
     progress = progress or Silent()
+    name, given = config.algorithm.name, type(config.algorithm)
+    if (method := ALGORITHMS.get(name)) is None or method.Config is not given:
+        expected = f"one of {', '.join(ALGORITHMS)}" if method is None else method.Config.__name__
+        raise ConfigError(
+            f"algorithm: got a {given.__name__} with name = {name!r}, expected {expected}; give it its method's name"
+        )
     if config.run.ranks_per_peer != ranks_per_peer:
         raise ConfigError(
             f"run.ranks_per_peer: got {config.run.ranks_per_peer}, expected {ranks_per_peer}: only torchrun's processes"
@@ -184,7 +190,8 @@ class Run:
         self.notes = notes = list(inputs.notes)
         method = ALGORITHMS[config.algorithm.name]
         self.blocks = model_blocks(config, module, method.frozen)
-        if config.algorithm.adapter == "none" and is_tied(module) and config.model.train_embeddings == "untied":
+        is_frozen = config.model.train_embeddings == "untied" and config.model.init == "pretrained"
+        if config.algorithm.adapter == "none" and is_frozen and is_tied(module):
             notes.append(
                 'token embedding and output head are one tensor: frozen (model.train_embeddings = "all" trains it)'
             )
@@ -280,9 +287,9 @@ class Run:
             self.folder.require_space(foreseen_bytes(self.method, self.num_stored))
         self.progress.note("blocks:\n" + block_table(self.average.model.module, self.method.blocks))
         if done == 0:
-            base = str(self.base.absolute())
+            base, then = str(self.base.absolute()), versions(self.config.algorithm.name)
             recipe = {
-                "config": self.config.to_dict(), "versions": versions(), "base": base, "members": self.num_members,
+                "config": self.config.to_dict(), "versions": then, "base": base, "members": self.num_members,
                 "site": None if self.site is None else self.site.index, "labels": list(self.data.label_names),
             }  # fmt: skip
             self.folder.create(recipe)
@@ -467,9 +474,9 @@ class Run:
         for member in self.members:
             self.state.take_up(member, done, *self.store.load(member.index, done), self.folder.path)
         self.progress.note(f"{self.folder.path}: resuming after round {done} of {self.method.num_rounds}")
-        then = self.folder.read_recipe().get("versions")
-        if then != versions():
-            self.progress.note(f"versions have changed, and results may: {then} when this run began, {versions()} now")
+        then, now = self.folder.read_recipe().get("versions"), versions(self.config.algorithm.name)
+        if then != now:
+            self.progress.note(f"versions have changed, and results may: {then} when this run began, {now} now")
         return done
 
     def _checkpoint(self, done: int) -> None:

@@ -51,6 +51,8 @@ def _header(tensors: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]) -> by
     entries, end = {}, 0
     for name, dtype, shape in tensors:
         start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+        if dtype not in DTYPES:
+            raise TypeError(f"a payload's {name!r} is {dtype}, expected {', '.join(map(str, DTYPES))}")
         entries[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGNMENT)

@@ -1,5 +1,8 @@
-"""The methods, one file each. A new one is a class here and a line in `ALGORITHMS`."""
+"""The methods, one file each. A new one is a class here and a line in `ALGORITHMS`; or a package's own (`plugins`)."""
 
+from collections.abc import Iterator
+
+from peertune import plugins
 from peertune.algorithms.alternating_lora import AlternatingLora
 from peertune.algorithms.base import Algorithm
 from peertune.algorithms.choco import Choco
@@ -19,6 +22,7 @@ from peertune.algorithms.qg import Qg
 from peertune.algorithms.rw_lora import RwLora
 from peertune.algorithms.scaffold import Scaffold
 from peertune.config import AlgorithmConfig
+from peertune.errors import ConfigError
 
 __all__ = ["ALGORITHMS", "METHODS", "Algorithm"]
 
@@ -41,4 +45,16 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "diloco": Diloco,
     "noloco": Noloco,
 }
+
+
+def _of_other_packages() -> Iterator[tuple[str, type[Algorithm]]]:
+    for name, point in plugins.found().items():
+        method = plugins.load(point)
+        if name in ALGORITHMS or not (isinstance(method, type) and issubclass(method, Algorithm)):
+            expected = "another name" if name in ALGORITHMS else f"a subclass of {Algorithm.__qualname__}"
+            raise ConfigError(f"entry point {name!r} of {plugins.GROUP}: got {point.value}, expected {expected}")
+        yield name, method
+
+
+ALGORITHMS |= dict(_of_other_packages())
 METHODS: dict[str, type[AlgorithmConfig]] = {name: method.Config for name, method in ALGORITHMS.items()}

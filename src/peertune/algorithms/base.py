@@ -57,7 +57,12 @@ class Algorithm(ABC):
         self.peer, self.topology = peer, topology
         self.blocks = self.arrange(peer.blocks)
         parameters = peer.model.parameters()
-        self.check_personal(config)
+        if config.local_modules and not self.agrees:
+            raise ConfigError(
+                f"algorithm.local_modules: got {config.local_modules} with algorithm.name = {config.name!r}, where"
+                " nothing travels, expected an empty list; leave it out, in a comparison by"
+                f" {config.name}:local_modules=[]"
+            )
         self.masters = MasterWeights({n: parameters[n] for block in peer.blocks for n in block.parameters})
         _require_matches(config.local_modules, list(self.masters))
         self.common = tuple(n for n in self.masters if not any(text in n for text in config.local_modules))
@@ -66,16 +71,6 @@ class Algorithm(ABC):
             raise ConfigError(
                 f"algorithm.local_modules: got {config.local_modules}, which keeps everything that is trained local;"
                 " leave something to share, or take algorithm.name = 'local'"
-            )
-
-    @classmethod
-    def check_personal(cls, config: AlgorithmConfig) -> None:
-        """Refuse personal parts of a method in which nothing is common. Raises ConfigError."""
-        if config.local_modules and not cls.agrees:
-            raise ConfigError(
-                f"algorithm.local_modules: got {config.local_modules} with algorithm.name = {config.name!r}, where"
-                " nothing travels, expected an empty list; leave it out, in a comparison by"
-                f" {config.name}:local_modules=[]"
             )
 
     @classmethod

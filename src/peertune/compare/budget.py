@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
+from peertune.algorithms import ALGORITHMS
 from peertune.algorithms.turns import BlockwiseConfig
+from peertune.assemble import make_algorithm, make_topology
 from peertune.compare.contestants import Contestant, Lineup
 from peertune.compare.options import Options
-from peertune.config import AlgorithmConfig, RunConfig
-from peertune.errors import ConfigError
-from peertune.prepare import model_blocks, prepare_model
+from peertune.config import AlgorithmConfig
+from peertune.errors import ConfigError, ModelError, TopologyError
+from peertune.prepare import prepare_model
 from peertune.report.events import RunRecord
 from peertune.report.series import mean
 
@@ -33,10 +35,10 @@ class Budget:
         self._contestants, self._pace, self._options, self._base = lineup.contestants, lineup.pace, options, base
         if options.budget == "samples":
             self._check_epochs()
-        self.num_blocks = {each.name: self._count_blocks(each.config) for each in lineup.contestants}
-        """Blocks of the model, by contestant; 1 where the schedule does not depend on them."""
+        self.num_blocks = {each.name: self._count_blocks(each) for each in lineup.contestants}
+        """Blocks that a method trains in turn, by contestant."""
         is_first = lineup.pace is lineup.contestants[0]
-        self._pace_blocks = self.num_blocks[lineup.pace.name] if is_first else self._count_blocks(lineup.pace.config)
+        self._pace_blocks = self.num_blocks[lineup.pace.name] if is_first else self._count_blocks(lineup.pace)
         for contestant in lineup.contestants:
             self._check_what_it_sets(contestant, note)
 
@@ -69,11 +71,15 @@ class Budget:
                     " expected 0; set algorithm.local_steps instead"
                 )
 
-    def _count_blocks(self, config: RunConfig) -> int:
-        if not isinstance(config.algorithm, BlockwiseConfig):
-            return 1
-        # An adapter changes the model, so each contestant gets one of its own.
-        return len(model_blocks(config, prepare_model(config, torch.device("cpu"), self._base)))
+    def _count_blocks(self, contestant: Contestant) -> int:
+        """Of the method on a model of its own, as an adapter changes it: so what cannot be run is refused here."""
+        config = contestant.config
+        try:
+            topology = make_topology(config, ALGORITHMS[config.algorithm.name], [1] * config.run.num_peers)
+            module = prepare_model(config, torch.device("cpu"), self._base)
+            return len(make_algorithm(config, module, topology).blocks)
+        except (ConfigError, ModelError, TopologyError) as error:
+            raise type(error)(f"{contestant.name}: {error}") from error
 
     def _check_what_it_sets(self, contestant: Contestant, note: Callable[[str], None]) -> None:
         """Refuse values to tune, and remark on a name, that say how long to train otherwise than the budget does."""

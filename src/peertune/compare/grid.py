@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from peertune.algorithms import ALGORITHMS, METHODS
+from peertune.algorithms import METHODS
 from peertune.compare import budget as budgets
 from peertune.compare.cells import Cell, DivergedCell, Summary, metric_of, quality, read_cell
 from peertune.compare.contestants import Contestant, Lineup
@@ -80,9 +80,6 @@ class Grid:
         self.base = options.recipes[0].parent
         first = contestants[0].config
         check_writable(options.out, "--out")
-        for contestant in contestants:
-            algorithm = contestant.config.algorithm
-            ALGORITHMS[algorithm.name].check_personal(algorithm)
         if options.workers > 1 and options.budget != "samples":
             raise ConfigError(
                 f"--workers: got {options.workers} with --budget {options.budget}, where a cell waits for the first"

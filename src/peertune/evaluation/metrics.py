@@ -95,6 +95,12 @@ def remarks(data: HeldOut, settings: EvalSection) -> list[str]:
             f"{num_calls} held-out rows make calls, but eval.generate_samples is 0: no answer is generated, and"
             " function_name_accuracy and call_accuracy are not measured"
         )
+    long = sum(reference.num_tokens > settings.max_new_tokens for reference in data.references)
+    if long and settings.generate_samples:
+        said.append(
+            f"the answers of {long} of {len(data.references)} held-out rows are longer than eval.max_new_tokens ="
+            f" {settings.max_new_tokens}: generated ones are cut off there, and count as wrong; raise it"
+        )
     if unread:
         said.append(
             f"the calls of {unread} of {num_calls} held-out rows do not read back as the chat template writes them:"

@@ -32,6 +32,8 @@ class Reference:
     """The expected text (instruction)."""
     calls: tuple[Call, ...] = ()
     """The calls expected of the last turn that makes any (chat)."""
+    num_tokens: int = 0
+    """Tokens after the prompt, up to the end of the answer, or of its calls."""
     readable: bool = True
     """Whether the calls, as they stand in the sample, read back the same."""
     choices: tuple[tuple[str, Sample], ...] = ()
@@ -55,7 +57,8 @@ def references(
         client = str(row[CLIENT]) if row.get(CLIENT) is not None else ""
         if config.task == "instruction":
             prompt = sample.input_ids[: sample.prompt_length]
-            found.append(Reference(client, prompt, str(row[config.output_field] or "")))
+            answer = str(row[config.output_field] or "")
+            found.append(Reference(client, prompt, answer, num_tokens=int(sample.loss_mask.sum())))
         elif config.task == "chat" and sample.calls:
             found.append(_of_calls(client, row, sample, config, tokenizer))
         else:
@@ -98,6 +101,7 @@ def _of_calls(
         client,
         sample.input_ids[:turn],
         calls=tuple(made[-1]),
+        num_tokens=end - turn,
         readable=same_calls(parse_calls(written), made[-1]),
         choices=_choices(sample, start, end, written, made[-1][0].name, offered, tokenizer),
     )

@@ -18,7 +18,7 @@ from torch import nn
 from peertune.config import AlgorithmConfig
 from peertune.errors import ConfigError, ModelError
 from peertune.model import bottleneck
-from peertune.model.blocks import find_layers
+from peertune.model.blocks import find_layers, is_tied
 from peertune.model.bottleneck import add_bottlenecks
 
 CODE = "modeling_with_bottlenecks"
@@ -60,6 +60,8 @@ def core_of(module: nn.Module) -> Any:
 def merge_adapter(module: nn.Module, base: nn.Module) -> nn.Module | None:
     """`base` with a LoRA adapter's products added to its weights; None where an adapter cannot be merged.
 
+    Where the token embedding is also the output head and one of the two has an adapter, they are two tensors in it.
+
     Args:
         module: the base with the adapter.
         base: the same base, unquantised; changed in place.
@@ -73,7 +75,19 @@ def merge_adapter(module: nn.Module, base: nn.Module) -> nn.Module | None:
     with torch.no_grad():
         for name, value in weights.items():
             own[name].copy_(value)
+    _untie_adapted(merged.get_base_model())  # type: ignore[operator]
     return merged.merge_and_unload()  # type: ignore[no-any-return, operator]
+
+
+def _untie_adapted(model: Any) -> None:
+    """Give the head a tensor of its own where what it shares with the embedding is about to change at one end only."""
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    if not is_tied(model) or not any(hasattr(end, "base_layer") for end in ends):
+        return
+    head = getattr(ends[1], "base_layer", ends[1])
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
 
 
 def bottleneck_code(module: nn.Module) -> Mapping[str, str]:
@@ -137,6 +151,8 @@ def _wrap(module: nn.Module, config: Any) -> nn.Module:
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         # GPT-2's layers hold their weights transposed; peft sees that and says so.
         warnings.filterwarnings("ignore", message="fan_in_fan_out", category=UserWarning)
+        # What it warns of is taken care of where an adapter is merged.
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`", category=UserWarning)
         wrapped = peft.get_peft_model(module, config)
     wrapped.train()
     for parameter in wrapped.parameters():

@@ -117,6 +117,7 @@ def load_trained(config: ModelSection, device: torch.device) -> nn.Module:
     folder = resolve_path(config.path)
     if not (Path(folder) / "adapter_config.json").exists():
         return load_model(config, device)
+    quiet()
     from peft import PeftConfig, PeftModel
 
     try:

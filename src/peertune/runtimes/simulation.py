@@ -13,6 +13,7 @@ from peertune.config import LinkSection
 from peertune.exchange import Hop, Inbox, Payload
 from peertune.link import Clock
 from peertune.runtimes.group import Lockstep, weighted_mean
+from peertune.wire import header
 
 T = TypeVar("T")
 
@@ -61,6 +62,8 @@ class Mailbox:
         self.payloads: dict[int, Payload] = {}
         self.sizes: dict[int, int] = {}
         """Peer -> bytes it sends in this hop, headers included."""
+        self._layout: tuple[int, bytes] | None = None
+        """The first peer that sends in this hop, and the header of its payload."""
         self._clock = clock
         self._num_endpoints = 0
         self._num_finished = 0
@@ -70,6 +73,26 @@ class Mailbox:
         self._num_endpoints += 1
         return SimulatedExchange(self, peer)
 
+    def put(self, peer: int, hop: Hop, payload: Payload, size: int) -> None:
+        """Take in what a peer sends.
+
+        Raises:
+            ValueError: to one who is not there, or of other names or shapes than another peer's; peers apart could
+                not carry it.
+        """
+        targets, here = hop.targets(peer), header(payload)
+        if targets and targets[-1] >= self._num_endpoints:
+            raise ValueError(
+                f"hop {hop.name!r}: peer {peer} sends to {targets[-1]}, expected one of {self._num_endpoints}"
+            )
+        first, layout = self._layout = self._layout or (peer, here)
+        if layout != here:
+            raise ValueError(
+                f"hop {hop.name!r}: peer {peer} sends tensors of other names or shapes than peer {first}; what"
+                " `outgoing` gives has to be laid out alike on all peers"
+            )
+        self.payloads[peer], self.sizes[peer] = payload, size
+
     def collect(self, weights: Mapping[int, float]) -> Inbox:
         """The payloads of some peers; when the last endpoint has its own, the mailbox lets go of them all."""
         inbox = Inbox(weights, {source: self.payloads[source] for source in weights})
@@ -77,7 +100,7 @@ class Mailbox:
         if self._num_finished == self._num_endpoints:
             if self._clock is not None:
                 self._clock.hop(list(self.sizes.values()))
-            self._num_finished, self.payloads, self.sizes = 0, {}, {}
+            self._num_finished, self.payloads, self.sizes, self._layout = 0, {}, {}, None
         return inbox
 
 
@@ -91,8 +114,7 @@ class SimulatedExchange(Lockstep):
     def start(self, round: int, hop: Hop, out: Payload | None) -> None:
         if out is None:
             return
-        self._mailbox.payloads[self._peer] = out
-        self._mailbox.sizes[self._peer] = self.sent.count(hop.targets(self._peer), out)
+        self._mailbox.put(self._peer, hop, out, self.sent.count(hop.targets(self._peer), out))
 
     def finish(self, round: int, hop: Hop, like: Callable[[], Payload]) -> Inbox | None:
         inbox = self._mailbox.collect(hop.sources(self._peer))
