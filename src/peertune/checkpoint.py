@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peertune.errors import CheckpointError, StorageError
+from peertune.storage import share_weights
 
 GENERATIONS = 2
 
@@ -56,6 +57,7 @@ class CheckpointStore:
             save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, weights)
             state = {"peer": peer, "round": round, "sha256": _sha256(weights), "state": plain}
             (aside / "state.json").write_text(json.dumps(state), encoding="utf-8")
+            share_weights(aside, aside / "state.json")
             for path in (weights, aside / "state.json", aside):
                 _sync(path)
             if final.exists():  # of the same round once before: never without one of the two for as long as it takes

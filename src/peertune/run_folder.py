@@ -23,7 +23,7 @@ from peertune.config import flatten
 from peertune.errors import CheckpointError, StorageError
 from peertune.lock import FolderLock
 from peertune.model.adapters import bottleneck_code, core_of, merge_adapter
-from peertune.storage import append_line, check_writable, nearest_existing, storage_errors, write_atomically
+from peertune.storage import append_line, check_writable, nearest_existing, share_weights, storage_errors, write_atomically
 
 FREE_KEYS = {
     *("run.out", "run.log_every", "run.checkpoint_every", "eval.every", "eval.points"),
@@ -187,6 +187,7 @@ def save_trained(
     if merged is not module and (adapter is not None or merged is None):
         with storage_errors(alone):
             module.save_pretrained(alone)
+            share_weights(alone, alone / "adapter_config.json")
             tokenizer.save_pretrained(alone)
     for written in {folder, alone} if labels else set():
         if written.exists():
@@ -209,6 +210,7 @@ def save_model(folder: Path, module: Any, tokenizer: Any) -> None:
         module.config.use_cache = True
         code = bottleneck_code(module)
         module.save_pretrained(folder)
+        share_weights(folder, folder / "config.json")
         for name, text in code.items():
             (folder / name).write_text(text, encoding="utf-8")
         tokenizer.save_pretrained(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -45,6 +46,16 @@ class storage_errors:
             raise StorageError(
                 f"{self._path}: cannot write: {reason}; free some space and go on with --resume"
             ) from error
+
+
+def share_weights(folder: Path, like: Path) -> None:
+    """Let those read a folder's weights who may read the file beside them, `like`, whose mode the umask gave it.
+
+    safetensors makes its files for their owner alone, whatever the umask says. Raises OSError.
+    """
+    mode = stat.S_IMODE(like.stat().st_mode)
+    for weights in folder.glob("*.safetensors"):
+        weights.chmod(mode)
 
 
 def nearest_existing(path: Path) -> Path:
