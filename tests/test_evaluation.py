@@ -107,9 +107,9 @@ def test_prompts_go_alone_where_padding_changes_what_is_said(
     def blind(*args: Any, attention_mask: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
         return forward(*args, **kwargs)  # as models with a running state: padding is read like text
 
-    def counted(model: Any, tokenizer: Any, prompts: Any, ends: Any, limit: int) -> Any:
+    def counted(model: Any, tokenizer: Any, prompts: Any, ends: Any, limit: int, **options: Any) -> Any:
         sizes.append(len(prompts))
-        return original(model, tokenizer, prompts, ends, limit)
+        return original(model, tokenizer, prompts, ends, limit, **options)
 
     monkeypatch.setattr(generation, "_continue", counted)
     prompts = [np.arange(3, 3 + n, dtype=np.int32) for n in (4, 9, 6)]
@@ -119,6 +119,23 @@ def test_prompts_go_alone_where_padding_changes_what_is_said(
     expected = [greedily(model, prompt, 3, {2}) for prompt in prompts]
     assert generate(model, byte_tokenizer, prompts, max_new_tokens=3) == list(map(byte_tokenizer.decode, expected))
     assert sizes[3:] == [1, 2, 1, 1, 1]
+
+
+def test_no_answer_is_kept_with_the_logits_of_all_its_steps(
+    byte_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a vocabulary of 150,000 they are more than a gigabyte; the trial of two tokens alone looks at them."""
+    model = LanguageModel(make_model("llama"), ModelSection())
+    kept, original = [], generation._continue
+
+    def noted(*args: Any, **options: Any) -> Any:
+        made = original(*args, **options)
+        kept.append((args[-1], made.logits is not None))
+        return made
+
+    monkeypatch.setattr(generation, "_continue", noted)
+    generate(model, byte_tokenizer, [np.arange(3, 3 + n, dtype=np.int32) for n in (4, 9)], max_new_tokens=5)
+    assert kept == [(2, True), (2, True), (5, False)]
 
 
 def test_an_end_token_at_once_and_the_models_own_settings_change_nothing(

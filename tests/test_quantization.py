@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import warnings
 from datetime import date
 from pathlib import Path
@@ -446,3 +447,13 @@ def test_a_peers_model_runs_on_it(folder: Path) -> None:
     assert found[0].keys() == found[1].keys() == {n for n, _ in adapted.named_parameters() if "lora_" in n}
     for name in found[0]:
         torch.testing.assert_close(found[1][name], found[0][name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bad", [None, math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_found(dtype: torch.dtype, bad: float | None) -> None:
+    weights = torch.randn(7, 5).to(dtype)
+    if bad is not None:
+        weights[3, 2] = bad
+    assert quantization.is_finite(weights) == (bad is None)
+    assert quantization.is_finite(weights[:0])

@@ -4,8 +4,10 @@ import errno
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from peertune import checkpoint, run_state
 from peertune import run as runs
 from peertune.algorithms import ALGORITHMS
+from peertune.algorithms.deca import Deca
+from peertune.algorithms.fedavg import Fedavg
 from peertune.checkpoint import CheckpointStore
 from peertune.errors import CheckpointError, ConfigError, DivergedError, StorageError
 from peertune.evaluation import measure
+from peertune.exchange import Hop, Payload
 from peertune.lock import FolderLock
 from peertune.prepare import prepare_data
 from peertune.run import run
@@ -278,6 +283,49 @@ def test_changed_data_is_noticed(tmp_path: Path, micro_model: Path, monkeypatch:
     (tmp_path / "train.jsonl").write_text("\n".join(lines[:-9]))
     with pytest.raises(CheckpointError, match="data has changed"):
         run(config, resume=True)
+
+
+def test_who_may_read_the_recipe_may_read_the_weights(tmp_path: Path, micro_model: Path) -> None:
+    mask = os.umask(0o027)
+    try:
+        run(recipe(tmp_path, micro_model, run={"out": str(tmp_path / "whole")}))
+        lora = {"name": "dec_lora", "rounds": 1, "local_steps": 1}
+        run(recipe(tmp_path, micro_model, run={"out": str(tmp_path / "lora")}, algorithm=lora))
+    finally:
+        os.umask(mask)
+    written = [*tmp_path.glob("**/*.safetensors"), *tmp_path.glob("**/recipe.json")]
+    assert {path.parent.name for path in written} >= {"model", "adapter", "whole", "lora"}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in written} == {0o640}
+
+
+def test_a_mix_of_deca_holds_the_discrepancy_of_one_tensor_at_a_time(
+    tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a whole block would be as much memory again as a message."""
+    held, original = [], Deca.correct
+
+    def noted(self: Deca, d: Mapping[str, torch.Tensor]) -> None:
+        held.append(len(d))
+        original(self, d)
+
+    monkeypatch.setattr(Deca, "correct", noted)
+    run(recipe(tmp_path, micro_model))
+    assert len(held) > 4 and max(held) == 1
+
+
+def test_moments_that_are_set_back_do_not_stand_idle_between_two_phases(
+    tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a simulation of full weights holds them for all its peers while one trains."""
+    held, original = [], Fedavg.outgoing
+
+    def noted(self: Fedavg, hop: Hop) -> Payload:
+        held.append(len(self.moments))
+        return original(self, hop)
+
+    monkeypatch.setattr(Fedavg, "outgoing", noted)
+    run(recipe(tmp_path, micro_model, algorithm={"name": "fedavg", "rounds": 2, "local_steps": 2}))
+    assert held and not any(held)
 
 
 def test_two_generations_are_kept(tmp_path: Path, micro_model: Path) -> None:

@@ -149,17 +149,25 @@ class Deca(Algorithm):
 
     @torch.no_grad()
     def mix(self, hop: Hop, inbox: Inbox) -> None:
-        """theta_{r+1/2} -> theta_{r+1}, then the moments; tensor by tensor, to hold one mixed tensor at a time."""
+        """theta_{r+1/2} -> theta_{r+1}, and the moments; tensor by tensor, to hold one discrepancy at a time.
+
+        "trivial" alone holds them all, as each is divided by the norm of all.
+        """
         d: dict[str, Tensor] = {}
         for name in self.active:
             if name not in self.common:
                 continue
             mixed = inbox.mean(name)
             self.masters.write(name, mixed)
-            if self.discrepancy != "none":
-                d[name] = self.anchor[name].sub_(mixed)
-                self.anchor[name] = mixed
-        self.correct(d)
+            if self.discrepancy == "none":
+                continue
+            d[name] = self.anchor[name].sub_(mixed)
+            self.anchor[name] = mixed
+            if self.discrepancy != "trivial":
+                self.correct({name: d.pop(name)})
+        if self.discrepancy != "none":
+            self.correct(d)
+            self.weigh_correction()
 
     def correct(self, d: Mapping[str, Tensor]) -> None:
         """m_{r+1} = b1 m_{r+1/2} + (1 - b1) h, v_{r+1} = b2 v_{r+1/2} + (1 - b2) h h, by `discrepancy`:
@@ -174,7 +182,7 @@ class Deca(Algorithm):
         Args:
             d: theta_at_last_mix - theta_after_this_one, by parameter.
         """
-        if self.discrepancy == "none":
+        if not d:
             return
         assert isinstance(self.config, DecaConfig)
         b1, b2 = self.config.betas
@@ -194,6 +202,11 @@ class Deca(Algorithm):
             else:
                 moments.exp_avg_sq.mul_(b2).addcmul_(h, h, value=1 - b2)
             moments.exp_avg.lerp_(h, 1 - b1)
+
+    def weigh_correction(self) -> None:
+        """What a mix's correction makes of the total weights of what entered m and v."""
+        assert isinstance(self.config, DecaConfig)
+        b1, b2 = self.config.betas
         c1, c2 = self.weights
         self.weights = (b1 * c1 + 1 - b1, c2 if self.discrepancy == "descent_scaled" else b2 * c2 + 1 - b2)
 

@@ -91,6 +91,9 @@ class LocalSteps(Algorithm):
             taken.append((loss, *self.take_step(round, n, count)))
         if self.flat is not None:
             self.flat.end_gradients()
+        if self.config.reset_moments:
+            # Those that the exchange feeds it still needs; the others, of all simulated peers, would stand there idle.
+            self.moments = {name: m for name, m in self.moments.items() if not self.feeds_moments(name)}
         return report_of(taken)
 
     def feeds_moments(self, name: str) -> bool:

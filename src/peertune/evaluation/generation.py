@@ -69,8 +69,13 @@ def _continue(
     prompts: Sequence[Prompt],
     ends: Sequence[int],
     limit: int,
+    *,
+    logits: bool = False,
 ) -> Any:
-    """`sequences` [prompts, longest prompt + new] and the `logits` of each step [prompts, vocabulary]."""
+    """`sequences` [prompts, longest prompt + new], and where asked for the `logits` of each step [prompts, vocabulary].
+
+    Those of all steps stand in memory together: of 16 prompts, 128 tokens and a vocabulary of 150,000 more than 1 GB.
+    """
     from transformers import GenerationConfig
 
     pad = tokenizer.pad_token_id
@@ -87,7 +92,7 @@ def _continue(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=list(ends) or [NEVER],
         return_dict_in_generate=True,
-        output_logits=True,
+        output_logits=logits,
     )
     with _without_own_settings(model):
         return model.module.generate(
@@ -122,8 +127,8 @@ def _padding_is_exact(
     if len(short) == len(long):
         return True
     try:
-        alone = _continue(model, tokenizer, [short], [], 2).logits
-        padded = _continue(model, tokenizer, [short, long], [], 2).logits
+        alone = _continue(model, tokenizer, [short], [], 2, logits=True).logits
+        padded = _continue(model, tokenizer, [short, long], [], 2, logits=True).logits
     except (AttributeError, TypeError, ValueError, NotImplementedError):  # a model without such a cache or mask
         return False
     tolerance = 1e-3 if next(model.module.parameters()).dtype == torch.float32 else 0.1

@@ -173,9 +173,14 @@ def is_finite(parameter: Tensor) -> bool:
     """Whether all weights are finite. NaN and infinity in what was quantised end up in its scales."""
     state = getattr(parameter, "quant_state", None)
     if state is None:
-        return bool(torch.isfinite(parameter).all())
+        return _holds_finite(parameter)
     scales = [state.absmax] if state.state2 is None else [state.offset, state.state2.absmax]
-    return all(bool(torch.isfinite(scale).all()) for scale in scales)
+    return all(_holds_finite(scale) for scale in scales)
+
+
+def _holds_finite(tensor: Tensor) -> bool:
+    """As torch.isfinite(tensor).all(), but without what that makes on the way: several tensors of this size."""
+    return not tensor.numel() or all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor.detach()))
 
 
 def refuse_quantized(model: nn.Module, trained: Collection[str]) -> None:
