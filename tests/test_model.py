@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from peertune.config import ModelSection
 from peertune.data.batches import Batch, collate
@@ -113,6 +114,30 @@ def test_a_head_that_is_not_plain_is_noticed_and_still_right() -> None:
     rows = batch.loss_mask[:, 1:]
     logits = module(input_ids=batch.input_ids).logits[:, :-1][rows]
     torch.testing.assert_close(total / count, torch.nn.functional.cross_entropy(logits, batch.input_ids[:, 1:][rows]))
+
+
+def test_a_capped_head_makes_logits_where_they_are_needed_only() -> None:
+    """Of all places they are gigabytes, where the vocabulary is that of Gemma 2."""
+    shape = AutoConfig.for_model(
+        "gemma2", vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=4, max_position_embeddings=64, final_logit_softcapping=5.0,
+    )  # fmt: skip
+    model = LanguageModel(AutoModelForCausalLM.from_config(shape, dtype=torch.float32), ModelSection())
+    assert not model.has_plain_head
+    batch, made, head = make_batch(), [], model.core.get_output_embeddings()
+    batch.loss_mask[:, :-2] = False
+    rows = batch.loss_mask[:, 1:]
+    logits = model.all_logits(batch.input_ids)[:, :-1][rows]
+    expected = torch.nn.functional.cross_entropy(logits, batch.input_ids[:, 1:][rows], reduction="sum")
+    with torch.no_grad():
+        slow = torch.stack([model.all_logits(batch.input_ids)[:, 3].log_softmax(-1)[:, t] for t in (5, 7)], 1)
+    head.register_forward_hook(lambda _m, _i, out: made.append(out.shape[1]))
+    total, _ = model.loss_sum(batch)
+    torch.testing.assert_close(total, expected)
+    prompts = [Sample(ids.int().numpy(), np.zeros(len(ids), bool), prompt_length=4) for ids in batch.input_ids]
+    with model.evaluating():
+        torch.testing.assert_close(label_scores_plainly(model, prompts, 0, [[5], [7]]), slow.double())
+    assert made and max(made) <= 2
 
 
 def test_evaluating_ends_as_it_began_whatever_happens() -> None:

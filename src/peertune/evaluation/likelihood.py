@@ -15,6 +15,8 @@ from peertune.evaluation.label_scores import cache_is_exact, label_scores, label
 from peertune.model.language_model import LanguageModel
 
 Metrics = dict[str, float]
+LOGITS_BYTES = 1 << 29
+"""Memory that a batch's float32 logits may take, beside what the model makes on the way, where all are made at once."""
 
 
 def evaluate(
@@ -29,7 +31,8 @@ def evaluate(
 
     Args:
         labels: token ids of each label, for classification; then accuracy and macro F1 are added.
-        batch_size: sequences at a time; longer ones go together, so little is padding.
+        batch_size: sequences at a time, fewer where their logits would not fit `LOGITS_BYTES`; longer ones go together,
+            so little is padding.
     Returns:
         "loss" (nats a target token), "perplexity", and for classification "accuracy", "macro_f1" in [0, 1].
     """
@@ -39,6 +42,9 @@ def evaluate(
     with model.evaluating():
         exact = bool(labels) and cache_is_exact(model, samples, pad_id, labels)
         score = partial(label_scores, only_likeliest=True) if exact else label_scores_plainly
+        if not model.has_plain_head and order and not labels:  # whose logits are made of all places, not in chunks
+            places = len(samples[order[-1]].input_ids)
+            batch_size = max(1, min(batch_size, LOGITS_BYTES // (4 * places * model.vocabulary)))
         for start in range(0, len(order), batch_size):
             members = order[start : start + batch_size]
             chosen = [samples[i] for i in members]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,12 +60,18 @@ class LanguageModel:
         if like is None:
             self._require_causal(config.path)
         self.has_plain_head: bool = self._check_plain_head() if like is None else like.has_plain_head
+        self._keeps_places: bool = self._check_places() if like is None else like._keeps_places
         self.no_packing: str = self._try_packing(config) if like is None else like.no_packing
         """Why batches of this model cannot run without padding; empty: they can."""
 
     @property
     def device(self) -> torch.device:
         return next(self.module.parameters()).device  # type: ignore[no-any-return]
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the output head tells apart."""
+        return int(self.core.get_output_embeddings().weight.shape[0])
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What is trained, mixed and stored of each parameter here, by name: all of it."""
@@ -130,7 +137,9 @@ class LanguageModel:
         if self.has_plain_head:
             loss = self.head_loss(self.hidden(input_ids)[0][:, :-1][rows], targets)
         else:
-            loss = F.cross_entropy(self.all_logits(input_ids)[:, :-1][rows].float(), targets, reduction="sum")
+            places = rows.any(0).nonzero()[:, 0]
+            logits = self.logits_at(input_ids, places)[rows[:, places]]
+            loss = F.cross_entropy(logits.float(), targets, reduction="sum")
         return loss, targets.numel()
 
     def packs(self, batch: Batch) -> bool:
@@ -180,6 +189,13 @@ class LanguageModel:
         """The model's own output [batch, length, vocabulary] for tokens [batch, length]."""
         return self.module(input_ids=input_ids, use_cache=False).logits[:, -input_ids.shape[1] :]  # type: ignore[no-any-return]
 
+    def logits_at(self, input_ids: Tensor, places: Tensor) -> Tensor:
+        """As `all_logits`, [batch, places, vocabulary], at some places [places] of the sequences; where the model
+        allows it, no others are made."""
+        if self._keeps_places:
+            return self.module(input_ids=input_ids, use_cache=False, logits_to_keep=places).logits  # type: ignore[no-any-return]
+        return self.all_logits(input_ids)[:, places]
+
     def head_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Summed cross entropy of targets [rows] under the head's output for last hidden states [rows, hidden]."""
         head = self.core.get_output_embeddings()
@@ -203,6 +219,23 @@ class LanguageModel:
         with self.evaluating():
             hidden = self.hidden(ids)[0]
             return hidden.dtype == head.weight.dtype and torch.equal(head(hidden), self.all_logits(ids))
+
+    def _check_places(self) -> bool:
+        """Whether a model whose output has to be asked for as a whole makes it at some places only."""
+        if self.has_plain_head or self.num_virtual:
+            return False
+        if "logits_to_keep" not in inspect.signature(self.core.forward).parameters:
+            return False
+        ids = torch.arange(1, 6, device=self.device)[None] % self.core.get_input_embeddings().weight.shape[0]
+        places = torch.tensor([1, 3], device=self.device)
+        tolerance = 1e-4 if next(self.module.parameters()).dtype == torch.float32 else 0.05
+        with self.evaluating():
+            expected = self.all_logits(ids)[:, places].float()
+            try:
+                found = self.module(input_ids=ids, use_cache=False, logits_to_keep=places).logits.float()
+            except (IndexError, RuntimeError, TypeError, ValueError):  # one that takes a number of places
+                return False
+        return found.shape == expected.shape and bool((found - expected).norm() <= tolerance * expected.norm())
 
     def _require_causal(self, path: str) -> None:
         """Refuse a model whose tokens see what comes after them. Raises ModelError."""
