@@ -386,6 +386,17 @@ def test_eval_measures_several_files(tmp_path: Path, chatty_model: str, capsys: 
         assert set(line["by_client"]) <= {"c0", "c1", "c2", "c3"} and len(line["by_client"]) > 2
 
 
+def test_eval_holds_the_weights_in_the_type_that_is_asked_for(
+    tmp_path: Path, chatty_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = str(write_chat(tmp_path / "rows.jsonl", 5))
+    losses = []
+    for dtype in ([], ["--dtype", "float32"], ["--dtype", "bfloat16"]):
+        assert main(["eval", chatty_model, "--data", data, "--task", "chat", "--max-length", "96", *dtype]) == 0
+        losses.append(json.loads(capsys.readouterr().out)["loss"])
+    assert losses[0] == losses[1] != losses[2] == pytest.approx(losses[0], rel=0.02)
+
+
 def test_eval_refuses_what_it_cannot_measure(micro_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, part in (
         ([], "got nothing to measure on, expected --data FILE with --task, or --lm-eval TASKS"),

@@ -185,6 +185,7 @@ def _eval(options: argparse.Namespace, console: Console) -> None:
         options.task,
         settings,
         max_length=options.max_length,
+        dtype=options.dtype,
         harness_tasks=tasks,
         trust_remote_code=options.trust_remote_code,
         overrides=options.set,
@@ -368,6 +369,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument(
         "--lm-eval", metavar="TASK,TASK", help="tasks of lm-evaluation-harness; needs pip install 'peertune[eval]'"
+    )
+    evaluate.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="type the weights are held in; bfloat16 takes half the memory; default: float32",
     )
     evaluate.add_argument(
         "--trust-remote-code", action="store_true", help="let code that comes with the model run, such as bottlenecks'"

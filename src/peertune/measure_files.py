@@ -30,6 +30,7 @@ def evaluate_model(
     settings: EvalSection,
     *,
     max_length: int = 0,
+    dtype: Literal["float32", "bfloat16"] = "float32",
     harness_tasks: Sequence[str] = (),
     trust_remote_code: bool = False,
     overrides: Sequence[str] = (),
@@ -43,6 +44,7 @@ def evaluate_model(
         settings: how many rows of a file are used at most, drawn from all of them, and how many are answered by
             generation.
         max_length: longest sequence, tokens; 0: 256 for files, the model's own for the harness.
+        dtype: type the model's weights are held in.
         harness_tasks: names the harness knows.
         trust_remote_code: let code run that comes with the model, such as exported bottlenecks need.
         overrides: `data.key=value` texts, such as the names of the files' fields.
@@ -63,7 +65,7 @@ def evaluate_model(
         raise ConfigError(f"--generate: got it with --task {task}, expected instruction or chat, which have answers")
     if settings.choice_samples and task not in ("chat", None):
         raise ConfigError(f"--choices: got it with --task {task}, expected chat, whose rows offer functions")
-    chosen = ModelSection(path=model, trust_remote_code=trust_remote_code)
+    chosen = ModelSection(path=model, trust_remote_code=trust_remote_code, dtype=dtype)
     if max_length:
         chosen = chosen.model_copy(update={"max_length": max_length})
     # every file is read before the model, so that a wrong one is known at once
