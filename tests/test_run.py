@@ -313,6 +313,21 @@ def test_a_mix_of_deca_holds_the_discrepancy_of_one_tensor_at_a_time(
     assert len(held) > 4 and max(held) == 1
 
 
+def test_moments_of_a_turn_that_is_over_are_let_go(
+    tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, original = [], Deca.state_dict
+
+    def noted(self: Deca, round: int) -> Any:
+        held.append((self.calendar.at(round - 1).is_last, len(self.moments) + len(self.anchor)))
+        return original(self, round)
+
+    monkeypatch.setattr(Deca, "state_dict", noted)
+    run(recipe(tmp_path, micro_model, run={"checkpoint_every": 1}))
+    assert {is_last for is_last, _ in held} == {True, False}
+    assert all(bool(num) != is_last for is_last, num in held)
+
+
 def test_moments_that_are_set_back_do_not_stand_idle_between_two_phases(
     tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,6 +61,8 @@ class Deca(Algorithm):
         self.first_step = 0
         """Of the turn, the step at which its moments were zero: a later one where the peer joined within the turn."""
         self.interval_lr = 0.0
+        self.ends_turn = False
+        """Whether the block's turn ends with the round at hand."""
 
     def make_calendar(self, config: BlockwiseConfig) -> Calendar:
         return Calendar(
@@ -84,7 +86,7 @@ class Deca(Algorithm):
             self.reset_moments(0)
         if self.discrepancy != "none" and not self.anchor:
             self.anchor = {name: self.masters.snapshot(name) for name in self.shared_names(round)}
-        self.interval_lr = 0.0
+        self.interval_lr, self.ends_turn = 0.0, turn.is_last
         losses, norms = [], []
         for n in range(turn.num_steps):
             losses.append(self.peer.backward(turn.global_step + n, self.config.grad_accumulation))
@@ -159,13 +161,15 @@ class Deca(Algorithm):
                 continue
             mixed = inbox.mean(name)
             self.masters.write(name, mixed)
-            if self.discrepancy == "none":
+            if self.discrepancy == "none" or self.ends_turn:
                 continue
             d[name] = self.anchor[name].sub_(mixed)
             self.anchor[name] = mixed
             if self.discrepancy != "trivial":
                 self.correct({name: d.pop(name)})
-        if self.discrepancy != "none":
+        if self.ends_turn:  # nobody needs them any more, and agreement, checkpoint and evaluation need room
+            self.moments, self.anchor = {}, {}
+        elif self.discrepancy != "none":
             self.correct(d)
             self.weigh_correction()
 
