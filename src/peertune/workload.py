@@ -16,6 +16,7 @@ from peertune.checkpoint import GENERATIONS
 from peertune.config import RunConfig
 from peertune.exchange import Inbox
 from peertune.model.quantization import num_weights
+from peertune.runtimes.edge import KEPT_BYTES
 from peertune.wire import payload_size
 
 SHORT = {"local_steps": 1, "local_epochs": 0, "gossip_every": 1, "inner_steps": 1}
@@ -54,7 +55,8 @@ def needed_bytes(algorithm: Algorithm, num_neighbors: int) -> tuple[int, int]:
 
     The base in its type; a copy of what is trained, for the peers' average; 16 more bits of each trained weight that is
     held in bfloat16; the largest block's gradient, and its two moments in float32. A message from each neighbour, the
-    site's own, and the one before it, in float32.
+    one before the site's own, and those of its own that are kept until the neighbours have a checkpoint, in float32;
+    where a GPU trains, these are copied to the host for each of them.
     """
     parameters = dict(algorithm.peer.model.module.named_parameters())
     size = {name: p.numel() * p.element_size() for name, p in parameters.items()}
@@ -66,7 +68,21 @@ def needed_bytes(algorithm: Algorithm, num_neighbors: int) -> tuple[int, int]:
         return max(sum(each(parameters[name]) for name in block.parameters) for block in algorithm.blocks)
 
     weights += block_bytes(lambda p: p.numel() * (p.element_size() + 8))
-    return weights, (num_neighbors + 2) * block_bytes(lambda p: 4 * p.numel())
+    message = block_bytes(lambda p: 4 * p.numel())
+    kept = max(2 * message, min(KEPT_BYTES, _rounds_between_checkpoints(algorithm) * message))
+    copies = 1 if algorithm.peer.model.device.type == "cpu" else num_neighbors
+    return weights, (num_neighbors + 1) * message + copies * kept
+
+
+def _rounds_between_checkpoints(algorithm: Algorithm) -> int:
+    """At most, in the first rounds of a run, where its recipe does not say."""
+    longest = since = 0
+    for round in range(min(algorithm.num_rounds, LOOKED_AT)):
+        since += 1
+        longest = max(longest, since)
+        if algorithm.is_boundary(round):
+            since = 0
+    return longest
 
 
 def foreseen_bytes(algorithm: Algorithm, num_members: int) -> int:
