@@ -42,8 +42,10 @@ def evaluate(
     with model.evaluating():
         exact = bool(labels) and cache_is_exact(model, samples, pad_id, labels)
         score = partial(label_scores, only_likeliest=True) if exact else label_scores_plainly
-        if not model.has_plain_head and order and not labels:  # whose logits are made of all places, not in chunks
+        if not model.has_plain_head and order:  # whose logits are made of all places at once, not in chunks
             places = len(samples[order[-1]].input_ids)
+            if labels:  # where they begin, in prompts of unlike length
+                places = min(places, batch_size + max(map(len, labels)))
             batch_size = max(1, min(batch_size, LOGITS_BYTES // (4 * places * model.vocabulary)))
         for start in range(0, len(order), batch_size):
             members = order[start : start + batch_size]
