@@ -18,6 +18,7 @@ from peertune.errors import ModelError
 from peertune.evaluation import label_scores as scoring
 from peertune.evaluation.label_scores import label_scores, label_scores_plainly
 from peertune.evaluation.likelihood import macro_f1
+from peertune.model import loss
 from peertune.model.blocks import block_table, find_layers, frozen_names, is_tied, partition_blocks
 from peertune.model.language_model import LanguageModel
 from peertune.model.layers import draws_in_training
@@ -114,6 +115,21 @@ def test_a_head_that_is_not_plain_is_noticed_and_still_right() -> None:
     rows = batch.loss_mask[:, 1:]
     logits = module(input_ids=batch.input_ids).logits[:, :-1][rows]
     torch.testing.assert_close(total / count, torch.nn.functional.cross_entropy(logits, batch.input_ids[:, 1:][rows]))
+
+
+def test_a_trained_head_of_a_large_vocabulary_takes_few_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each adds a gradient of the weight's whole size."""
+    monkeypatch.setattr(loss, "LOGITS_BYTES_CPU", 1)
+    rng = torch.Generator().manual_seed(0)
+    hidden = torch.randn(50, 256, generator=rng, requires_grad=True)
+    weight = torch.randn(61, 256, generator=rng, requires_grad=True)
+    targets = torch.randint(61, (50,), generator=rng)
+    assert loss.chunk_rows(weight, trains=True) == 32 and loss.chunk_rows(weight) == 16
+    found = loss.chunked_cross_entropy(hidden, weight, None, targets)
+    expected = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    torch.testing.assert_close(found, expected)
+    for got, wanted in zip(*(torch.autograd.grad(f, (hidden, weight)) for f in (found, expected)), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_a_capped_head_makes_logits_where_they_are_needed_only() -> None:

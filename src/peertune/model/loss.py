@@ -68,10 +68,16 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, t
     Returns:
         A float32 scalar, differentiable in the first three.
     """
-    return _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, chunk_rows(weight))  # type: ignore[no-any-return, no-untyped-call]
+    trains = weight.requires_grad and torch.is_grad_enabled()
+    return _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, chunk_rows(weight, trains=trains))  # type: ignore[no-any-return, no-untyped-call]
 
 
-def chunk_rows(weight: Tensor) -> int:
-    """Rows of logits to make at a time with a head's weight [vocabulary, hidden]."""
+def chunk_rows(weight: Tensor, *, trains: bool = False) -> int:
+    """Rows of logits to make at a time with a head's weight [vocabulary, hidden].
+
+    Args:
+        trains: the weight gets a gradient, to which each chunk adds one of its whole size. That of a large vocabulary
+            takes far more room than the budget, so there an eighth as much more, and fewer chunks.
+    """
     budget = LOGITS_BYTES_CPU if weight.device.type == "cpu" else LOGITS_BYTES_GPU
-    return max(16, budget // (4 * weight.shape[0]))
+    return max(16, budget // (4 * weight.shape[0]), weight.shape[1] // 8 if trains else 0)
