@@ -262,3 +262,13 @@ def test_eval_draws_its_rows_from_all_of_a_file(
         assert main(["eval", str(finished / "model"), *options]) == 0
         found.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
     assert found[0] == found[1] and found[0]["rows"] == found[2]["rows"] == 4 and found[0]["loss"] != found[2]["loss"]
+
+
+@pytest.mark.parametrize("policy", ["", "active"])
+def test_waiting_threads_do_not_spin_for_long_unless_asked_to(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if policy:
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    assert main(["status", "no/such/run"]) == 2
+    assert os.environ.get("GOMP_SPINCOUNT") == (None if policy else "1000")

@@ -39,6 +39,10 @@ ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # transformers' too
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
+    # PyTorch's threads wait for each other a dozen times a step of the optimiser's, by default for milliseconds of
+    # spinning, even where the one waited for has no core: beside others' work a step took 40 times as long as on one
+    # thread. So much is what libgomp itself takes where it knows that there are too few cores.
+    "GOMP_SPINCOUNT": "1000",
 }
 """What those libraries read when they are imported, where the user has not set it."""
 
@@ -70,7 +74,8 @@ def _main(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
     console = progress_console()
     for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+        if name != "GOMP_SPINCOUNT" or "OMP_WAIT_POLICY" not in os.environ:  # over which it would win
+            os.environ.setdefault(name, value)
     try:
         return int(options.command(options, console) or 0)
     except PeertuneError as error:
