@@ -313,7 +313,8 @@ def base_fingerprint(module: nn.Module, trained: set[str]) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         if content:
             # Flat, because a tensor without dimensions has no view of its bytes.
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            flat: Any = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+            digest.update(flat)
 
     for name, parameter in module.named_parameters():
         add(name, parameter, name not in trained)

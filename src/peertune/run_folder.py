@@ -23,7 +23,14 @@ from peertune.config import flatten
 from peertune.errors import CheckpointError, StorageError
 from peertune.lock import FolderLock
 from peertune.model.adapters import bottleneck_code, core_of, merge_adapter
-from peertune.storage import append_line, check_writable, nearest_existing, share_weights, storage_errors, write_atomically
+from peertune.storage import (
+    append_line,
+    check_writable,
+    nearest_existing,
+    share_weights,
+    storage_errors,
+    write_atomically,
+)
 
 FREE_KEYS = {
     *("run.out", "run.log_every", "run.checkpoint_every", "eval.every", "eval.points"),

@@ -172,7 +172,7 @@ def label_scores_plainly(
         whole = [replace(s, input_ids=np.concatenate([s.input_ids[: s.prompt_length], label])) for s in samples]
         ids = collate([replace(s, loss_mask=np.zeros(len(s.input_ids), bool)) for s in whole], pad_id).input_ids
         where = torch.tensor([s.prompt_length - 1 for s in samples])[:, None] + torch.arange(len(label))
-        places, here = where.unique(return_inverse=True)
+        places, here = torch.unique(where, return_inverse=True)
         found = model.logits_at(ids.to(model.device), places.to(model.device))
         # Of these, those few that are a sample's own are copied as float32.
         logits = found[torch.arange(len(samples))[:, None], here].float()
