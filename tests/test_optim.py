@@ -10,7 +10,15 @@ from torch import nn
 
 from peertune import optim
 from peertune.config import AlgorithmConfig
-from peertune.optim import MasterWeights, Moments, adam_step, join_bfloat16, learning_rate, split_bfloat16
+from peertune.optim import (
+    MasterWeights,
+    Moments,
+    adam_step,
+    clip_gradients,
+    join_bfloat16,
+    learning_rate,
+    split_bfloat16,
+)
 
 
 @settings(max_examples=50, deadline=None)
@@ -121,6 +129,30 @@ def test_learning_rate_schedules() -> None:
     assert learning_rate(config, 0, 10) == 2.0
     assert math.isclose(learning_rate(config, 5, 10), 1.0)
     assert learning_rate(AlgorithmConfig(lr=3.0), 9, 10) == 3.0
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 0.5, 1e3])
+def test_gradients_are_clipped_as_torch_does(max_norm: float) -> None:
+    """All together, long ones alone; 0 leaves them as they are."""
+    rng = torch.Generator().manual_seed(0)
+    grads = [torch.randn(shape, generator=rng) for shape in ((4, 3), (7,))]
+    ours, theirs = ({str(i): nn.Parameter(torch.zeros_like(grad)) for i, grad in enumerate(grads)} for _ in range(2))
+    for parameters in (ours, theirs):
+        for parameter, grad in zip(parameters.values(), grads, strict=True):
+            parameter.grad = grad.clone()
+    norm = clip_gradients(ours, max_norm)
+    expected = nn.utils.clip_grad_norm_(theirs.values(), max_norm or math.inf)
+    torch.testing.assert_close(norm, expected)
+    for mine, reference in zip(ours.values(), theirs.values(), strict=True):
+        torch.testing.assert_close(mine.grad, reference.grad)
+
+
+def test_the_norm_of_bfloat16_gradients_is_float32_and_missing_ones_are_zero() -> None:
+    there, missing = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16)), nn.Parameter(torch.zeros(2))
+    there.grad = torch.tensor([3.0, 4.0, 1.0], dtype=torch.bfloat16)
+    norm = clip_gradients({"there": there, "missing": missing}, 0.0)
+    assert norm.dtype == torch.float32 and norm.item() == pytest.approx(26**0.5, rel=1e-6)
+    assert missing.grad is not None and missing.grad.tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00000, -0x400000])  # a GPU's; a CPU's, of either sign
