@@ -26,6 +26,7 @@ from peertune.algorithms.turns import BlockwiseConfig
 from peertune.config import TopologySection
 from peertune.errors import ConfigError
 from peertune.exchange import Hop, Inbox
+from peertune.optim import learning_rate
 from peertune.peer import Peer
 from peertune.runtimes import play_round
 from peertune.runtimes.message import LARGEST
@@ -503,6 +504,30 @@ def test_local_modules_never_leave_their_peer() -> None:
     assert all(set(m.algorithm.outgoing(m.algorithm.hops(0)[0])) == {"a"} for m in members)
     with pytest.raises(ConfigError, match="leave something to share"):
         simulate(DecLora, DecLoraConfig(**SHORT, local_modules=["a", "b"]), graph())
+
+
+@pytest.mark.parametrize("name", [name for name, method in ALGORITHMS.items() if method.agrees])
+def test_what_is_personal_is_in_no_message(name: str) -> None:
+    """Nor in what is handed on to one who was away; DECA's blocks are all at once in `dpsgd`."""
+    method = ALGORITHMS[name]
+    topology = server() if issubclass(method, Fedavg) else graph("complete")
+    schedule = SHORT if name in STEPS else {"lr": LR, "outer_rounds": 1, "inner_steps": 1}
+    for member in simulate(method, method.Config(**schedule, local_modules=["b"]), topology, 1):
+        sent = [key for hop in member.algorithm.hops(0) for key in member.algorithm.outgoing(hop)]
+        assert {key.rpartition("/")[2] for key in [*sent, *member.algorithm.handed_on()]} == {"a"}
+
+
+@pytest.mark.parametrize("name", ["deca", "dpsgd", "dec_lora", "fedavg"])
+def test_the_rate_follows_its_schedule_over_the_whole_run(name: str) -> None:
+    """Not over a block's turn or a round."""
+    method = ALGORITHMS[name]
+    lengths = SHORT if name in STEPS else {"lr": LR, "outer_rounds": 2, "inner_steps": 3, "gossip_every": 3}
+    config = method.Config(**lengths, schedule="linear", warmup_steps=2)
+    algorithm = method(QuadraticPeer(0), config, server(1) if name == "fedavg" else graph(num_peers=1))  # type: ignore[arg-type]
+    found = [report.lr for round in range(ROUNDS) if (report := algorithm.local(round)) is not None]
+    steps = [K * (round + 1) - 1 for round in range(ROUNDS)]  # the last of each round
+    assert found == [learning_rate(config, step, K * ROUNDS) for step in steps]
+    assert len(set(found)) == ROUNDS
 
 
 @pytest.mark.parametrize("name", ["qg", "deca"])
