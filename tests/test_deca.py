@@ -180,3 +180,15 @@ def test_a_resumed_peer_goes_on_bitwise(round: int) -> None:
     np.testing.assert_array_equal(weights_of(fresh), weights_of(whole))
     ends_turn = round % 2 == 0
     assert any("exp_avg" in name for name in states[0][0]) != ends_turn
+
+
+def test_peers_join_where_a_turn_begins_and_save_where_it_ends() -> None:
+    """Within a turn moments differ from peer to peer, and a checkpoint would hold them; D-PSGD has one long turn."""
+    lengths: dict[str, Any] = {"lr": 0.02, "outer_rounds": 1, "inner_steps": 5, "gossip_every": 2}
+    topology, peer = topology_of(np.ones((1, 1))), QuadraticPeer(0)
+    deca = Deca(peer, DecaConfig(**lengths), topology)  # type: ignore[arg-type]
+    assert [deca.can_join(round) for round in range(6)] == [True, False, False] * 2
+    assert [deca.is_boundary(round) for round in range(6)] == [False, False, True] * 2
+    dpsgd = Dpsgd(peer, BlockwiseConfig(**lengths), topology)  # type: ignore[arg-type]
+    assert dpsgd.num_rounds == 5 and all(map(dpsgd.can_join, range(5)))
+    assert [dpsgd.is_boundary(round) for round in range(5)] == [False, False, True, False, True]

@@ -228,7 +228,6 @@ class Deca(Algorithm):
         if not turn.is_first:
             self.begin_turn(turn.block)
             self.reset_moments(turn.first_step)
-        self.anchor = {}
 
     def is_boundary(self, round: int) -> bool:
         return self.calendar.at(round).is_last
