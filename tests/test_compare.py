@@ -34,7 +34,7 @@ from peertune.compare.contestants import Contestant, Lineup, read_contestants
 from peertune.compare.grid import Grid
 from peertune.compare.inputs import fingerprints
 from peertune.compare.stats import paired_interval, pairs, spread
-from peertune.compare.table import Row, budget_notes, terminal_table, verdicts
+from peertune.compare.table import Row, budget_notes, pair_cells, terminal_table, verdicts
 from peertune.config import RunConfig, from_dict, load_recipe
 from peertune.errors import CheckpointError, ConfigError, DataError, DivergedError
 from peertune.prepare import keep_back, prepare_data
@@ -671,6 +671,15 @@ def test_all_cells_keep_back_the_same_rows(tmp_path: Path, micro_model: Path) ->
     assert kept[0] == kept[1] == kept[2] and len(kept[0]) == 6
 
 
+def test_one_that_is_clearly_behind_is_said_to_be_so() -> None:
+    """Whichever of a pair comes first: the interval then lies below zero, and its ends change places in words."""
+    [pair] = pairs({"b": [0.45, 0.551, 0.649], "a": [0.50, 0.60, 0.70]})
+    assert pair.is_clear and not pair.is_tie
+    [said] = verdicts([pair], "accuracy")
+    assert said.startswith("a is better than b in accuracy by 5.0 points") and "4.8 points to 5.2 points" in said
+    assert pair_cells(pair, "accuracy") == ["b − a", "−5.0 points", "−5.2 points to −4.8 points", "yes"]  # noqa: RUF001
+
+
 def test_equal_differences_show_no_noise() -> None:
     """Accuracies are counts over few rows: two seeds may have the same difference by chance."""
     [pair] = pairs({"a": [0.62, 0.58], "b": [0.60, 0.56]})
@@ -697,6 +706,8 @@ def test_a_budget_that_was_missed_is_said(make: Callable[..., tuple[Comparison, 
     assert budget_notes(rows, "samples") == []
     [said] = budget_notes([rows[0], replace(rows[1], samples=4 * (rows[0].samples or 0))], "samples")
     assert said.startswith("local took 4") and "does not compare" in said
+    [said] = budget_notes([rows[0], replace(rows[1], samples=(rows[0].samples or 0) / 4)], "samples")
+    assert said.startswith("local took 0.25 times the samples of deca")
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 160])

@@ -133,6 +133,16 @@ def test_a_lone_neighbor_is_not_believed_and_a_lone_answer_is(rule: ExchangeSect
     assert torch.equal(robust_inbox(rule, 0, answer).mean("w"), pair.payloads[1]["w"])
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_with_few_messages_a_server_trims_what_it_can_and_a_peer_keeps_its_own(count: int) -> None:
+    """As many members are away as the recipe's trim does not reckon with."""
+    rule, inbox = ExchangeSection(robust="trimmed_mean", trim=2), make_inbox(4, list(range(count + 1)))
+    torch.testing.assert_close(robust_inbox(rule, 0, inbox).mean("w"), inbox.payloads[0]["w"])
+    to_server = make_inbox(5, list(range(count)))
+    expected = torch.tensor(trimmed(to_server, 9, (count - 1) // 2), dtype=torch.float32)
+    torch.testing.assert_close(robust_inbox(rule, 9, to_server).mean("w"), expected)
+
+
 def everyone_to_everyone(count: int) -> list[Hop]:
     return [Hop("gossip", {(i, j): 1 / count for i in range(count) for j in range(count)})]
 
