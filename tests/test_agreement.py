@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from peertune.algorithms.deca import Deca, DecaConfig
+from peertune.algorithms.fedavg import Fedavg, FedavgConfig
 from peertune.config import TopologySection
 from peertune.errors import PeerLostError
 from peertune.exchange import Hop, Inbox, Payload
@@ -81,3 +82,31 @@ def test_messages_of_another_plan_are_mixed_into_nothing() -> None:
     with pytest.raises(PeerLostError, match="agrees with others than this site does"):
         agree(0, members, may_lose=True)
     assert (weights_of(members) == before).all()
+
+
+@pytest.mark.parametrize("is_apart", [False, True])
+def test_peers_who_went_on_without_another_agree_though_all_are_back(is_apart: bool) -> None:
+    """Federated averaging without a server needs no agreement, unless some round had losses."""
+    topology = build_topology(TopologySection(kind="complete", weights="samples"), NUM_PEERS, 0, [1] * NUM_PEERS)
+    members = simulate(Fedavg, FedavgConfig(lr=0.02, rounds=1, local_steps=1), topology)
+    if is_apart:
+        members[3].exchange.rounds_without = {1: 1}  # type: ignore[misc]
+        members[3].algorithm.set_shared("a", members[3].algorithm.shared("a") + 1)
+    before = weights_of(members)
+    hops, absent = agree(0, members, may_lose=True)
+    assert (hops > 0) == is_apart and absent == []
+    np.testing.assert_allclose(weights_of(members), np.tile(before.mean(0), (NUM_PEERS, 1)), atol=1e-6)
+
+
+def test_what_was_handed_over_is_never_written_to() -> None:
+    """A site sends it again, as it was, to one who lost it."""
+    handed: list[tuple[Payload, Payload]] = []
+
+    class Noting(LossyExchange):
+        def start(self, round: int, hop: Hop, out: Payload | None) -> None:
+            if out is not None:
+                handed.append((out, {name: tensor.clone() for name, tensor in out.items()}))
+            super().start(round, hop, out)
+
+    agree(0, ring(lambda mailbox, peer: Noting(mailbox, peer, {(0, 1), (1, 2)}, 1)), may_lose=True)
+    assert handed and all(torch.equal(out[name], copy[name]) for out, copy in handed for name in copy)
