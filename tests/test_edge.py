@@ -231,6 +231,81 @@ def test_one_who_is_behind_gets_the_state_and_goes_on_from_there() -> None:
     assert same(pair.got[1][8, 0], make_payload(8))
 
 
+def test_one_who_skips_rounds_sends_and_takes_nothing_of_them() -> None:
+    """What comes late to them is of weights that it holds no more; the round that it goes on with loses nothing."""
+    pair, notes = apart(3, missing=[0])
+    pair.expect(0, (7, 0), make_payload())
+    pair.ends[0].skip_to(8)
+    assert pair.got[0][7, 0] is None and not pair.ends[0].outbox
+    pair.post(1, (8, 0), make_payload(8))
+    pair.connect()
+    pair.run()
+    pair.expect(0, (8, 0), make_payload())
+    pair.run()
+    assert same(pair.got[0][8, 0], make_payload(8)) and not notes[0].late
+
+
+def test_a_neighbors_round_falls_only_where_it_is_another_process() -> None:
+    pair = Pair()
+    pair.connect()
+    pair.ends[0].round = 4
+    pair.post(0, (5, 0), make_payload())
+    pair.say(0, [pair.ends[0].beat(), *pair.ends[0].finished()])
+    pair.run()
+    assert pair.ends[1].peer_round == 5 and pair.ends[1].peer_is_finished
+    pair.ends[0] = Edge()
+    pair.connect()
+    pair.run()
+    assert pair.ends[1].peer_round == 0 and not pair.ends[1].peer_is_finished
+
+
+def test_a_state_can_be_had_twice_in_one_round() -> None:
+    """As by one who was started again, or could not use the first."""
+    pair = Pair()
+    pair.connect()
+    pair.run()
+    arrived: list[Payload | None] = []
+    for seed in (1, 2):
+        pair.say(1, pair.ends[1].ask(make_payload(), lambda round, found: arrived.append(found)))
+        pair.post(0, (8, module.STATE), make_payload(seed))
+        assert pair.ends[0].has_undelivered
+        pair.run()
+    assert same(arrived[0], make_payload(1)) and same(arrived[1], make_payload(2))
+    assert not pair.ends[0].has_undelivered
+
+
+def test_a_state_that_is_refused_closes_no_round() -> None:
+    """The rounds of this site still need their messages, also those before the state's."""
+    pair = Pair()
+    pair.connect()
+    pair.run()
+    told: list[Payload | None] = []
+    pair.say(1, pair.ends[1].ask(make_payload(), lambda round, found: told.append(found)))
+    pair.post(0, (8, module.STATE), {"x": torch.zeros(22)})
+    with pytest.raises(ProtocolError, match="announced a message of"):
+        pair.run()
+    assert told == [None]
+    pair.connect()
+    pair.post(0, (3, 0), make_payload(3))
+    pair.run()
+    pair.expect(1, (3, 0), make_payload())
+    pair.run()
+    assert same(pair.got[1][3, 0], make_payload(3))
+
+
+def test_a_state_on_its_way_says_nothing_of_what_else_is_kept() -> None:
+    pair = Pair()
+    pair.connect()
+    pair.run()
+    pair.say(1, pair.ends[1].ask(make_payload(), lambda round, found: None))
+    pair.ends[1].receive(pair.ends[0].post((8, module.STATE), make_payload())[0])  # type: ignore[index]
+    pair.expect(1, (7, 0), make_payload())
+    assert (7, 0) not in pair.got[1]
+    pair.post(0, (7, 0), make_payload(7))
+    pair.run()
+    assert same(pair.got[1][7, 0], make_payload(7))
+
+
 def test_a_state_nobody_asked_for_takes_no_memory() -> None:
     pair = Pair()
     pair.connect()
@@ -249,6 +324,18 @@ def test_one_who_leaves_is_away_until_it_is_back() -> None:
     pair.connect()
     pair.run()
     assert not pair.ends[0].peer_has_left
+
+
+def test_one_who_finished_while_nobody_heard_it_says_so_on_the_next_stream() -> None:
+    """Nothing of it is waited for that it does not offer."""
+    pair = Pair()
+    list(pair.ends[0].finished())
+    pair.expect(1, (0, 0), make_payload())
+    pair.connect()
+    pair.run()
+    assert pair.ends[1].peer_is_finished and pair.got[1] == {(0, 0): None}
+    pair.expect(1, (1, 0), make_payload())
+    assert pair.got[1][1, 0] is None
 
 
 def test_a_beat_carries_ages_and_wrong_ones_are_refused() -> None:
@@ -333,6 +420,7 @@ def test_what_one_end_went_without_still_comes_and_the_other_learns_of_it(
     for (round, _), (theirs, mine) in notes[0].late.items():
         assert same(theirs, make_payload(10 + round)) and same(mine, make_payload(round))
     assert notes[1].missed == [(1, 0), (2, 0)] and not notes[1].late and not notes[0].missed
+    assert [end.missed_until for end in pair.ends] == [-1, 2]
     assert all(same(pair.got[1][round, 0], make_payload(round)) for round in range(3))
     pair.connect()
     pair.run()
@@ -347,15 +435,56 @@ def test_what_both_ends_went_without_is_fetched_by_neither() -> None:
     assert not any(each.late for each in notes) and not any(end.late for end in pair.ends)
 
 
+def test_what_the_neighbor_turns_out_to_have_missed_as_well_is_fetched_no_further() -> None:
+    pair, notes = apart(2, missing=[0])
+    for frame in pair.ends[1].connected():
+        list(pair.ends[0].receive(frame))
+    assert (1, 0) in pair.ends[0].inbox
+    pair.ends[0].receive(module._pack(Kind.MISSED, 1, 0))
+    assert not pair.ends[0].inbox and not notes[0].late and notes[0].missed == [(1, 0)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [(Kind.OFFER, (88, b"x" * 16), "announced more than 3"), (Kind.MISSED, (), "went on without more than 3")],
+)
+def test_what_a_neighbor_may_say_of_messages_is_bounded(
+    kind: Kind, fields: tuple[object, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_OFFERS", 3)
+    edge = Edge()
+    for round in range(3):
+        assert edge.receive(module._pack(kind, round, 0, *fields)) == []
+    with pytest.raises(ProtocolError, match=message):
+        edge.receive(module._pack(kind, 3, 0, *fields))
+
+
 def test_what_was_missed_is_kept_by_the_neighbor_beyond_this_sites_checkpoints() -> None:
     pair, notes = apart(3, missing=[0])
     list(pair.ends[0].checkpointed(3))
     pair.connect()
     pair.run()
     assert notes[0].late.keys() == {(1, 0), (2, 0)}
+    assert pair.ends[1].peer_missed == {(1, 0), (2, 0)}
     pair.say(0, pair.ends[0].checkpointed(3))
     pair.run()
-    assert not pair.ends[1].outbox
+    assert not pair.ends[1].outbox and not pair.ends[1].peer_missed
+
+
+def test_what_corrects_nothing_is_told_as_missed_and_dropped() -> None:
+    pair, notes = apart(1, missing=[])
+    pair.expect(0, (1, 0), make_payload())
+    pair.say(0, pair.ends[0].miss((1, 0), corrects=False))
+    pair.post(1, (1, 0), make_payload(11))
+    pair.run()
+    assert notes[1].missed == [(1, 0)] and not notes[0].late and not pair.ends[0].late
+    assert pair.ends[1].delivered == {(0, 0), (1, 0)}
+
+
+def test_what_is_told_of_as_missed_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_MISSED", 2)
+    pair, _ = apart(5, missing=[0])
+    assert pair.ends[0].missed == [(3, 0), (4, 0)]
 
 
 def test_what_the_neighbor_keeps_no_more_is_not_waited_for() -> None:

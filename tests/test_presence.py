@@ -65,3 +65,12 @@ def test_nobody_grows_younger_than_what_was_told(told: list[tuple[float, float]]
         best = max(best, now - age)
         site.told([123.0, age], now)
         assert site.ages(now) == [0.0, now - best]
+
+
+def test_a_site_knows_of_itself_and_one_who_has_finished_stays_so() -> None:
+    site = Presence(2, 0, GRACE)
+    site.told([FINISHED, 0.0], 1.0)
+    assert site.ages(1.0) == [0.0, 0.0]
+    site.finished(1)
+    site.heard(1, 2.0)  # its connection is still open
+    assert site.ages(2.0) == [0.0, FINISHED] and site.present(99.0) == [0, 1]
