@@ -126,6 +126,59 @@ def test_who_does_not_send_the_state_is_not_waited_for() -> None:
     assert asked == ["silent", "helpful"]
 
 
+def test_who_did_not_send_the_state_is_asked_again_once_another_did() -> None:
+    group, (silent, helpful), asked = asking_group(["silent", "helpful"])
+    silent.edge.peer_round, helpful.edge.peer_round, group._exchange.left_out = 40, 39, [1]
+    group._request._in_vain.add(1)
+    group.catch_up(20, joinable())
+    group._request._arrived(30, {})
+    assert group._request.answer() == (30, {})
+    group.catch_up(30, joinable())
+    assert asked == ["helpful", "silent"]
+
+
+def test_one_who_is_asked_has_two_chances_to_send_the_state_and_another_is_asked_when_it_is_gone() -> None:
+    """The first may be over there before the question arrives; the method can be joined in each tenth round."""
+    group, (silent, helpful), asked = asking_group(["silent", "helpful"])
+    silent.edge.peer_round, helpful.edge.peer_round, group._exchange.left_out = 40, 39, [1]
+    for reached, expected in ((40, 1), (55, 1), (60, 1), (61, 1), (61, 2)):
+        silent.edge.peer_round = reached
+        group.catch_up(20, joinable())
+        assert len(asked) == expected
+    assert asked == ["silent", "helpful"]
+    helpful.is_out_of_reach = True
+    group.catch_up(20, joinable())
+    group.catch_up(20, joinable())
+    assert asked == ["silent", "helpful", "silent"], "nobody else is left"
+
+
+def test_under_a_robust_rule_the_one_furthest_ahead_is_asked_last() -> None:
+    group, (liar, east, west), asked = asking_group(["liar", "east", "west"], is_robust=True)
+    liar.edge.peer_round, east.edge.peer_round, west.edge.peer_round = 100, 40, 39
+    group._exchange.left_out = [1]
+    group.catch_up(20, joinable())
+    assert asked == ["east"]
+
+
+def test_one_round_behind_needs_no_state_and_two_do_where_a_message_is_gone() -> None:
+    group, (east,), asked = asking_group(["east"])
+    east.edge.peer_round = 21
+    for left_out, round in (([1], 20), ([], 19), ([1], 19)):
+        assert not asked
+        group._exchange.left_out = left_out
+        group.catch_up(round, joinable())
+    assert asked == ["east"]
+
+
+def test_a_state_is_taken_from_ahead_only_and_where_the_method_can_be_joined() -> None:
+    """Under a robust rule no further ahead than one is believed to be."""
+    for is_robust, last in ((False, 1000), (True, 50)):
+        request = asking_group(["east"], is_robust=is_robust)[0]._request
+        request._believed = 49
+        sound = [then for then in range(1010) if request.is_sound(20, then, joinable())]
+        assert sound == list(range(30, last + is_robust, 10))
+
+
 def joinable() -> Any:
     """An algorithm of 1000 rounds that can be joined before each tenth."""
     algorithm = late_group([])[1]
