@@ -63,6 +63,28 @@ def test_late_messages_of_one_absence_do_not_add_up_beyond_a_weight_of_one() -> 
     assert all(event["amount"] > 0 for event in log)
 
 
+def test_a_message_in_time_ends_an_absence() -> None:
+    """Late ones of the next absence have a weight of their own, and nobody is left out of a new round yet."""
+
+    def expect(key: Any, like: Any, done: Any) -> None:
+        done(like)
+
+    neighbor = SimpleNamespace(
+        edge=SimpleNamespace(peer_round=4, round=4), index=1, name="east", is_connected=True, is_ejected=False,
+        was_seen=True, post=lambda *_: None, expect=expect,
+    )  # fmt: skip
+    node: Any = SimpleNamespace(
+        neighbors={1: neighbor}, index=0, has_quorum=True, turned_away="", soon=lambda call: call(),
+        log=lambda *_, **__: None, charter=SimpleNamespace(grace_s=1.0, members=["north", "east"]),
+    )  # fmt: skip
+    exchange, hop = NetworkExchange(node), Hop("gossip", {(i, j): 0.5 for i in range(2) for j in range(2)})
+    exchange.late_weight[1], exchange.left_out = 0.9, [1]
+    exchange.start(5, hop, out := {"w": torch.ones(2)})
+    assert exchange.left_out == [] and neighbor.edge.round == 5
+    inbox = exchange.finish(5, hop, lambda: out)
+    assert inbox is not None and inbox.weights == {0: 0.5, 1: 0.5} and exchange.late_weight[1] == 0.0
+
+
 def test_late_messages_from_before_a_join_are_not_used() -> None:
     """What another site made of its rounds came in their place."""
     log: list[dict[str, Any]] = []
