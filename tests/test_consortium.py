@@ -27,18 +27,32 @@ import tomli_w
 import torch
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
 from safetensors.torch import load_file
 
-from peertune import __version__
+from peertune import __version__, ejection
 from peertune.algorithms import METHODS
 from peertune.algorithms.deca import Deca
 from peertune.algorithms.fedavg import Fedavg
-from peertune.charter import Charter, Member, difference, parse_member, piece_hashes, read_charter, write_charter
+from peertune.charter import (
+    Charter,
+    Member,
+    difference,
+    parse_member,
+    piece_hashes,
+    read_charter,
+    sample_counts,
+    write_charter,
+)
 from peertune.cli import main
 from peertune.config import from_dict
 from peertune.consortium import leave
-from peertune.ejection import ejected, ejection_path, needed, sign_ejection
+from peertune.ejection import Ejection, ejected, ejection_path, needed, sign_ejection
 from peertune.errors import CharterError, CheckpointError, IdentityError
 from peertune.exchange import Hop
 from peertune.identity import ALWAYS, Identity, load_identity, make_identity
@@ -436,6 +450,45 @@ def test_an_ejection_holds_with_whole_signatures_of_this_charter_only(tmp_path: 
     assert ejected(path, charter) == {}
 
 
+def test_no_signature_of_the_ejected_counts_and_no_other_file_is_in_the_way(tmp_path: Path) -> None:
+    charter = make_charter(tmp_path, ["a", "b", "c"])
+    sites = {name: load_identity(tmp_path / name) for name in "abc"}
+    for site in sites.values():
+        charter = charter.signed(site)
+    path = tmp_path / "charter.toml"
+    with pytest.raises(CharterError, match="c cannot eject itself"):
+        sign_ejection(path, charter, "c", sites["c"])
+    with pytest.raises(CharterError, match="got 'd', expected a member's name or id"):
+        sign_ejection(path, charter, "d", sites["a"])
+    one = sign_ejection(path, charter, sites["c"].id, sites["a"])
+    own = sites["c"].sign(ejection._digest(charter, one))
+    assert one.model_copy(update={"signatures": one.signatures | {"c": own}}).signers(charter) == ["a"]
+    unknown = Ejection(member="nobody").signed(charter, sites["a"]).signed(charter, sites["b"])
+    ejection_path(path, "nobody").write_text(tomli_w.dumps(unknown.model_dump()))
+    ejection_path(path, "a").write_text("half of ")
+    sign_ejection(path, charter, "c", sites["b"])
+    assert ejected(path, charter) == {2: ["a", "b"]}
+
+
+def test_who_is_out_of_reach() -> None:
+    charter: Any = SimpleNamespace(members=[SimpleNamespace(name=name) for name in NAMES], grace_s=1e9)
+    neighbor = Neighbor(1, charter, None, lambda *_, **__: None)  # type: ignore[arg-type]
+    assert not neighbor.is_out_of_reach, "within the grace"
+    for state in ("peer_has_left", "peer_is_away"):
+        setattr(neighbor.edge, state, True)
+        assert neighbor.is_out_of_reach
+        neighbor.is_connected = True
+        assert not neighbor.is_out_of_reach, "it is back"
+        setattr(neighbor.edge, state, False)
+        neighbor.is_connected = False
+    charter.grace_s = -1.0
+    assert neighbor.is_out_of_reach
+    neighbor.is_connected = True
+    assert not neighbor.is_out_of_reach
+    neighbor.is_ejected = True
+    assert neighbor.is_out_of_reach
+
+
 def lose_east(tmp_path: Path, micro_model: Path) -> tuple[Consortium, dict[str, Any]]:
     """Sites in mid-run; east is killed, its folder gone, and the others go on without it."""
     section = {"num_peers": 4, "threads": 1}
@@ -538,6 +591,7 @@ def test_what_differs_is_named_by_its_key_in_few_bytes(tmp_path: Path) -> None:
         == named
     )
     assert difference(mine, mine.parts(), piece_hashes(mine)) == ""
+    assert difference(mine, mine.parts() | {"of a later version": "x"}, piece_hashes(mine)) == "of a later version"
     for nonsense in ("", "zz", None, 7, ["a"], "f" * 10**6):
         assert difference(mine, other.parts(), nonsense) == "grace_s, members, recipe"
     many = [charter.members[0].model_copy(update={"name": f"m{i}"}) for i in range(500)]
@@ -795,6 +849,7 @@ def test_a_charter_holds_only_whole_signed_and_unaltered(tmp_path: Path) -> None
         whole.model_copy(update={"base": "other"}).check()
     with pytest.raises(CharterError, match=r"expired on 2999-01-01"):
         whole.check(date(2999, 1, 2))
+    whole.check(date(2999, 1, 1))  # its last day
     with pytest.raises(CharterError, match=r"is for peertune 9\.9"):
         whole.model_copy(update={"version": "9.9"}).check()
     with pytest.raises(CharterError, match="its quorum is 3, expected at most its 2 members"):
@@ -895,10 +950,30 @@ def test_keys_that_others_can_read_are_refused(tmp_path: Path) -> None:
         load_identity(tmp_path / "none")
 
 
+def test_a_key_and_its_certificate_are_one_pair_that_can_be_read(tmp_path: Path) -> None:
+    a, b = (make_identity(tmp_path / name) for name in "ab")
+    (tmp_path / "a" / "certificate.pem").write_bytes(b.certificate_pem)
+    with pytest.raises(IdentityError, match=r"key\.pem and certificate\.pem do not belong together"):
+        load_identity(tmp_path / "a")
+    (tmp_path / "a" / "certificate.pem").write_bytes(a.certificate_pem)
+    assert load_identity(tmp_path / "a") == a
+    key = load_pem_private_key(a.key_pem, None)
+    locked = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"secret"))
+    for damaged in (locked, a.key_pem[:60], b""):
+        (tmp_path / "a" / "key.pem").write_bytes(damaged)
+        with pytest.raises(IdentityError, match="the identity cannot be read"):
+            load_identity(tmp_path / "a")
+
+
 @pytest.mark.parametrize("text", ["a", "a=b", "a b=" + "a" * 52, "a=" + "a" * 52 + "@h:1#many"])
 def test_members_are_spelled_in_one_way(text: str) -> None:
     with pytest.raises(CharterError, match="expected NAME=ID"):
         parse_member(text)
+
+
+def test_who_does_not_say_how_many_samples_it_has_counts_as_one() -> None:
+    members = [parse_member(f"{name}={name * 52}{more}") for name, more in (("a", "#30"), ("b", ""), ("c", "#5"))]
+    assert sample_counts(members, 4) == [30, 1, 5, 1] and sample_counts(members, 2) == [30, 1]
 
 
 def test_a_charter_needs_a_date_to_come_and_as_many_members_as_peers_each_with_its_own_address(
