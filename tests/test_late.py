@@ -253,6 +253,23 @@ def test_a_sites_summary_says_what_came_from_whom_and_with_whom_it_agreed() -> N
     assert "agreed" not in str(summary_table(summary).caption)
 
 
+def test_what_a_restarted_site_does_over_again_counts_as_it_went_then() -> None:
+    """Round 1 went without the neighbour at first, whose message was used late; a state is no round's message."""
+    start = {"event": "started", "members": ["north", "east"], "neighbors": [1]}
+    about_east = [
+        *(start, ("arrived", 0, 0), ("left_out", 1, "gossip"), ("late", 1, 0)),
+        *(start, ("sent", 1, 0), ("arrived", 1, 0), ("arrived", 2, "state"), ("left_out", 2, "gossip")),
+    ]
+    log = [
+        {"event": e[0], "round": e[1], "hop": e[2], "peer": "east", "peers": "east", "used": True, "amount": 0.5}
+        if isinstance(e, tuple)
+        else e
+        for e in about_east
+    ]
+    [east] = contributions([json.dumps(event).encode() for event in log], 9)
+    assert east == {"neighbor": "east", "in_time": 2, "late_used": 0, "late_unused": 0, "missed": 1}
+
+
 def test_a_sites_table_says_whose_numbers_they_are() -> None:
     metrics = {"before": {"loss": 2.0}, "average_model": {"loss": 1.0}, "peers": [{"loss": 1.5}, None]}
     summary: dict[str, Any] = {
