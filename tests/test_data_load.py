@@ -210,6 +210,13 @@ def test_stdlib_rows_come_with_their_groups(monkeypatch: pytest.MonkeyPatch) -> 
         ("a.csv", b'text\n"a\n', TEXT, "a.csv:2: broken CSV"),
         ("a.txt", b"ok\nfine\n\xe9t\xe9", TEXT, "a.txt:3: not UTF-8 .byte 0xe9."),
         ("a.jsonl", b'{"text": "\\ud800"}', TEXT, "a.jsonl:1: holds half of a surrogate pair"),
+        ("a.jsonl", b'{"text": "a", "label": "\\udc00"}', LABELS, "a.jsonl:1: holds half of a surrogate pair"),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+            CHAT,
+            "a.jsonl:1: holds half of a surrogate pair",
+        ),
         ("a.jsonl.gz", b"plain", TEXT, "a.jsonl.gz: not a whole gzip file"),
         (
             "a.jsonl.gz",
@@ -255,6 +262,14 @@ def test_refusals_name_file_and_line(
     with pytest.raises(DataError, match=message) as caught:
         load_table(name, section)
     assert "\n" not in str(caught.value)
+
+
+def test_a_source_that_is_empty_beside_others_is_refused_by_name(tmp_path: Path) -> None:
+    """With partition.kind = "files" its peer would have nothing."""
+    (tmp_path / "a.jsonl").write_text(lines(ROWS), encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text("\n")
+    with pytest.raises(DataError, match=r"b\.jsonl: is empty"):
+        load_table([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], TEXT)
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,12 @@ def test_max_samples_caps_each_peer(kind: str, num_peers: int, cap: int, seed: i
         assert len(kept) == min(cap, len(all_rows)) and kept == sorted(set(kept)) and set(kept) <= set(all_rows)
 
 
+def test_max_samples_are_drawn_from_all_that_a_peer_holds() -> None:
+    """Files are often sorted; and peers draw apart from each other."""
+    one, other = partition(rows(200), [i // 100 for i in range(200)], 2, config("files", max_samples=20), 0)
+    assert one[-1] >= 50 and one.tolist() != (other - 100).tolist()
+
+
 @pytest.mark.parametrize("kind", ["iid", "dirichlet", "quantity"])
 def test_seed_decides(kind: str) -> None:
     assert split(kind, 100, 4, seed=1) != split(kind, 100, 4, seed=2)
@@ -124,6 +130,8 @@ def test_description_counts_classes_largest_first() -> None:
     assert describe_partition([{"text": ""}] * 6, parts, config("iid", task="text"))[0] == {
         "samples": 4, "classes": {}, "others": 0
     }  # fmt: skip
+    some = [{"text": ""}, *({"text": "", "client": 1} for _ in range(5))]
+    assert describe_partition(some, parts, config("iid", task="text"))[0]["classes"] == {}, "not all have a client"
     many = [{"text": "", "client": i // 2} for i in range(300)]  # 150 of two rows
     halves = describe_partition(many, [np.arange(0, 300, 2), np.arange(1, 300, 2)], config("iid", task="text"))
     assert halves[0] == halves[1]  # the same hundred classes of both
