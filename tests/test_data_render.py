@@ -281,6 +281,18 @@ def test_only_the_assistant_is_learned(template: str | None, byte_tokenizer: Pre
     assert targets(byte_tokenizer, sample) == f"{space}last é{space}{end}"
 
 
+def test_where_no_token_ends_a_turn_its_line_break_is_learned(byte_tokenizer: PreTrainedTokenizerBase) -> None:
+    """Nothing else tells the model to stop; behind an end token it is the template's, and no generation reaches it."""
+    byte_tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
+        "{{ 'assistant: ' if add_generation_prompt else '' }}"
+    )
+    [sample] = render(
+        [chat(user("one"), assistant("two"), user("x"), assistant("y"))], CHAT, byte_tokenizer, 99
+    ).samples
+    assert targets(byte_tokenizer, sample) == "two\ny\n"
+
+
 @with_fixtures
 @given(st.lists(st.tuples(words, words), min_size=1, max_size=4), st.integers(40, 200))
 def test_any_words_in_any_turn(
