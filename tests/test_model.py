@@ -356,6 +356,7 @@ def test_of_the_likeliest_label_and_a_samples_own_the_scores_are_known() -> None
 def test_macro_f1_by_hand() -> None:
     truth, predicted = np.array([0, 0, 1, 2]), np.array([0, 1, 1, 1])
     assert macro_f1(truth, predicted) == pytest.approx((2 / 3 + 2 / 4 + 0) / 3)
+    assert macro_f1(np.array([0, 0, 1]), np.array([0, 2, 1])) == pytest.approx((2 / 3 + 0 + 1) / 3)  # 2 is no one's
 
 
 def test_clones_share_what_is_frozen_and_own_what_is_trained() -> None:
