@@ -172,4 +172,4 @@ def _answer(model: LanguageModel, data: HeldOut, settings: EvalSection, outcomes
 def _spread(references: Sequence[Reference], limit: int, wanted: Callable[[Reference], bool]) -> list[int]:
     """At most `limit` of the rows wanted, evenly spread: files are often sorted by what they are about."""
     fit = [i for i, reference in enumerate(references) if wanted(reference)]
-    return [fit[int(k * len(fit) / limit)] for k in range(limit)] if len(fit) > limit else fit if limit else []
+    return [fit[int(k * len(fit) / limit)] for k in range(limit)] if len(fit) > limit else fit
