@@ -517,6 +517,17 @@ def test_what_is_personal_is_in_no_message(name: str) -> None:
         assert {key.rpartition("/")[2] for key in [*sent, *member.algorithm.handed_on()]} == {"a"}
 
 
+def test_the_turn_of_a_block_that_is_personal_as_a_whole_has_no_messages() -> None:
+    config = ALGORITHMS["deca"].Config(lr=LR, outer_rounds=1, inner_steps=1, local_modules=["b"])
+    deca = ALGORITHMS["deca"](QuadraticPeer(0), config, graph())  # type: ignore[arg-type]
+    assert [len(deca.hops(round)) for round in range(deca.num_rounds)] == [1, 0]
+
+
+def test_a_share_of_the_peers_is_rounded_to_the_nearest_and_is_one_at_least() -> None:
+    found = [FedavgConfig(participation=share).num_sampled(5) for share in (0.01, 0.29, 0.3, 0.5, 1.0)]
+    assert found == [1, 1, 2, 3, 5]
+
+
 @pytest.mark.parametrize("name", ["deca", "dpsgd", "dec_lora", "fedavg"])
 def test_the_rate_follows_its_schedule_over_the_whole_run(name: str) -> None:
     """Not over a block's turn or a round."""
