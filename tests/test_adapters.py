@@ -225,6 +225,17 @@ def test_what_is_exported_is_what_was_measured(kind: Any, tmp_path: Path, micro_
         trust_remote_code=kind == "bottleneck",
     )
     assert {key: line[key] for key in measured} == pytest.approx(measured, rel=1e-4)
+    if kind == "bottleneck":
+        with pytest.raises(ConfigError, match="expected lora, prompt, prefix; leave it out"):
+            export(out, tmp_path / "alone", adapter=True)
+        return
+    export(out, tmp_path / "alone", adapter=True)
+    (out / "summary.json").unlink()  # as if it had been killed after the last checkpoint
+    export(out, tmp_path / "checkpoint", adapter=True)
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("alone", "checkpoint"))
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-6)
 
 
 def test_an_adapter_that_does_not_fit_or_whose_base_is_gone_is_refused(tmp_path: Path, micro_model: Path) -> None:

@@ -162,7 +162,7 @@ def _export(options: argparse.Namespace, console: Console) -> None:
     from peertune.export import export
     from peertune.run_folder import RunFolder
 
-    done = export(Path(options.folder), Path(options.to), options.peer)
+    done = export(Path(options.folder), Path(options.to), options.peer, adapter=options.adapter)
     if done is not None:
         is_site = RunFolder(Path(options.folder)).read_recipe().get("site") is not None
         whose = "this site's own model, " if is_site else ""
@@ -332,6 +332,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--peer", type=_at_least(0), metavar="I", help="with the personal parts of this peer (algorithm.local_modules)"
     )
+    export.add_argument("--adapter", action="store_true", help="the adapter alone, as peft loads it, not merged")
     export.set_defaults(command=_export)
 
     evaluate = commands.add_parser("eval", help="metrics of a model on data files, one JSON line each")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,22 @@ from peertune.prepare import prepare_model, prepare_tokenizer
 from peertune.run_folder import RunFolder, save_trained
 from peertune.storage import check_writable, storage_errors
 
+PEFT_KINDS = ("lora", "prompt", "prefix")
+"""Adapters that peft loads by themselves."""
 
-def export(run: Path, to: Path, peer: int | None = None) -> int | None:
+
+def export(run: Path, to: Path, peer: int | None = None, *, adapter: bool = False) -> int | None:
     """Write a run's average model to a folder: the finished one, else that of the newest complete checkpoint.
 
     Of a consortium's run that did not finish, a site has its own checkpoints alone, and gives its own model.
 
     Args:
         peer: whose personal parts (algorithm.local_modules) go on top of the average, from that checkpoint; None: none.
+        adapter: the adapter as peft loads it, not merged into the base.
     Returns:
         The number of rounds that the checkpoint has behind it; None: it is the finished model.
     Raises:
-        ConfigError: there is no such peer, or the run has no personal parts.
+        ConfigError: there is no such peer, or the run has no personal parts, or no adapter of peft's.
         CheckpointError: there is no run, no checkpoint, or `to` exists already.
     """
     folder = RunFolder(run)
@@ -38,12 +43,19 @@ def export(run: Path, to: Path, peer: int | None = None) -> int | None:
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise CheckpointError(f"--to: {to} exists already; name a new folder")
     check_writable(to, "--to")
-    finished = [path for path in (folder.model, folder.adapter) if path.exists() and folder.summary.exists()]
+    recipe = folder.read_recipe()
+    kind = recipe["config"]["algorithm"].get("adapter", "none")
+    if adapter and kind not in PEFT_KINDS:
+        raise ConfigError(
+            f"--adapter: got it for a run with algorithm.adapter = {kind!r}, expected {', '.join(PEFT_KINDS)}; leave"
+            " it out"
+        )
+    kept = (folder.adapter,) if adapter else (folder.model, folder.adapter)
+    finished = [path for path in kept if path.exists() and folder.summary.exists()]
     if finished and peer is None:
         with storage_errors(to):
             shutil.copytree(finished[0], to, dirs_exist_ok=True)
         return None
-    recipe = folder.read_recipe()
     if peer is not None:
         _check_peer(recipe["config"], peer)
     config, _ = from_dict(recipe["config"], METHODS)
@@ -78,7 +90,8 @@ def export(run: Path, to: Path, peer: int | None = None) -> int | None:
     for name, value in (average | personal).items():
         own[name].data.copy_(value)
     tokenizer, labels = prepare_tokenizer(config, base), recipe.get("labels", ())
-    save_trained(to, module, tokenizer, lambda: load_full_model(config.model, cpu, base), labels=labels)
+    load_base = None if adapter else partial(load_full_model, config.model, cpu, base)
+    save_trained(to, module, tokenizer, load_base, labels=labels)
     return done
 
 

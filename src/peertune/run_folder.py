@@ -174,7 +174,7 @@ def save_trained(
     folder: Path,
     module: Any,
     tokenizer: Any,
-    load_base: Callable[[], Any],
+    load_base: Callable[[], Any] | None,
     adapter: Path | None = None,
     labels: Sequence[str] = (),
 ) -> None:
@@ -183,11 +183,11 @@ def save_trained(
     Args:
         folder: where the model goes, or an adapter that cannot be merged if `adapter` is None.
         module: the trained model.
-        load_base: loads the base once more, to merge an adapter into.
+        load_base: loads the base once more, to merge an adapter into; None: an adapter is kept as one.
         adapter: where the adapter alone goes too.
         labels: names of the classes it was trained to tell, kept beside it.
     """
-    merged = module if core_of(module) is module else merge_adapter(module, load_base())
+    merged = module if core_of(module) is module else None if load_base is None else merge_adapter(module, load_base())
     if merged is not None:
         save_model(folder, merged, tokenizer)
     alone = adapter or folder

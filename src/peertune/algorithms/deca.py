@@ -155,23 +155,22 @@ class Deca(Algorithm):
 
         "trivial" alone holds them all, as each is divided by the norm of all.
         """
-        d: dict[str, Tensor] = {}
+        corrects, d = self.discrepancy != "none" and not self.ends_turn, dict[str, Tensor]()
         for name in self.active:
             if name not in self.common:
                 continue
             mixed = inbox.mean(name)
             self.masters.write(name, mixed)
-            if self.discrepancy == "none" or self.ends_turn:
-                continue
-            d[name] = self.anchor[name].sub_(mixed)
-            self.anchor[name] = mixed
-            if self.discrepancy != "trivial":
-                self.correct({name: d.pop(name)})
-        if self.ends_turn:  # nobody needs them any more, and agreement, checkpoint and evaluation need room
-            self.moments, self.anchor = {}, {}
-        elif self.discrepancy != "none":
+            if corrects:
+                d[name] = self.anchor[name].sub_(mixed)
+                self.anchor[name] = mixed
+                if self.discrepancy != "trivial":
+                    self.correct({name: d.pop(name)})
+        if corrects:
             self.correct(d)
             self.weigh_correction()
+        elif self.ends_turn:  # nobody needs them any more, and agreement, checkpoint and evaluation need room
+            self.moments, self.anchor = {}, {}
 
     def correct(self, d: Mapping[str, Tensor]) -> None:
         """m_{r+1} = b1 m_{r+1/2} + (1 - b1) h, v_{r+1} = b2 v_{r+1/2} + (1 - b2) h h, by `discrepancy`:
