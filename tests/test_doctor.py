@@ -29,6 +29,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from peertune.algorithms import ALGORITHMS
+from peertune.assemble import make_algorithm, make_topology
 from peertune.charter import Charter, Member, read_charter, write_charter
 from peertune.cli import main
 from peertune.consortium import new_charter
@@ -37,6 +38,7 @@ from peertune.doctor.inputs import check_charter, check_data, check_model, check
 from peertune.doctor.lines import check_clock, predict
 from peertune.doctor.machine import check_folder
 from peertune.identity import load_identity, make_identity
+from peertune.prepare import prepare_model
 from peertune.run import run
 from peertune.runtimes import probe, survey
 from peertune.runtimes.frames import ProtocolError
@@ -44,7 +46,7 @@ from peertune.runtimes.message import CHUNK_SIZE
 from peertune.runtimes.node import Node
 from peertune.runtimes.probe import LIMIT, Kind, LineQuality, Probe, _plausible
 from peertune.site import SiteOptions
-from peertune.workload import Workload, rehearse
+from peertune.workload import Workload, needed_bytes, rehearse
 from tests.recipes import recipe, tree, write_rows
 from tests.test_consortium import free_ports, is_open, wait_for
 
@@ -653,3 +655,21 @@ def test_what_a_neighbor_reports_that_can_be_no_measurement_is_refused(key: str,
     assert _plausible(sound) is sound
     with pytest.raises(ProtocolError, match="what cannot be"):
         _plausible(replace(sound, **{key: value}))
+
+
+def test_memory_foretold_holds_what_a_method_keeps_and_the_messages_of_a_turn(
+    tmp_path: Path, micro_model: Path
+) -> None:
+    def needed(name: str, **keys: Any) -> tuple[int, int, int]:
+        config = recipe(tmp_path, micro_model, algorithm={"name": name, **keys})
+        topology = make_topology(config, ALGORITHMS[name], [1] * config.run.num_peers)
+        algorithm = make_algorithm(config, prepare_model(config, torch.device("cpu"), None), topology)
+        trained = sum(master.numel() for master in map(algorithm.masters.snapshot, algorithm.masters))
+        return *needed_bytes(algorithm, 2), 4 * trained
+
+    plain, tracked = needed("dec_lora", adapter="none", rounds=40), needed("gt", rounds=40)
+    assert tracked[0] - plain[0] == plain[2], "gradient tracking keeps one more float32 number a weight"
+    # Two neighbours' messages, the one before the site's own, and its own of four rounds without a checkpoint.
+    assert plain[1] == (3 + 4) * plain[2]
+    short, long = needed("deca", inner_steps=1), needed("deca", inner_steps=8)
+    assert long[1] > short[1], "messages are kept until a checkpoint, at the end of a block's turn"

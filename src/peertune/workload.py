@@ -54,9 +54,9 @@ def needed_bytes(algorithm: Algorithm, num_neighbors: int) -> tuple[int, int]:
     """Memory of a run at a site, without activations: for weights and optimiser, and for messages.
 
     The base in its type; a copy of what is trained, for the peers' average; 16 more bits of each trained weight that is
-    held in bfloat16; the largest block's gradient, and its two moments in float32. A message from each neighbour, the
-    one before the site's own, and those of its own that are kept until the neighbours have a checkpoint, in float32;
-    where a GPU trains, these are copied to the host for each of them.
+    held in bfloat16; the largest block's gradient, and its two moments in float32; what else the method keeps. A
+    message from each neighbour, the one before the site's own, and those of its own that are kept until the neighbours
+    have a checkpoint, in float32; where a GPU trains, these are copied to the host for each of them.
     """
     parameters = dict(algorithm.peer.model.module.named_parameters())
     size = {name: p.numel() * p.element_size() for name, p in parameters.items()}
@@ -68,6 +68,7 @@ def needed_bytes(algorithm: Algorithm, num_neighbors: int) -> tuple[int, int]:
         return max(sum(each(parameters[name]) for name in block.parameters) for block in algorithm.blocks)
 
     weights += block_bytes(lambda p: p.numel() * (p.element_size() + 8))
+    weights += 4 * algorithm.kept_per_weight * sum(parameters[name].numel() for name in trained)
     message = block_bytes(lambda p: 4 * p.numel())
     kept = max(2 * message, min(KEPT_BYTES, _rounds_between_checkpoints(algorithm) * message))
     copies = 1 if algorithm.peer.model.device.type == "cpu" else num_neighbors
