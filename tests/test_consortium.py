@@ -39,6 +39,7 @@ from peertune import __version__, ejection
 from peertune.algorithms import METHODS
 from peertune.algorithms.deca import Deca
 from peertune.algorithms.fedavg import Fedavg
+from peertune.audit import AuditLog
 from peertune.charter import (
     Charter,
     Member,
@@ -53,7 +54,7 @@ from peertune.cli import main
 from peertune.config import from_dict
 from peertune.consortium import leave
 from peertune.ejection import Ejection, ejected, ejection_path, needed, sign_ejection
-from peertune.errors import CharterError, CheckpointError, IdentityError
+from peertune.errors import CharterError, CheckpointError, IdentityError, TurnedAwayError
 from peertune.exchange import Hop
 from peertune.identity import ALWAYS, Identity, load_identity, make_identity
 from peertune.run import run
@@ -62,7 +63,9 @@ from peertune.runtimes.neighbor import Neighbor
 from peertune.runtimes.network import NetworkExchange, without
 from peertune.runtimes.node import Node
 from peertune.runtimes.port import check_port
+from peertune.runtimes.site_requests import Requests
 from peertune.site import SiteOptions
+from peertune.watch.logs import Links
 from tests.recipes import tree, write_rows
 
 NAMES = ["north", "east", "south", "west"]
@@ -487,6 +490,25 @@ def test_who_is_out_of_reach() -> None:
     assert not neighbor.is_out_of_reach
     neighbor.is_ejected = True
     assert neighbor.is_out_of_reach
+
+
+def test_a_site_stops_where_its_own_ejection_lies_beside_its_charter(tmp_path: Path) -> None:
+    """As at every other site, which `peertune eject` asks for; nobody dials it any more who could tell it so."""
+    charter = make_charter(tmp_path, ["a", "b", "c"])
+    for name in "abc":
+        charter = charter.signed(load_identity(tmp_path / name))
+    path, log = tmp_path / "charter.toml", AuditLog(tmp_path / "audit.jsonl")
+    node = Node(charter, load_identity(tmp_path / "c"), "", log)
+    exchange = NetworkExchange(node, Requests(charter, path, tmp_path / "leave"))
+    sign_ejection(path, charter, "c", load_identity(tmp_path / "a"))
+    sign_ejection(path, charter, "c", load_identity(tmp_path / "b"))
+    with pytest.raises(TurnedAwayError, match="c, which is this site, was ejected from this run by a, b; it stops"):
+        exchange.attend()
+    node.stop()
+    links = Links()
+    links.add(b'{"event": "started", "time": 1, "site": 2, "members": ["a", "b", "c"], "neighbors": [0, 1]}')
+    links.add((tmp_path / "audit.jsonl").read_bytes())
+    assert list(links.links) == ["a", "b"], "it is no neighbour of its own"
 
 
 def lose_east(tmp_path: Path, micro_model: Path) -> tuple[Consortium, dict[str, Any]]:

@@ -250,13 +250,19 @@ class NetworkExchange:
         return self._requests is not None and self._requests.is_leaving
 
     def attend(self) -> None:
-        """Do what was asked: eject members. Raises TurnedAwayError where the others have done so with this site."""
+        """Do what was asked: eject members.
+
+        Raises:
+            TurnedAwayError: the others take nothing from this site, or it is the one who is ejected.
+        """
         if reason := self._node.turned_away:
             raise TurnedAwayError(f"the other sites take nothing from this one: {reason}; this site stops")
         for index, signers in ({} if self._requests is None else self._requests.ejections()).items():
+            name, signed_by = self._node.charter.members[index].name, ", ".join(signers)
+            self._node.log("ejected", peer=name, signed_by=signed_by)
+            if index == self._peer:
+                raise TurnedAwayError(f"{name}, which is this site, was ejected from this run by {signed_by}; it stops")
             self._node.soon(partial(self._node.eject, index))
-            name = self._node.charter.members[index].name
-            self._node.log("ejected", peer=name, signed_by=", ".join(signers))
 
     def _wait(
         self, source: int, arrival: Future[Payload | None], patience: float, lenient_s: float, *, corrects: bool

@@ -151,7 +151,7 @@ class Links(_Log):
             for other in filter(None, text(event.get("peers"), MAX_NAMES).split(", ")):
                 self._link(other).without.add(-1 if round is None else round)
                 self.waiting.pop(other, None)
-        elif kind == "ejected" and name:
+        elif kind == "ejected" and name and name != self.name_of(self.site):
             self._link(name).is_ejected = True
             self.waiting.pop(name, None)
         elif kind == "paused":
