@@ -437,11 +437,11 @@ def test_an_ejection_holds_with_whole_signatures_of_this_charter_only(tmp_path: 
     with pytest.raises(CharterError, match="no member has the id"):
         sign_ejection(path, charter, "c", make_identity(tmp_path / "stranger"))
     whole = sign_ejection(path, charter, "c", load_identity(tmp_path / "b"))
-    assert ejected(path, charter) == {2: ["a", "b"]}
+    assert ejected(path, charter) == {2: whole} and whole.signers(charter) == ["a", "b"]
     other = charter.model_copy(update={"grace_s": 1.0})
     assert whole.signers(other) == []
     (tmp_path / "ours.eject-c.toml").write_bytes(ejection_path(path, "c").read_bytes())
-    assert ejected(tmp_path / "another-name.toml", charter) == {2: ["a", "b"]}, "the charter may be called anything"
+    assert ejected(tmp_path / "another-name.toml", charter) == {2: whole}, "the charter may be called anything"
     (tmp_path / "ours.eject-c.toml").unlink()
     ejection_path(path, "b").write_bytes(ejection_path(path, "c").read_bytes())
     with pytest.raises(CharterError, match="is about c, expected b"):
@@ -677,7 +677,9 @@ def test_a_stranger_gets_no_answer_and_a_member_still_does(tmp_path: Path) -> No
     assert heard[2].get(timeout=60) == heard[0].get(timeout=60) == ["connected"]
 
 
-def start_network(charter: Charter, identity: Identity, listen: str, over: Any, ejected: Sequence[int] = ()) -> Any:
+def start_network(
+    charter: Charter, identity: Identity, listen: str, over: Any, ejected: Sequence[tuple[int, Any]] = ()
+) -> Any:
     """A site's network alone, in a process, until it is turned away or all is over.
 
     Returns:
@@ -690,8 +692,8 @@ def start_network(charter: Charter, identity: Identity, listen: str, over: Any, 
         events: list[str] = []
         node = Node(charter, identity, listen, lambda event, **_: events.append(event))
         node.start([(0, 1)])
-        for index in ejected:
-            node.soon(partial(node.eject, index))
+        for index, ejection in ejected:
+            node.soon(partial(node.eject, index, ejection))
         was_connected = False
         while not (over.is_set() or node.turned_away):
             if not was_connected and "connected" in events:
@@ -711,13 +713,44 @@ def start_network(charter: Charter, identity: Identity, listen: str, over: Any, 
 def test_an_ejected_member_is_told_so(tmp_path: Path) -> None:
     charter, (a, b), port = two_sites(tmp_path)
     over = multiprocessing.get_context("fork").Event()
-    site = start_network(charter, a, f"127.0.0.1:{port}", over, ejected=[1])
+    site = start_network(charter, a, f"127.0.0.1:{port}", over, ejected=[(1, None)])
     wait_for(lambda: is_open(port))
     for _ in range(2):
         assert start_network(charter, b, "", over).get(timeout=60)[1] == "b was ejected from this run"
     over.set()
     events, reason = site.get(timeout=60)
     assert reason == "" and events.count("turned_away") == 1 and "stranger" not in events
+
+
+def test_an_ejected_member_who_is_only_dialled_is_told_so_too(tmp_path: Path) -> None:
+    """It would train on alone to the end; whoever else may say it, only the signatures are believed."""
+    charter = make_charter(tmp_path, ["a", "b", "c"])
+    members = [
+        each.model_copy(update={"address": f"127.0.0.1:{port}"})
+        for each, port in zip(charter.members, free_ports(3), strict=True)
+    ]
+    charter = charter.model_copy(update={"members": members})
+    a, b, c = (load_identity(tmp_path / name) for name in "abc")
+    charter = charter.signed(a).signed(b).signed(c)
+    by_one = Ejection(member="b").signed(charter, a)
+    whole = by_one.signed(charter, c)
+    over = multiprocessing.get_context("fork").Event()
+    site = start_network(charter, b, members[1].address, over)
+    start_network(charter, a, "", over, ejected=[(1, whole)])
+    wait_for(lambda: not site.empty())
+    told = site.get(timeout=60)
+    if told == "connected":  # before it was ejected
+        told = site.get(timeout=60)
+    over.set()
+    assert told[1] == "b was ejected from this run by a, c"
+    node = Node(charter, b, "", lambda *_, **__: None)
+    copied = {**by_one.signatures, "c": by_one.signatures["a"]}
+    for doubtful in (by_one, whole.model_copy(update={"member": "c"}), Ejection(member="b", signatures=copied)):
+        assert not node.hear_ejection(doubtful.model_dump_json().encode())
+    for garbage in (b"", b"[" * 99999, b"{}", b'{"member": 1}', bytes(range(256))):
+        assert not node.hear_ejection(garbage)
+    assert node.turned_away == "" and node.hear_ejection(whole.model_dump_json().encode()) and node.turned_away
+    node.stop()
 
 
 def test_a_second_process_of_a_site_is_turned_away(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 It lies beside the charter, as CHARTER.eject-NAME.toml, and goes from site to site like the charter. A site that finds
 one with enough signatures has nothing more to do with that member; the signatures are by the charter's keys, over the
-charter's digest and the member's id, so a file of another run says nothing here.
+charter's digest and the member's id, so a file of another run says nothing here. The member is told by the file's
+content too, by those that would else dial it, and believes the signatures, not who sends them.
 """
 
 from __future__ import annotations
@@ -44,6 +45,12 @@ class Ejection(Section):
             and member.name in self.signatures
             and is_signed(charter.certificate(index), self.signatures[member.name], digest)
         ]
+
+
+def holds(ejection: Ejection, charter: Charter) -> bool:
+    """Whether enough have signed that a member is to go."""
+    is_member = any(member.name == ejection.member for member in charter.members)
+    return is_member and len(ejection.signers(charter)) >= needed(charter)
 
 
 def needed(charter: Charter) -> int:
@@ -88,8 +95,8 @@ def read_ejection(path: Path) -> Ejection:
         raise CharterError(f"{path}: is no ejection: {' '.join(str(error).split())[:200]}; get it anew") from None
 
 
-def ejected(path: Path, charter: Charter) -> dict[int, list[str]]:
-    """Members who are ejected by the files beside a charter, whatever it is called here; by place, and who signed."""
+def ejected(path: Path, charter: Charter) -> dict[int, Ejection]:
+    """Ejections that hold of those beside a charter, whatever it is called here; by the member's place."""
     found = {}
     places = {member.name: index for index, member in enumerate(charter.members)}
     for file in sorted(path.parent.glob("*.eject-*.toml")):
@@ -97,9 +104,8 @@ def ejected(path: Path, charter: Charter) -> dict[int, list[str]]:
             ejection = read_ejection(file)
         except CharterError:
             continue  # half of it is copied
-        signers = ejection.signers(charter)
-        if ejection.member in places and len(signers) >= needed(charter):
-            found[places[ejection.member]] = signers
+        if holds(ejection, charter):
+            found[places[ejection.member]] = ejection
     return found
 
 

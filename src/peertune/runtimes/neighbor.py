@@ -133,6 +133,8 @@ class Neighbor(Listener):
 
     async def talk(self, read: Callable[[], Awaitable[Any]], write: Callable[[bytes], Awaitable[None]]) -> None:
         """Carry the edge over one stream until it ends, or the next one begins."""
+        if self.is_ejected:  # while the stream was opened
+            return
         self.end()  # the other end is back before this one saw it go
         self._talk = this = asyncio.current_task()
         self._queue = asyncio.Queue()

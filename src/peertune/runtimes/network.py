@@ -257,12 +257,12 @@ class NetworkExchange:
         """
         if reason := self._node.turned_away:
             raise TurnedAwayError(f"the other sites take nothing from this one: {reason}; this site stops")
-        for index, signers in ({} if self._requests is None else self._requests.ejections()).items():
-            name, signed_by = self._node.charter.members[index].name, ", ".join(signers)
+        for index, ejection in ({} if self._requests is None else self._requests.ejections()).items():
+            name, signed_by = ejection.member, ", ".join(ejection.signers(self._node.charter))
             self._node.log("ejected", peer=name, signed_by=signed_by)
             if index == self._peer:
                 raise TurnedAwayError(f"{name}, which is this site, was ejected from this run by {signed_by}; it stops")
-            self._node.soon(partial(self._node.eject, index))
+            self._node.soon(partial(self._node.eject, index, ejection))
 
     def _wait(
         self, source: int, arrival: Future[Payload | None], patience: float, lenient_s: float, *, corrects: bool

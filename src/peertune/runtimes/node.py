@@ -12,11 +12,14 @@ import json
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import grpc
+from pydantic import ValidationError
 
 from peertune.charter import SAME_FILE, Charter, difference, piece_hashes
+from peertune.ejection import Ejection, holds
 from peertune.errors import CharterError, IdentityError
 from peertune.identity import Identity, certificate_id
 from peertune.logfields import text
@@ -30,7 +33,7 @@ from peertune.runtimes.presence import Presence
 from peertune.runtimes.probe import PROBE, Probe
 
 T = TypeVar("T")
-METHOD = "/peertune.Peer/Link"
+METHOD, EJECTION = "/peertune.Peer/Link", "/peertune.Peer/Ejection"
 CHARTER_KEY, PIECES_KEY = "peertune-charter", "peertune-charter-pieces"
 OPTIONS = [("grpc.max_receive_message_length", MAX_FRAME), ("grpc.max_send_message_length", MAX_FRAME)]
 HANDSHAKE_S = 10.0
@@ -75,6 +78,10 @@ class Node:
         self._server: Any = None
         self._refusals: dict[tuple[str, int], str] = {}
         """(event, member) -> the reason that was logged last."""
+        self._ejections: dict[int, Ejection] = {}
+        """By member, what it is told in place of being dialled."""
+        self._own_ejection = ""
+        """Whom this site was ejected by; empty: it was not, for all that it was told."""
         self._is_stopping = False
         self.is_open = False
         """Whether its port is open."""
@@ -91,19 +98,28 @@ class Node:
         self._thread.start()
         self.call(self._start())
 
-    def eject(self, index: int) -> None:
-        """Have nothing more to do with a member. In the network's thread."""
+    def eject(self, index: int, ejection: Ejection | None = None) -> None:
+        """Have nothing more to do with a member. In the network's thread.
+
+        Args:
+            ejection: what it is told, should this site be the one that dials.
+        """
         self.presence.ejected.add(index)
+        if ejection is not None:
+            self._ejections[index] = ejection
         if neighbor := self.neighbors.get(index):
             neighbor.is_ejected = neighbor.was_seen = True
             neighbor.end()
 
     @property
     def turned_away(self) -> str:
-        """Why the others take nothing from this site any more: all it dials say so, and the rest are out of reach.
+        """Why the others take nothing from this site any more: enough of them signed it, whoever brings it; or all it
+        dials say so, and the rest are out of reach.
 
         The rest have a grace for it: one neighbour who lies does not speak for them.
         """
+        if self._own_ejection:
+            return f"{self.charter.members[self.index].name} was ejected from this run by {self._own_ejection}"
         dialled = {index for index in self.neighbors if self.dials(index)}
         reasons = {self.neighbors[index].turns_away for index in dialled}
         rest = [neighbor for index, neighbor in self.neighbors.items() if index not in dialled]
@@ -155,7 +171,9 @@ class Node:
         patience = ("grpc.server_handshake_timeout_ms", int(1000 * HANDSHAKE_S))
         streams = ("grpc.max_concurrent_streams", MAX_STREAMS)
         self._server = grpc.aio.server(options=[*OPTIONS, ("grpc.so_reuseport", 0), patience, streams])
-        self._server.add_generic_rpc_handlers([_Handler({METHOD: self._serve, PROBE: self._probed})])
+        self._server.add_generic_rpc_handlers(
+            [_Handler({METHOD: self._serve, PROBE: self._probed, EJECTION: self._told})]
+        )
         try:
             self._server.add_secure_port(self.listen, credentials)
         except RuntimeError as error:
@@ -242,6 +260,41 @@ class Node:
                     self.log("failed", peer=member.name, reason=f"{type(error).__name__}: {error}")
             await asyncio.sleep(wait)
             wait = min(2 * wait, REDIAL_S[1])
+        if index in self._ejections:
+            await self._tell(index, self._ejections[index])
+
+    async def _tell(self, index: int, ejection: Ejection) -> None:
+        """Tell a member that it was ejected, over and over: it may be started again, and only this end can dial."""
+        said = json.dumps(ejection.model_dump()).encode()
+        while not self._is_stopping:
+            with suppress(TimeoutError, grpc.RpcError, asyncio.InvalidStateError):
+                async with self.channel(index) as channel, asyncio.timeout(self.charter.stall_s):
+                    await channel.channel_ready()
+                    call = channel.stream_stream(EJECTION)()
+                    await call.write(said)
+                    await call.done_writing()
+                    await call.read()
+            await asyncio.sleep(REDIAL_S[1])
+
+    async def _told(self, _: Any, context: Any) -> None:
+        """Hear that this site was ejected; what is not signed by enough is not believed, whoever says it."""
+        index = await self._member(context)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.charter.stall_s):
+                frame = await context.read()
+            if frame is not grpc.aio.EOF and not self.hear_ejection(frame):
+                self._log_refusal("refused", index, "says that this site was ejected, without the signatures for it")
+
+    def hear_ejection(self, said: bytes) -> bool:
+        """Take in what another brings of this site's ejection. Returns whether it holds."""
+        try:
+            ejection = Ejection.model_validate_json(said)
+        except ValidationError:
+            return False
+        is_own = ejection.member == self.charter.members[self.index].name
+        if is_own and holds(ejection, self.charter):
+            self._own_ejection = ", ".join(ejection.signers(self.charter))
+        return is_own and bool(self._own_ejection)
 
     async def _member(self, context: Any) -> int:
         """The member at the other end of a stream that was dialled from outside; a stranger's is ended."""

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from peertune.charter import Charter
-from peertune.ejection import ejected
+from peertune.ejection import Ejection, ejected
 
 LOOK_S = 1.0
 """Seconds between two looks."""
@@ -30,12 +30,12 @@ class Requests:
     def is_leaving(self) -> bool:
         return self.leave.exists()
 
-    def ejections(self) -> dict[int, list[str]]:
-        """Members who were ejected since the last call, by place, and who signed it; looks no oftener than LOOK_S."""
+    def ejections(self) -> dict[int, Ejection]:
+        """Those that hold since the last call, by the member's place; looks no oftener than LOOK_S."""
         now = time.monotonic()
         if now < self._looked + LOOK_S:
             return {}
         self._looked = now
-        new = {i: names for i, names in ejected(self.path, self.charter).items() if i not in self._ejected}
+        new = {i: ejection for i, ejection in ejected(self.path, self.charter).items() if i not in self._ejected}
         self._ejected |= new.keys()
         return new
