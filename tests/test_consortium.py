@@ -1,6 +1,7 @@
 """Sites as processes of their own on loopback: bitwise the simulation's weights, also over a kill -9."""
 
 import asyncio
+import base64
 import json
 import multiprocessing
 import os
@@ -14,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import replace
 from datetime import date
 from functools import partial
@@ -59,10 +60,14 @@ from peertune.exchange import Hop
 from peertune.identity import ALWAYS, Identity, load_identity, make_identity
 from peertune.run import run
 from peertune.runtimes import edge
+from peertune.runtimes import node as node_module
 from peertune.runtimes.neighbor import Neighbor
 from peertune.runtimes.network import NetworkExchange, without
 from peertune.runtimes.node import Node
 from peertune.runtimes.port import check_port
+from peertune.runtimes.probe import diagnose
+from peertune.runtimes.proxy import EXEMPTIONS, proxy_for, take_upper_case
+from peertune.runtimes.proxy import NAMES as NAMES_OF_PROXIES
 from peertune.runtimes.site_requests import Requests
 from peertune.site import SiteOptions
 from peertune.watch.logs import Links
@@ -1120,10 +1125,16 @@ def test_local_consortium_runs_and_goes_on(tmp_path: Path) -> None:
 
 
 class ConnectProxy:
-    """An HTTP proxy that knows CONNECT, in a thread of its own; `asked` are the addresses it was asked for."""
+    """An HTTP proxy that knows CONNECT, in a thread of its own; `asked` are the addresses it was asked for.
 
-    def __init__(self) -> None:
+    Args:
+        refusal: status that it answers with; empty: it connects.
+    """
+
+    def __init__(self, refusal: str = "") -> None:
+        self.refusal = refusal
         self.asked: list[str] = []
+        self.logins: list[str] = []
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         server = asyncio.run_coroutine_threadsafe(asyncio.start_server(self._serve, "127.0.0.1", 0), self._loop)
@@ -1136,6 +1147,11 @@ class ConnectProxy:
             return  # another test's site, which still dials a port that was free
         assert request[0] == "CONNECT"
         self.asked.append(request[1])
+        self.logins += [base64.b64decode(request[request.index("Basic") + 1]).decode()] if "Basic" in request else []
+        if self.refusal:
+            writer.write(f"HTTP/1.1 {self.refusal}\r\n\r\n".encode())
+            writer.close()
+            return
         host, _, port = request[1].rpartition(":")
         far = await asyncio.open_connection(host, int(port))
         writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
@@ -1152,20 +1168,121 @@ class ConnectProxy:
             writer.close()
 
 
-def test_a_site_that_must_goes_out_through_an_http_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def speak_nonsense(server: socket.socket) -> None:
+    while server.fileno() >= 0:
+        with suppress(OSError), server.accept()[0] as connection:
+            connection.sendall(b"SSH-2.0-nothing\r\n" * 4)
+
+
+@pytest.fixture
+def no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*NAMES_OF_PROXIES, *EXEMPTIONS, "HTTPS_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("no_proxies")
+@pytest.mark.parametrize("variable", ["grpc_proxy", "HTTPS_PROXY"])
+def test_a_site_that_must_goes_out_through_an_http_proxy(
+    variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The connection is encrypted from end to end, so the proxy sees addresses and no more."""
     charter, (a, b), port = two_sites(tmp_path)
-    for name in ("no_proxy", "no_grpc_proxy"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("no_proxy", "")
     proxy, fork = ConnectProxy(), multiprocessing.get_context("fork")
     heard = [fork.Queue() for _ in range(2)]
     server = fork.Process(target=play_node, args=(charter, a, f"127.0.0.1:{port}", 60.0, heard[0]), daemon=True)
     server.start()
     wait_for(lambda: is_open(port))
-    monkeypatch.setenv("grpc_proxy", f"http://{proxy.address}")
+    monkeypatch.setenv(variable, f"http://{proxy.address}")
     fork.Process(target=play_node, args=(charter, b, "", 60.0, heard[1]), daemon=True).start()
     assert heard[1].get(timeout=60) == heard[0].get(timeout=60) == ["connected"]
     assert proxy.asked and set(proxy.asked) == {f"127.0.0.1:{port}"}
+
+
+@pytest.mark.usefixtures("no_proxies")
+def test_a_proxy_that_is_in_the_way_is_named_without_its_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    charter, _, _ = two_sites(tmp_path)
+    refuses, passes, (dead,) = ConnectProxy("407 Proxy\x1b[2J Authentication Required"), ConnectProxy(), free_ports(1)
+
+    def reason(proxy: str) -> str:
+        monkeypatch.setenv("https_proxy", f"http://me:s3%2Fcret@{proxy}")
+        found = asyncio.run(diagnose(charter, 0))
+        assert "s3" not in found and "me:" not in found and found.isprintable()
+        return found
+
+    told = reason(refuses.address)
+    assert told.startswith(f"the HTTP proxy {refuses.address} (https_proxy) refuses: 407 Proxy") and "Required" in told
+    assert refuses.logins == ["me:s3/cret"] and refuses.asked == [charter.members[0].address]
+    assert f"the HTTP proxy 127.0.0.1:{dead} (https_proxy) cannot be reached" in reason(f"127.0.0.1:{dead}")
+    monkeypatch.setenv("no_proxy", "example.org, 127.0.0.0/8")
+    assert reason(refuses.address) == "nothing listens there"
+    monkeypatch.delenv("no_proxy")
+    with socket.create_server(("127.0.0.1", int(charter.members[0].address.rpartition(":")[2]))) as server:
+        threading.Thread(target=speak_nonsense, args=(server,), daemon=True).start()
+        told = reason(passes.address)
+    assert told.startswith(f"through the HTTP proxy {passes.address} (https_proxy): something answers there")
+
+
+@pytest.mark.usefixtures("no_proxies")
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ({}, "None"),
+        ({"http_proxy": "http://a:1"}, "a:1 (http_proxy)"),
+        ({"http_proxy": "http://a:1", "https_proxy": "http://b:2"}, "b:2 (https_proxy)"),
+        ({"https_proxy": "http://b:2", "grpc_proxy": ""}, "None"),
+        ({"https_proxy": "https://b:2"}, "None"),
+        ({"https_proxy": "http://b:x"}, "None"),
+        ({"HTTPS_PROXY": "http://c:3"}, "c:3 (HTTPS_PROXY)"),
+        ({"HTTPS_PROXY": "http://c:3", "https_proxy": "http://b:2"}, "b:2 (https_proxy)"),
+        ({"HTTPS_PROXY": "http://c:3", "NO_PROXY": "example.org"}, "None"),
+        ({"https_proxy": "http://b:2", "no_proxy": "other.net,EXAMPLE.org"}, "None"),
+        ({"https_proxy": "http://b:2", "no_proxy": "example.org", "no_grpc_proxy": ""}, "b:2 (https_proxy)"),
+    ],
+)
+def test_the_proxy_is_the_one_that_grpc_goes_through(
+    told: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", {**os.environ, **told})
+    take_upper_case()
+    assert str(proxy_for("north.example.org:7000")) == expected
+
+
+def test_grpc_says_nothing_by_itself() -> None:
+    """What it has to say of a neighbour out of reach is told in words, once."""
+    code = (
+        "import os, sys; from peertune.cli import ENVIRONMENT; assert 'grpc' not in sys.modules;"
+        " os.environ.update(ENVIRONMENT); import grpc; grpc.insecure_channel('127.0.0.1:1').close()"
+    )
+    environment = {**os.environ, "grpc_proxy": "ftp://a-scheme-that-it-complains-of"}
+    del environment["GRPC_VERBOSITY"]
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_why_a_neighbor_cannot_be_reached_is_logged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    charter, (a, b), port = two_sites(tmp_path)
+    monkeypatch.setattr(node_module, "RECONNECT_S", 0.1)
+    charter = charter.model_copy(update={"stall_s": 6.0, "signatures": {}}).signed(a).signed(b)
+    fork = multiprocessing.get_context("fork")
+    heard = fork.Queue()
+
+    def play() -> None:
+        node = Node(charter, b, "", lambda event, **fields: heard.put((event, fields)))
+        node.start([(0, 1)])
+        time.sleep(100)
+
+    site = fork.Process(target=play, daemon=True)
+    site.start()
+    assert heard.get(timeout=60) == ("unreachable", {"peer": "a", "reason": "nothing listens there"})
+    with socket.create_server(("127.0.0.1", port)) as server:
+        threading.Thread(target=speak_nonsense, args=(server,), daemon=True).start()
+        assert heard.get(timeout=60)[1]["reason"] == "something answers there that is no peertune"
+    site.kill()
+    site.join()
+    assert heard.empty()
 
 
 def test_what_another_site_says_of_its_charter_cannot_write_to_a_terminal(tmp_path: Path) -> None:

@@ -333,11 +333,18 @@ def test_a_port_in_use_is_a_problem(tmp_path: Path, micro_model: Path) -> None:
 def test_a_neighbor_out_of_reach_is_a_problem_and_why_is_said(
     tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing listens; then something that is no peertune; then a peertune with another's key."""
+    """Nothing listens; a proxy is in the way that is not there; something is no peertune, or has another's key."""
     monkeypatch.setattr(survey, "CONNECT_S", 1.0)
     sites = Two(tmp_path, micro_model)
     found = sites.doctor("north", 0.0)()
     assert problems(found) == ["line to south"] and "nothing listens there" in found["line to south"].text
+    with monkeypatch.context() as proxied:
+        dead = f"127.0.0.1:{free_ports(1)[0]}"
+        proxied.setenv("grpc_proxy", f"http://me:secret@{dead}")
+        proxied.setenv("no_grpc_proxy", "")
+        line = sites.doctor("north", 0.0)()["line to south"]
+    assert f"the HTTP proxy {dead} (grpc_proxy) cannot be reached" in line.text and "secret" not in str(line)
+    assert "see to the proxy and its password" in line.advice
     with socket.create_server(("127.0.0.1", sites.ports["south"])) as server:
         speaker = FORK.Process(target=talk_nonsense, args=(server,), daemon=True)
         speaker.start()

@@ -148,7 +148,11 @@ def test_status_says_why_a_neighbor_is_refused_until_it_is_connected() -> None:
     refused = {"event": "refused_by", "time": T0 + 6, "peer": "south", "reason": "another charter: grace_s differ"}
     (*_, south) = status_lines(folded([START], [*AUDIT, *LOST, refused]))
     assert "it refuses this site: another charter: grace_s differ" in south
+    unreachable = {"event": "unreachable", "time": T0 + 6, "peer": "south", "reason": "nothing listens there"}
+    (*_, south) = status_lines(folded([START], [*AUDIT, *LOST, unreachable]))
+    assert "missing" in south and "cannot be reached: nothing listens there" in south
     again = {"event": "connected", "time": T0 + 9, "peer": "south"}
+    assert "reached" not in "".join(status_lines(folded([START], [*AUDIT, *LOST, unreachable, again])))
     assert "refuses" not in "".join(status_lines(folded([START], [*AUDIT, *LOST, refused, again])))
 
 

@@ -39,6 +39,7 @@ ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # transformers' too
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
+    "GRPC_VERBOSITY": "NONE",  # what keeps a neighbour away is told by `unreachable` in words
     # PyTorch's threads wait for each other a dozen times a step of the optimiser's, by default for milliseconds of
     # spinning, even where the one waited for has no core: beside others' work a step took 40 times as long as on one
     # thread. So much is what libgomp itself takes where it knows that there are too few cores.

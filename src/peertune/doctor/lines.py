@@ -13,6 +13,7 @@ from peertune.formatting import traffic
 from peertune.identity import ALWAYS
 from peertune.runtimes.message import CHUNK_SIZE
 from peertune.runtimes.probe import LineQuality
+from peertune.runtimes.proxy import THE_PROXY
 from peertune.runtimes.survey import Survey
 from peertune.workload import Workload
 
@@ -32,6 +33,8 @@ def check_line(survey: Survey, index: int) -> Finding:
         return Finding(check, "problem", f"{who}; its charter is another: {differs}", SAME_FILE)
     if dials and failure:
         advice = "run `peertune doctor` or `join` there at the same time, and see that its port is open"
+        if failure.startswith(THE_PROXY):
+            advice = "see to the proxy and its password, or except the address from it with no_grpc_proxy"
         return Finding(check, "problem", f"{who}; it cannot be reached: {failure}", advice)
     together, waited = "run `peertune doctor` there at the same time", f"within {survey.wait_s:g} s"
     if measured is None:

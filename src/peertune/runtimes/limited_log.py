@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 CAUSED_BY_CONNECTIONS = {
     "connected", "disconnected", "failed", "probed", "refused", "refused_by", "runs_twice", "stalled", "stranger",
-    "turned_away",
+    "turned_away", "unreachable",
 }  # fmt: skip
 BURST = 100
 """Lines of one member's that may come at once."""

@@ -30,7 +30,8 @@ from peertune.runtimes.limited_log import LimitedLog
 from peertune.runtimes.neighbor import Neighbor
 from peertune.runtimes.port import check_port
 from peertune.runtimes.presence import Presence
-from peertune.runtimes.probe import PROBE, Probe
+from peertune.runtimes.probe import PROBE, Probe, diagnose
+from peertune.runtimes.proxy import take_upper_case
 
 T = TypeVar("T")
 METHOD, EJECTION = "/peertune.Peer/Link", "/peertune.Peer/Ejection"
@@ -44,6 +45,10 @@ MAX_REASON = 200
 """Characters of what another says of why it ends a stream."""
 MAX_STREAMS = 8
 """Streams that a member may have open over one connection: a talk, a probe, and those that are just ending."""
+EXPLAIN = 1 / 6
+"""Of `stall_s`, after which it is looked what keeps a neighbour from being reached."""
+RECONNECT_S = 2.0
+"""Seconds between gRPC's own attempts at most, as long as one attempt here goes on."""
 REDIAL_S = (0.2, 10.0)
 """Seconds between attempts to reach a neighbour: first, and at most; doubled in between."""
 
@@ -95,6 +100,7 @@ class Node:
         others = sorted({i + j - self.index for i, j in edges if self.index in (i, j)})
         self.neighbors = {i: Neighbor(i, self.charter, self.presence, self.log) for i in others}
         keep_freed(shared=True)
+        take_upper_case()
         self._thread.start()
         self.call(self._start())
 
@@ -231,7 +237,7 @@ class Node:
             self.charter.certificate(index), self.identity.key_pem, self.identity.certificate_pem
         )
         options = [*OPTIONS, ("grpc.ssl_target_name_override", member.id), ("grpc.enable_retries", 0)]
-        options.append(("grpc.max_reconnect_backoff_ms", 2000))
+        options.append(("grpc.max_reconnect_backoff_ms", int(1000 * RECONNECT_S)))
         return grpc.aio.secure_channel(member.address, credentials, options=options)
 
     async def _dial(self, index: int) -> None:
@@ -241,7 +247,7 @@ class Node:
         while not (neighbor.is_ejected or self._is_stopping):
             async with self.channel(index) as channel:
                 try:
-                    await asyncio.wait_for(channel.channel_ready(), self.charter.stall_s)
+                    await self._ready(channel, index)
                     call = channel.stream_stream(METHOD)(metadata=metadata)
                     began = time.monotonic()
                     await neighbor.talk(call.read, call.write)
@@ -295,6 +301,21 @@ class Node:
         if is_own and holds(ejection, self.charter):
             self._own_ejection = ", ".join(ejection.signers(self.charter))
         return is_own and bool(self._own_ejection)
+
+    async def _ready(self, channel: Any, index: int) -> None:
+        """Wait for a neighbour's channel, and meanwhile find out what is in the way. Raises TimeoutError."""
+        explains = asyncio.create_task(self._explain(index))
+        try:
+            await asyncio.wait_for(channel.channel_ready(), self.charter.stall_s)
+            self._refusals.pop(("unreachable", index), None)
+        finally:
+            explains.cancel()
+
+    async def _explain(self, index: int) -> None:
+        await asyncio.sleep(EXPLAIN * self.charter.stall_s)
+        reason = await diagnose(self.charter, index)
+        await asyncio.sleep(RECONNECT_S)  # it may just have come
+        self._log_refusal("unreachable", index, reason)
 
     async def _member(self, context: Any) -> int:
         """The member at the other end of a stream that was dialled from outside; a stranger's is ended."""

@@ -27,11 +27,12 @@ from typing import Any
 
 import grpc
 
-from peertune.charter import Charter, difference, piece_hashes
+from peertune.charter import Charter, Member, difference, piece_hashes
 from peertune.errors import IdentityError
 from peertune.identity import certificate_id
 from peertune.runtimes.frames import Frames, ProtocolError
 from peertune.runtimes.message import CHUNK_SIZE
+from peertune.runtimes.proxy import THE_PROXY, Proxy, ProxyError, proxy_for
 
 PROBE = "/peertune.Peer/Probe"
 LIMIT = 8 << 20
@@ -253,16 +254,34 @@ class Probe:
 
 
 async def diagnose(charter: Charter, index: int) -> str:
-    """Why a member could not be talked to, as far as an attempt without any trust shows."""
-    address, member = charter.members[index].address, charter.members[index]
-    host, _, port = address.rpartition(":")
+    """Why a member could not be talked to, as far as an attempt without any trust shows; it goes where gRPC does."""
+    member, address = charter.members[index], charter.members[index].address
+    proxy = proxy_for(address)
+    if proxy is None:
+        return await _diagnose(charter, member, None)
+    found = await _diagnose(charter, member, proxy)
+    return found if found.startswith(THE_PROXY) else f"through {THE_PROXY}{proxy}: {found}"
+
+
+async def _diagnose(charter: Charter, member: Member, proxy: Proxy | None) -> str:
+    host, _, port = member.address.rpartition(":")
     anyone = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     anyone.check_hostname, anyone.verify_mode = False, ssl.CERT_NONE
     anyone.set_alpn_protocols(["h2"])
     try:
-        opened = asyncio.open_connection(host.strip("[]"), int(port), ssl=anyone, server_hostname=member.id)
-        _, writer = await asyncio.wait_for(opened, CONNECT_S)
+        async with asyncio.timeout(CONNECT_S):
+            if proxy is None:
+                _, writer = await asyncio.open_connection(
+                    host.strip("[]"), int(port), ssl=anyone, server_hostname=member.id
+                )
+            else:
+                _, writer = await proxy.open(member.address)
+                await writer.start_tls(anyone, server_hostname=member.id)
+    except ProxyError as error:
+        return str(error)
     except TimeoutError:
+        if proxy is not None:
+            return f"{THE_PROXY}{proxy} lets nothing through within {CONNECT_S:g} s"
         return f"no answer within {CONNECT_S:g} s; a firewall may drop what is sent there"
     except (ssl.SSLError, ConnectionResetError):
         return "something answers there that is no peertune"

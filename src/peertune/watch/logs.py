@@ -136,6 +136,8 @@ class Links(_Log):
             if link.connected:
                 link.heard, link.refusal = time, ""
                 self.waiting.pop(name, None)
+        elif kind == "unreachable" and name:
+            self._link(name).refusal = f"cannot be reached: {text(event.get('reason'), 300)}"
         elif kind in ("refused", "refused_by") and name:
             whose = "refused" if kind == "refused" else "it refuses this site"
             self._link(name).refusal = f"{whose}: {text(event.get('reason'), 300)}"

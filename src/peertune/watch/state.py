@@ -41,7 +41,7 @@ class PeerState:
     rounds_without: int = 0
     loss: float | None = None
     refusal: str = ""
-    """Why a neighbour was last refused, or refuses this site; empty once it is connected."""
+    """Why a neighbour was last refused, refuses this site or cannot be reached; empty once it is connected."""
 
 
 @dataclass(frozen=True, kw_only=True)
