@@ -363,7 +363,7 @@ def test_a_disk_that_fills_stops_the_run_resumably(
         save(tensors, path)
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(StorageError, match=r"No space left.*--resume"):
+    with pytest.raises(StorageError, match=r"No space left.*the same command \(`peertune run`: with --resume\)"):
         run(recipe(tmp_path, micro_model))
     store = CheckpointStore(tmp_path / "out" / "checkpoints", 4)
     assert store.newest_complete() == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import http.client
 import json
 import multiprocessing
@@ -24,6 +25,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
+from peertune import audit
+from peertune.audit import AuditLog, Gaps
 from peertune.cli import main
 from peertune.errors import CheckpointError, ConfigError
 from peertune.lock import FolderLock, is_held
@@ -142,6 +145,35 @@ def test_a_sites_logs_tell_its_neighbors_and_who_is_missing() -> None:
     assert back.missing == () and back.peers[1].since == T0 + 9 and back.peers[1].rounds_without == 2
     out = folded([START], [*AUDIT, *LOST, {"event": "ejected", "time": T0 + 9, "peer": "south", "signed_by": "north"}])
     assert out.missing == () and out.peers[1].status == "ejected"
+
+
+def test_a_gap_in_the_audit_log_is_told_when_it_begins_and_when_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk refuses each of a round's many lines; nobody needs to read that each time."""
+    told: list[str] = []
+    write = Gaps(AuditLog(tmp_path / "audit.jsonl"), told.append)
+    write("sent", peer="north")
+    append_line, is_full = audit.append_line, True
+
+    def refusing(path: Path, line: str) -> None:
+        if is_full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append_line(path, line)
+
+    monkeypatch.setattr(audit, "append_line", refusing)
+    for _ in range(5):
+        write("sent", peer="north")
+    (begins,) = told
+    assert "the audit log has a gap" in begins and "No space left" in begins and "same command" in begins
+    is_full = False
+    write("sent", peer="south")
+    write("sent", peer="south")
+    assert told[1:] == ["the audit log goes on; 5 of its lines are lost"]
+    lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert [(line["event"], line.get("lost")) for line in lines] == [
+        ("sent", None), ("gap", 5), ("sent", None), ("sent", None),
+    ]  # fmt: skip
 
 
 def test_status_says_why_a_neighbor_is_refused_until_it_is_connected() -> None:

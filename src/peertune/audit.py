@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peertune.errors import StorageError
 from peertune.logfields import MAX_NAMES, items, number, parse_line, text, whole
 from peertune.storage import append_line, storage_errors
 
@@ -43,6 +44,36 @@ class AuditLog:
         with self._lock, storage_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             append_line(self.path, line)
+
+
+class Gaps:
+    """Writes an audit log on a disk that may be full: a gap is told when it begins, and when it ends, how long it was.
+
+    Args:
+        note: told of both in words; the log itself has a line `gap` where lines are `lost`.
+    """
+
+    def __init__(self, audit: AuditLog, note: Callable[[str], None]) -> None:
+        self._audit, self._note = audit, note
+        self._lock = threading.Lock()
+        self._lost = 0
+
+    def __call__(self, event: str, **fields: Any) -> None:
+        try:
+            with self._lock:
+                if self._lost:
+                    self._audit("gap", lost=self._lost)
+                lost, self._lost = self._lost, 0
+                self._audit(event, **fields)
+        except StorageError as error:
+            with self._lock:
+                self._lost += 1
+                is_first = self._lost == 1
+            if is_first:
+                self._note(f"the audit log has a gap: {error}")
+        else:
+            if lost:
+                self._note(f"the audit log goes on; {lost} of its lines are lost")
 
 
 class Repeats:

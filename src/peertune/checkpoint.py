@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peertune.errors import CheckpointError, StorageError
-from peertune.storage import share_weights
+from peertune.storage import GO_ON, share_weights
 
 GENERATIONS = 2
 
@@ -72,7 +72,7 @@ class CheckpointStore:
                 replaced.rename(final)
             raise StorageError(
                 f"{final}: cannot write the checkpoint: {getattr(error, 'strerror', None) or error};"
-                " earlier checkpoints are intact: free some space and go on with --resume"
+                f" earlier checkpoints are intact: {GO_ON}"
             ) from error
 
     def prune(self, peer: int) -> None:

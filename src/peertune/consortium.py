@@ -12,7 +12,7 @@ import torch
 
 from peertune.algorithms import ALGORITHMS, METHODS
 from peertune.assemble import make_algorithm, make_topology
-from peertune.audit import AUDIT, AuditLog, Repeats
+from peertune.audit import AUDIT, AuditLog, Gaps, Repeats
 from peertune.charter import (
     Charter,
     Member,
@@ -26,7 +26,7 @@ from peertune.charter import (
 )
 from peertune.config import load_recipe
 from peertune.ejection import ejection_path, needed, sign_ejection
-from peertune.errors import CharterError, CheckpointError, ConfigError, Left, StorageError
+from peertune.errors import CharterError, CheckpointError, ConfigError, Left
 from peertune.identity import load_identity
 from peertune.lock import FolderLock, is_held
 from peertune.memory import keep_freed
@@ -152,12 +152,10 @@ def join(options: SiteOptions, progress: Progress) -> dict[str, Any]:
         role = "a peer, which trains" if index < num_peers else "the server, which has no data"
         raise ConfigError(f"--data: got {options.train!r}, but {charter.members[index].name} is {role}")
     audit, repeats = AuditLog(out / AUDIT), Repeats()
+    write = Gaps(audit, progress.note)
 
     def log(event: str, **fields: Any) -> None:
-        try:
-            audit(event, **fields)
-        except StorageError as error:
-            progress.note(f"the audit log has a gap: {error}")
+        write(event, **fields)
         if event not in ("started", "sent", "fetched", "arrived") and not repeats.is_one(event, fields):
             progress.note(" ".join([event.replace("_", " "), *(f"{key} {value}" for key, value in fields.items())]))
 

@@ -31,6 +31,10 @@ def append_line(path: Path, line: str) -> None:
         file.write(f"{'' if is_whole else chr(10)}{line}\n".encode())
 
 
+GO_ON = "free some space; a run that stopped goes on with the same command (`peertune run`: with --resume)"
+"""What to do about a full disk."""
+
+
 class storage_errors:
     """Context in which an operating-system error means that the disk refused a write."""
 
@@ -43,9 +47,7 @@ class storage_errors:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError | SafetensorError):
             reason = getattr(error, "strerror", None) or error
-            raise StorageError(
-                f"{self._path}: cannot write: {reason}; free some space and go on with --resume"
-            ) from error
+            raise StorageError(f"{self._path}: cannot write: {reason}; {GO_ON}") from error
 
 
 def share_weights(folder: Path, like: Path) -> None:
