@@ -1054,6 +1054,20 @@ def test_a_charter_needs_a_date_to_come_and_as_many_members_as_peers_each_with_i
     assert not (tmp_path / "other.toml").exists()
 
 
+def test_a_charter_says_how_long_a_connection_may_be_silent(
+    tmp_path: Path, micro_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tree(tmp_path, micro_model, run={"num_peers": 1})
+    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(recipe))
+    member = f"--member=a={make_identity(tmp_path / 'a').id}"
+    new = ["charter", "new", str(tmp_path / "recipe.toml"), member, "--expires", "2999-01-01", "--to"]
+    assert main([*new, str(tmp_path / "usual.toml")]) == main([*new, str(tmp_path / "own.toml"), "--stall", "4.5"]) == 0
+    assert [read_charter(tmp_path / name).stall_s for name in ("usual.toml", "own.toml")] == [30.0, 4.5]
+    with pytest.raises(SystemExit):
+        main([*new, str(tmp_path / "none.toml"), "--stall", "0"])
+    assert "expected seconds above 0" in capsys.readouterr().err
+
+
 def test_no_charter_lets_code_beside_the_base_run(
     tmp_path: Path, micro_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

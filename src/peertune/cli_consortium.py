@@ -87,6 +87,15 @@ def add_consortium(commands: Any) -> None:
     new.add_argument(
         "--quorum", type=_count, default=1, metavar="N", help="wait while fewer members are there; default: 1"
     )
+    new.add_argument(
+        "--stall",
+        type=_seconds,
+        default=30.0,
+        metavar="S",
+        help="seconds without a byte after which a connection is given up and dialled anew: one who falls silent, but"
+        " whose connection stays open, is waited for so long or --grace, whichever is larger; a line has to carry 1 MB"
+        " within it; default: 30",
+    )
     new.add_argument("--to", default="charter.toml", metavar="FILE")
     new.set_defaults(command=_charter_new)
     sign = actions.add_parser("sign", help="add this site's signature")
@@ -135,8 +144,8 @@ def _charter_new(options: argparse.Namespace, console: Console) -> None:
 
     members = [parse_member(text) for text in options.member]
     recipe, to = Path(options.recipe), Path(options.to)
-    note = Bars(console).note
-    new_charter(recipe, options.set, members, options.expires, to, options.grace, options.quorum, note)
+    limits = (options.grace, options.quorum, options.stall)
+    new_charter(recipe, options.set, members, options.expires, to, *limits, Bars(console).note)
     print(f"{to}: now let every member sign it: peertune charter sign {to}")
 
 

@@ -54,6 +54,7 @@ def new_charter(
     to: Path,
     grace_s: float,
     quorum: int = 1,
+    stall_s: float = 30.0,
     note: Callable[[str], None] = lambda message: None,
 ) -> Charter:
     """Write an unsigned charter for a recipe and its members.
@@ -93,6 +94,7 @@ def new_charter(
         tokenizer=tokenizer,
         grace_s=grace_s,
         quorum=quorum,
+        stall_s=stall_s,
         recipe=shared_recipe(config, with_path=_is_named(config.model.path, recipe.parent)),
         members=list(members),
     )
