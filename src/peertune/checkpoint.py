@@ -27,6 +27,8 @@ from peertune.errors import CheckpointError, StorageError
 from peertune.storage import GO_ON, share_weights
 
 GENERATIONS = 2
+OLDER = "; delete this folder to use an older one"
+"""Ends the message of a damaged checkpoint."""
 
 
 class CheckpointStore:
@@ -116,10 +118,7 @@ class CheckpointStore:
         try:
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             if state["sha256"] != _sha256(folder / "state.safetensors"):
-                raise CheckpointError(
-                    f"{folder}: damaged: state.safetensors is not what was written; delete this folder to use an"
-                    " older one"
-                )
+                raise CheckpointError(f"{folder}: damaged: state.safetensors is not what was written{OLDER}")
             if (state["peer"], state["round"]) != (peer, round):
                 raise CheckpointError(
                     f"{folder}: holds peer {state['peer']}, round {state['round']}; expected peer {peer}, round {round}"
@@ -128,7 +127,7 @@ class CheckpointStore:
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             if isinstance(error, CheckpointError):
                 raise
-            raise CheckpointError(f"{folder}: damaged: {error}; delete this folder to use an older one") from error
+            raise CheckpointError(f"{folder}: damaged: {error}{OLDER}") from error
 
     def _home(self, peer: int, shard: int) -> Path:
         home = self.folder / f"peer-{peer:03d}"

@@ -22,9 +22,9 @@ from peertune.algorithms import ALGORITHMS
 from peertune.algorithms.base import Algorithm
 from peertune.assemble import make_batches, make_parts, make_pool, make_topology, whole_module, wrap_model
 from peertune.average import Average
-from peertune.checkpoint import CheckpointStore, newest_common
+from peertune.checkpoint import OLDER, CheckpointStore, newest_common
 from peertune.config import LinkSection, RunConfig
-from peertune.errors import ConfigError, DivergedError, Left, ModelError, PeerLostError, StorageError
+from peertune.errors import CheckpointError, ConfigError, DivergedError, Left, ModelError, PeerLostError, StorageError
 from peertune.evaluation import Measured, measure
 from peertune.memory import keep_freed, reset_peak
 from peertune.model.blocks import block_table, is_tied
@@ -374,10 +374,14 @@ class Run:
             self.progress.note(f"{error}; the model is this site's own")
             return Agreed(is_reached=False, before=before)
         if absent:
-            names = ", ".join(map(str, absent))
+            names = ", ".join(str(self._name(peer)) for peer in absent)
             whose = "the others'" if len(absent) < self.num_peers - 1 else "this site's own"
-            self.progress.note(f"in the final agreement nothing was heard of peers {names}: the model is {whose}")
+            self.progress.note(f"in the final agreement nothing was heard of {names}: the model is {whose}")
         return Agreed(is_reached=True, hops=hops, absent=absent, before=before)
+
+    def _name(self, member: int) -> int | str:
+        """What a member is called: at a site by the charter, else by its index."""
+        return member if self.site is None else self.site.members[member]
 
     def _conclude(
         self,
@@ -403,6 +407,8 @@ class Run:
         wall_s = self.state.wall_s
         found = summary_of(self.config, self.method, metrics, told, self.state.simulated_s, wall_s)
         if self.site is not None:
+            for told_of in found["rounds_without"]:
+                told_of |= {key: self._name(told_of[key]) for key in ("peer", "went_without")}
             absent = agreed.absent if agreed.is_reached else None
             found["agreement"] = agreement_of(self.site.members[: self.num_peers], self.site.index, agreed.hops, absent)
             found["contributions"] = self.site.contributions(rounds)
@@ -472,12 +478,27 @@ class Run:
             self.progress.note(f"{self.folder.path}: no complete checkpoint; starting from the beginning")
             return 0
         for member in self.members:
-            self.state.take_up(member, done, *self.store.load(member.index, done), self.folder.path)
+            done, tensors, plain = self._load(member.index, done)
+            self.state.take_up(member, done, tensors, plain, self.folder.path)
         self.progress.note(f"{self.folder.path}: resuming after round {done} of {self.method.num_rounds}")
         then, now = self.folder.read_recipe().get("versions"), versions(self.config.algorithm.name)
         if then != now:
             self.progress.note(f"versions have changed, and results may: {then} when this run began, {now} now")
         return done
+
+    def _load(self, index: int, done: int) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]]:
+        """A member's checkpoint, and its round. A site, which others do not have to be level with, takes an older one
+        where one is damaged. Raises CheckpointError.
+        """
+        while True:
+            try:
+                return done, *self.store.load(index, done)
+            except CheckpointError as error:
+                older = [round for round in self.store.rounds(index) if round < done]
+                if not self.group.survives_loss or not older:
+                    raise
+                self.progress.note(f"warning: {str(error).removesuffix(OLDER)}; the one before it is taken")
+                done = older[-1]
 
     def _checkpoint(self, done: int) -> None:
         for member in self.members:
