@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from peertune.audit import Repeats, contributions
-from peertune.cli_output import summary_table
+from peertune.cli_output import print_summary, summary_table
 from peertune.exchange import Hop
 from peertune.runtimes import network
 from peertune.runtimes.catch_up import Pace
@@ -282,6 +282,21 @@ def test_a_sites_table_says_whose_numbers_they_are() -> None:
     table = summary_table(alone)
     assert [str(column.header) for column in table.columns][2:] == ["this site's model", "before agreement"]
     assert "sent by this site: 4" in str(table.caption) and "warning: the others end with other" in str(table.caption)
+
+
+def test_no_empty_table_is_printed_where_nothing_was_held_out(capsys: pytest.CaptureFixture[str]) -> None:
+    metrics: dict[str, Any] = {"before": {}, "average_model": {}, "peers": [{}, None]}
+    summary: dict[str, Any] = {
+        "algorithm": "deca", "bytes_sent_per_peer": [4_000, None], "rounds": 3, "peak_memory_bytes": 1, "wall_s": 1.0,
+        "metrics": metrics, "contributions": [], "agreement": {"with": ["east"], "without": []},
+    }  # fmt: skip
+    print_summary(summary)
+    told = capsys.readouterr().out
+    assert "held-out" not in told and "━" not in told
+    assert "deca, 2 peers, 3 rounds" in told and "sent by this site: 4" in told and "agreed with: east" in told
+    metrics["before"] = metrics["average_model"] = {"loss": 1.0}
+    print_summary(summary)
+    assert "held-out" in capsys.readouterr().out
 
 
 def test_a_long_absence_is_told_once() -> None:

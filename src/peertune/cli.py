@@ -19,7 +19,7 @@ from rich.console import Console
 
 import peertune
 from peertune.cli_consortium import add_consortium
-from peertune.cli_output import Bars, GridBars, loading, print_paths, progress_console, summary_table
+from peertune.cli_output import Bars, GridBars, loading, print_paths, print_summary, progress_console
 from peertune.cli_watch import add_watch
 from peertune.errors import PeertuneError
 
@@ -116,7 +116,7 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     with Bars(console) as bars:
         summary = launch(config, base=Path(options.recipe).parent, notes=notes, resume=options.resume, progress=bars)
     if os.environ.get("RANK", "0") == "0":  # torchrun starts this command once a rank
-        Console().print(summary_table(summary))
+        print_summary(summary)
         print_paths(Path(config.run.out))
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from peertune.cli_output import Bars, print_paths, summary_table
+from peertune.cli_output import Bars, print_paths, print_summary
 
 if TYPE_CHECKING:
     from peertune.site import SiteOptions
@@ -211,5 +211,5 @@ def _join(options: argparse.Namespace, console: Console) -> None:
 
     with Bars(console) as bars:
         summary = join(_site(options), bars)
-    Console().print(summary_table(summary))
+    print_summary(summary)
     print_paths(Path(options.out))

@@ -123,6 +123,15 @@ def summary_table(summary: dict[str, Any]) -> Table:
     return table
 
 
+def print_summary(summary: dict[str, Any]) -> None:
+    """What a run achieved, as a table; where nothing was held out to measure it by, in lines."""
+    table, console = summary_table(summary), Console()
+    if table.row_count:
+        console.print(table)
+    else:
+        console.print(f"{table.title}\n{table.caption}", markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
 def print_paths(out: Path) -> None:
     exported = next((folder for folder in (out / "model", out / "adapter") if folder.exists()), None)
     print(f"report: {out / 'report.html'}")
