@@ -298,8 +298,9 @@ class Node:
         except ValidationError:
             return False
         is_own = ejection.member == self.charter.members[self.index].name
-        if is_own and holds(ejection, self.charter):
+        if is_own and not self._own_ejection and holds(ejection, self.charter):
             self._own_ejection = ", ".join(ejection.signers(self.charter))
+            self.log("ejected", peer=ejection.member, signed_by=self._own_ejection)
         return is_own and bool(self._own_ejection)
 
     async def _ready(self, channel: Any, index: int) -> None:
