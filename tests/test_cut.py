@@ -2,17 +2,21 @@
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from peertune.errors import PeerLostError
 from peertune.exchange import Hop, Inbox
 from peertune.identity import load_identity
-from peertune.runtimes import neighbor, network, node
+from peertune.runtimes import edge, neighbor, network, node
+from peertune.runtimes.edge import Kind
 from peertune.runtimes.network import NetworkExchange
 from peertune.runtimes.node import Node
 from tests.test_consortium import make_charter, wait_for
@@ -51,6 +55,9 @@ class Pair:
             self.nodes.append(made)
             self.exchanges.append(exchange)
         self.talks: list[Future[None]] = []
+        self.is_slow = False
+        """Whether a part of a message goes out only when `let_through` says so."""
+        self.gates: list[asyncio.Queue[None]] = [asyncio.Queue(), asyncio.Queue()]
         self.threads = ThreadPoolExecutor(2)
 
     def connect(self) -> None:
@@ -59,6 +66,8 @@ class Pair:
         for i in (0, 1):
 
             async def write(frame: bytes, to: int = 1 - i) -> None:
+                if frame[0] == Kind.CHUNK and self.is_slow:
+                    await self.gates[1 - to].get()
                 self.nodes[to].soon(lambda: queues[to].put_nowait(frame))
 
             talk = self.nodes[i].neighbors[1 - i].talk(queues[i].get, write)
@@ -68,19 +77,22 @@ class Pair:
         wait_for(lambda: all(edges[i].peer_round >= edges[1 - i].round for i in (0, 1)))  # it was said which
 
     def cut(self) -> None:
-        known = [self.count(i, "disconnected") for i in (0, 1)]
         for talk in self.talks:
             talk.cancel()
         self.talks.clear()
-        wait_for(lambda: all(self.count(i, "disconnected") > known[i] for i in (0, 1)))
+        wait_for(lambda: not any(self.nodes[i].neighbors[1 - i].is_connected for i in (0, 1)))
 
-    def play(self, site: int, round: int) -> "Future[Inbox | None]":
+    def let_through(self, site: int) -> None:
+        """Let one part of a message of a site's go out."""
+        self.nodes[site].soon(partial(self.gates[site].put_nowait, None))
+
+    def play(self, site: int, round: int, hop: Hop = HOP) -> "Future[Inbox | None]":
         """Begin a site's round; what the inbox will be."""
         out = {"w": torch.full((4,), 10.0 * round + site)}
 
         def go() -> Inbox | None:
-            self.exchanges[site].start(round, HOP, out)
-            return self.exchanges[site].finish(round, HOP, lambda: out)
+            self.exchanges[site].start(round, hop, out)
+            return self.exchanges[site].finish(round, hop, lambda: out)
 
         return self.threads.submit(go)
 
@@ -172,3 +184,56 @@ def test_one_who_was_frozen_hears_what_was_kept_and_the_other_takes_it_late(make
         assert key == (round, 0)
         assert theirs["w"].tolist() == [10.0 * round + 1] * 4 and mine["w"].tolist() == [10.0 * round] * 4
     assert pair.rounds(1, "was_missed") == [1, 2] and not pair.count(1, "left_out")
+
+
+AGREE = Hop("agree", HOP.weights)
+
+
+def test_the_final_agreement_waits_for_a_message_that_takes_long(
+    make: Callable[[float], Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the one who has all it needs stays until the other has, too, however slowly that goes."""
+    monkeypatch.setattr(edge, "CHUNK_SIZE", 4)
+    pair = make(10.0)
+    pair.connect()
+    assert pair.heard(0) == [[0, 1], [0, 1]]
+    pair.is_slow = True
+    rounds = [pair.play(site, 1, AGREE) for site in (0, 1)]
+    for _ in range(4):
+        pair.let_through(1)
+    assert sorted(pair.ended(rounds[:1])[0].payloads) == [0, 1]
+    looks = Counter[str]()
+    attend, needs = NetworkExchange.attend, neighbor.Neighbor.needs
+    monkeypatch.setattr(NetworkExchange, "attend", lambda self: [looks.update(["waits"]), attend(self)][1])
+    monkeypatch.setattr(neighbor.Neighbor, "needs", lambda *about: [looks.update(["lingers"]), needs(*about)][1])
+    stopped = pair.threads.submit(pair.nodes[0].stop, 10.0)
+    got = pair.nodes[1].neighbors[0].edge
+    for part in range(1, 5):
+        wait_for(lambda: (1, 0) in got.inbox)
+        pair.clock.ahead += 25.0
+        looked = Counter(looks)
+        wait_for(lambda looked=looked: all(looks[what] > looked[what] + 1 for what in ("waits", "lingers")))
+        pair.let_through(0)
+        wait_for(lambda part=part: (1, 0) not in got.inbox or got.inbox[1, 0].offset == 4 * part)
+    assert sorted(pair.ended(rounds[1:])[0].payloads) == [0, 1], "100 s for 16 bytes"
+    pair.nodes[1].soon(lambda: pair.nodes[1].neighbors[0].say(got.finished()))
+    stopped.result(timeout=60)
+
+
+def test_two_who_wait_for_each_other_in_the_final_agreement_give_up(make: Callable[[float], Pair]) -> None:
+    """They are within reach of each other, and neither ever sends what the other waits for."""
+    pair = make(10.0)
+    pair.connect()
+    assert pair.heard(0) == [[0, 1], [0, 1]]
+    exchanges = pair.exchanges
+    for site in (0, 1):
+        exchanges[site].start(1, AGREE, None)
+    rounds = [pair.threads.submit(exchanges[site].finish, 1, AGREE, lambda: {"w": torch.zeros(4)}) for site in (0, 1)]
+    for site in (0, 1):
+        wait_for(lambda site=site: bool(pair.nodes[site].neighbors[1 - site].edge.inbox))
+    pair.clock.ahead += 49.0
+    assert not any(each.done() for each in rounds), "grace_s for each of the two, and stall_s"
+    pair.clock.ahead += 2.0
+    for each in rounds:
+        with pytest.raises(PeerLostError, match="the final agreement went without"):
+            each.result(timeout=60)

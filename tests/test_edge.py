@@ -347,13 +347,16 @@ def test_a_beat_carries_ages_and_wrong_ones_are_refused() -> None:
         def ages(self) -> Sequence[float]:
             return (0.0, 2.5, -1.0)
 
-        def told(self, ages: Sequence[float]) -> None:
-            self.presence.told(ages, 0.0)
-            self.heard.extend(ages)
+        def steps(self) -> Sequence[int]:
+            return (7, 0, 2**64 - 1)
+
+        def told(self, ages: Sequence[float], steps: Sequence[int]) -> None:
+            self.presence.told(ages, steps, 0.0)
+            self.heard.extend([*ages, *steps])
 
     listener = Told(3)
     sender, receiver = Edge(listener), Edge(listener)
-    assert receiver.receive(sender.beat()) == [] and listener.heard == [0.0, 2.5, -1.0]
+    assert receiver.receive(sender.beat()) == [] and listener.heard == [0.0, 2.5, -1.0, 7, 0, 2**64 - 1]
     with pytest.raises(ProtocolError, match="a beat that is none"):
         receiver.receive(sender.beat() + b"x")
     with pytest.raises(ProtocolError, match="got 3 ages, expected 2"):

@@ -63,7 +63,7 @@ def valid_frames(draw: st.DrawFn) -> bytes:
         if draw(st.booleans()):
             fields = (*fields[:3], hash_of(body))
     elif kind is Kind.BEAT:
-        body = draw(st.binary(max_size=16))  # ages, and what is none
+        body = draw(st.binary(max_size=24))  # ages and steps, and what is none
     return FRAMES.pack(kind, *fields) + body
 
 

@@ -1,7 +1,7 @@
 """Messages that come after a round went on without them: what they put right, and what they may not do."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
 from types import SimpleNamespace
@@ -17,6 +17,7 @@ from peertune.runtimes import network
 from peertune.runtimes.catch_up import Pace
 from peertune.runtimes.edge import Edge
 from peertune.runtimes.network import NetworkExchange, NetworkGroup
+from peertune.runtimes.presence import Presence
 
 
 def late_group(log: list[dict[str, Any]]) -> tuple[NetworkGroup, Any, SimpleQueue[Any]]:
@@ -308,6 +309,43 @@ def test_a_long_absence_is_told_once() -> None:
     assert not any(repeats.is_one("stalled", {"peer": "east", "seconds": 30.0}) for _ in range(2))
 
 
+class Waiting:
+    """Site 0 of two, which waits for the other's message on a clock of the test's own.
+
+    Args:
+        tick: called after each second.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, tick: "Callable[[Waiting], None]") -> None:
+        self.arrival: Future[Any] = Future()
+        self.now, self.presence, self.edge = 0.0, Presence(2, 0, 8.0), SimpleNamespace(peer_round=0)
+        self.edge.give_up = lambda key: self.arrival.set_result(None)
+        self.neighbor = SimpleNamespace(
+            edge=self.edge, index=1, name="east", is_connected=True, is_ejected=False, was_seen=True,
+            mark_away=lambda round: True,
+            miss=lambda key, corrects: self.arrival.set_result(None),
+        )  # fmt: skip
+        node: Any = SimpleNamespace(
+            neighbors={1: self.neighbor}, index=0, has_quorum=True, turned_away="", soon=lambda call: call(),
+            log=lambda *_, **__: None, presence=self.presence,
+        )  # fmt: skip
+        waiting = self
+
+        class Ticking(NetworkExchange):
+            def attend(self) -> None:
+                waiting.now += 1.0
+                tick(waiting)
+
+        monkeypatch.setattr(network.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(network, "POLL_S", 0)
+        self.exchange = Ticking(node)
+        self.exchange._has_begun = True
+
+    def comes(self, patience: float, lenient_s: float) -> bool:
+        """Wait; whether the message came."""
+        return self.exchange._wait(1, self.arrival, patience, lenient_s, corrects=False) is not None
+
+
 @pytest.mark.parametrize(
     ("rounds_in_time", "waits_s"),
     [
@@ -320,29 +358,36 @@ def test_at_the_end_one_who_is_behind_is_waited_for_as_long_as_it_gets_on(
     rounds_in_time: dict[int, int], waits_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Second by second, the round that the neighbour has reached; once it has done 29, its message comes."""
-    arrival: Future[Any] = Future()
-    clock = [0.0]
-    edge = SimpleNamespace(peer_round=0)
-    neighbor = SimpleNamespace(
-        edge=edge, index=1, name="east", is_connected=True, is_ejected=False, was_seen=True,
-        mark_away=lambda round: True,
-        miss=lambda key, corrects: arrival.set_result(None),
-    )  # fmt: skip
-    node: Any = SimpleNamespace(
-        neighbors={1: neighbor}, index=0, has_quorum=True, turned_away="", soon=lambda call: call(),
-        log=lambda *_, **__: None,
-    )  # fmt: skip
 
-    class Ticking(NetworkExchange):
-        def attend(self) -> None:
-            clock[0] += 1.0
-            edge.peer_round = rounds_in_time.get(int(clock[0]), edge.peer_round)
-            if len(rounds_in_time) == 29 and clock[0] == 30.0:
-                arrival.set_result({})
+    def tick(waiting: Waiting) -> None:
+        waiting.edge.peer_round = rounds_in_time.get(int(waiting.now), waiting.edge.peer_round)
+        if len(rounds_in_time) == 29 and waiting.now == 30.0:
+            waiting.arrival.set_result({})
 
-    monkeypatch.setattr(network.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(network, "POLL_S", 0)
-    exchange = Ticking(node)
-    exchange._has_begun = True
-    found = exchange._wait(1, arrival, 1e9, 8.0, corrects=False)
-    assert (found is not None) == (waits_s == 30.0) and clock[0] == pytest.approx(waits_s, abs=2)
+    waiting = Waiting(monkeypatch, tick)
+    assert waiting.comes(1e9, 8.0) == (waits_s == 30.0) and waiting.now == pytest.approx(waits_s, abs=2)
+
+
+@pytest.mark.parametrize(
+    ("until_s", "comes"),
+    [
+        (0.0, False),  # it is there and never gets on, as when each of two waits for the other
+        (250.0, False),  # it got on for a while
+        (1000.0, True),
+    ],
+)
+def test_the_final_agreement_is_waited_for_as_long_as_somebody_gets_on(
+    until_s: float, comes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a leaf: nothing comes while its neighbour waits for a third on a slow line, but word that he gets on."""
+
+    def tick(waiting: Waiting) -> None:
+        if waiting.now % 30 == 0 and waiting.now <= until_s:
+            waiting.presence.told([0.0, 0.0], [0, int(waiting.now)], waiting.now)
+        if waiting.now == 1000.0:
+            waiting.arrival.set_result({})
+
+    waiting = Waiting(monkeypatch, tick)
+    waiting.neighbor.mark_away = lambda round: False  # it is within reach all the time
+    assert waiting.comes(100.0, 0.0) == comes
+    assert waiting.now == pytest.approx(1000.0 if comes else 100.0 + until_s // 30 * 30, abs=2)

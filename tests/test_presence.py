@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peertune.runtimes.presence import FINISHED, Presence
+from peertune.runtimes.presence import FINISHED, MOST_STEPS, Presence
 
 GRACE = 10.0
 
@@ -21,7 +21,7 @@ def beat(sites: list[Presence], now: float, silent: int | None = None) -> None:
         for source, target in ((i, i + 1), (i + 1, i)):
             if silent not in (source, target):
                 sites[target].heard(source, now)
-                sites[target].told(sites[source].ages(now), now)
+                sites[target].told(sites[source].ages(now), sites[source].steps(), now)
 
 
 def test_word_of_all_goes_down_the_row_and_stops_where_one_falls_silent() -> None:
@@ -50,10 +50,44 @@ def test_one_who_has_finished_is_not_missed() -> None:
     assert sites[0].present(100.0) == [0, 1, 2] and sites[0].ages(100.0)[2] == FINISHED
 
 
+def test_word_that_somebody_gets_on_goes_down_the_row_and_is_news_once() -> None:
+    """Sites that wait, and only tell each other what they heard, look like nobody who gets on."""
+    sites = row(5)
+    for second in range(5):
+        sites[4].got_on(float(second))
+        beat(sites, float(second))
+    for second in range(5, 9):
+        beat(sites, float(second))
+    last = [site.got_on_at for site in sites]
+    assert last == sorted(last, reverse=True) and last[0] <= 4 + 3
+    for second in range(9, 30):
+        beat(sites, float(second))
+    assert [site.got_on_at for site in sites] == last
+    sites[4] = Presence(5, 4, GRACE)  # a new process, which counts on from where the old one was
+    beat(sites, 30.0)
+    sites[4].got_on(31.0)
+    for second in range(31, 35):
+        beat(sites, float(second))
+    assert all(site.got_on_at >= 31.0 for site in sites)
+
+
+def test_steps_of_a_liar_are_bounded_and_those_of_the_ejected_no_news() -> None:
+    site = Presence(3, 0, GRACE)
+    site.told([0.0] * 3, [MOST_STEPS, 0, 0], 1.0)
+    assert site.got_on_at == -math.inf, "of itself it knows better"
+    site.got_on(2.0)
+    assert site.steps() == [MOST_STEPS, 0, 0] and site.got_on_at == 2.0
+    site.ejected.add(1)
+    site.told([0.0] * 3, [0, 9, 0], 3.0)
+    assert site.got_on_at == 2.0
+    with pytest.raises(ValueError, match="got 2 counts of steps, expected 3"):
+        site.told([0.0] * 3, [0, 0], 4.0)
+
+
 @pytest.mark.parametrize("ages", [[], [0.0], [0.0, math.nan, 1.0], [0.0, -2.0, 1.0], [0.0] * 4])
 def test_what_is_no_age_is_refused(ages: list[float]) -> None:
     with pytest.raises(ValueError, match="expected 3"):
-        Presence(3, 0, GRACE).told(ages, 0.0)
+        Presence(3, 0, GRACE).told(ages, [0, 0, 0], 0.0)
 
 
 @given(st.lists(st.tuples(st.floats(0, 1e6), st.floats(0, 1e6)), max_size=20))
@@ -63,7 +97,7 @@ def test_nobody_grows_younger_than_what_was_told(told: list[tuple[float, float]]
     for step, age in told:
         now += step
         best = max(best, now - age)
-        site.told([123.0, age], now)
+        site.told([123.0, age], [0, 0], now)
         assert site.ages(now) == [0.0, now - best]
 
 

@@ -12,7 +12,8 @@ stream at any moment:
     MISSED key                          the sender's round went on without it
     SAVED round                         whoever says this has a checkpoint of that round: it will never again ask for a
                                         message of an earlier one
-    BEAT  round, ages                   nothing else to say; and how long ago each member was heard of (see presence)
+    BEAT  round, ages, steps            nothing else to say; and how long ago each member was heard of, and how often it
+                                        got on (see presence)
     ASK                                 this site is behind: it wants the state of one who is not
     DONE                                this site has finished the run
     LEAVE                               this site goes, and need not be waited for until it is back
@@ -85,6 +86,9 @@ class Listener:
     def asked(self, key: Key, size: int) -> None:
         """This site begins to fetch one, of which so many bytes are still to come."""
 
+    def got_on(self) -> None:
+        """More of a message is there."""
+
     def arrived(self, key: Key) -> None:
         """All of it is there."""
 
@@ -105,7 +109,11 @@ class Listener:
         """What goes with a beat (see presence)."""
         return ()
 
-    def told(self, ages: Sequence[float]) -> None:
+    def steps(self) -> Sequence[int]:
+        """What goes with a beat too; as many as ages."""
+        return ()
+
+    def told(self, ages: Sequence[float], steps: Sequence[int]) -> None:
         """What came with one. Raises ValueError where it cannot be."""
 
 
@@ -269,8 +277,8 @@ class Edge:
         return [_pack(Kind.LEAVE)]
 
     def beat(self) -> bytes:
-        ages = self._listener.ages()
-        return _pack(Kind.BEAT, self.round) + struct.pack(f"<{len(ages)}f", *ages)
+        ages, steps = self._listener.ages(), self._listener.steps()
+        return _pack(Kind.BEAT, self.round) + struct.pack(f"<{len(ages)}f{len(steps)}Q", *ages, *steps)
 
     def is_second(self, frame: bytes) -> bool:
         """Whether a stream that begins with this frame is of a process that was started beside the neighbour's own.
@@ -322,8 +330,10 @@ class Edge:
                 self._drop(key)
             self.peer_missed = {key for key in self.peer_missed if key[0] >= fields[0]}
         elif kind is Kind.BEAT:
+            count = len(rest) // struct.calcsize("<fQ")
             try:
-                self._listener.told(struct.unpack(f"<{len(rest) // 4}f", rest))
+                told = struct.unpack(f"<{count}f{count}Q", rest)
+                self._listener.told(told[:count], told[count:])
             except (ValueError, struct.error) as error:
                 raise ProtocolError(f"sent a beat that is none: {error}") from None
             self.peer_round = max(self.peer_round, fields[0])
@@ -429,6 +439,7 @@ class Edge:
         if not incoming.take(data):
             self.give_up(key)
             raise ProtocolError(f"sent NaN, infinity or a number beyond {LARGEST:g} in round {key[0]}")
+        self._listener.got_on()
         return self._complete(key, incoming) if incoming.offset == incoming.size else []
 
     def _complete(self, key: Key, incoming: Incoming) -> Iterable[bytes]:

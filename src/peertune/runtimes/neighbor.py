@@ -10,6 +10,7 @@ waits for: `mark_away`, `welcome`, `edge.round`.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
@@ -20,7 +21,7 @@ import grpc
 
 from peertune.charter import Charter
 from peertune.exchange import Payload
-from peertune.runtimes.edge import MAX_OFFERS, STATE, Edge, Key, Listener
+from peertune.runtimes.edge import MAX_OFFERS, STATE, Edge, Key, Kind, Listener
 from peertune.runtimes.frames import ProtocolError
 from peertune.runtimes.presence import Presence
 
@@ -35,6 +36,8 @@ class Neighbor(Listener):
         self.index, self.name, self.charter, self.presence = index, charter.members[index].name, charter, presence
         self.edge, self.log = Edge(self), log
         self.last_heard = self.last_heard_on_stream = time.monotonic()
+        self.last_sent = -math.inf
+        """When a part of a message last went out."""
         self.is_connected = self.was_seen = self.is_ejected = False
         self.turns_away = ""
         """Why the neighbour takes nothing from this site any more; empty: it does."""
@@ -71,8 +74,14 @@ class Neighbor(Listener):
     def ages(self) -> Sequence[float]:
         return self.presence.ages(time.monotonic())
 
-    def told(self, ages: Sequence[float]) -> None:
-        self.presence.told(ages, time.monotonic())
+    def got_on(self) -> None:
+        self.presence.got_on(time.monotonic())
+
+    def steps(self) -> Sequence[int]:
+        return self.presence.steps()
+
+    def told(self, ages: Sequence[float], steps: Sequence[int]) -> None:
+        self.presence.told(ages, steps, time.monotonic())
 
     def say(self, frames: Iterable[bytes]) -> None:
         if self._talk is not None and frames != []:  # a chunk is answered by nothing, and there are many
@@ -99,6 +108,17 @@ class Neighbor(Listener):
             return True
         late = time.monotonic() - self.last_heard > self.charter.grace_s
         return not self.is_connected and (late or self.edge.peer_is_away or self.edge.peer_has_left)
+
+    def needs(self, since: float, linger_s: float) -> bool:
+        """Whether it may still want something of a site that has finished the run.
+
+        It has so many seconds to ask; what it is fetching goes on for as long as any of it goes out.
+        """
+        if self.edge.peer_is_finished or self.is_out_of_reach:
+            return False
+        is_fetching = self.is_connected and self.edge.has_undelivered
+        until = self.last_sent + self.charter.stall_s if is_fetching else -math.inf
+        return time.monotonic() < max(since + linger_s, until)
 
     def mark_away(self, round: int) -> bool:
         """Settle whether to go on with a round without it: out of reach for the grace, or still behind after that."""
@@ -189,6 +209,8 @@ class Neighbor(Listener):
                     frames = [self.edge.beat()]
                 for frame in frames:
                     await write(frame)
+                    if frame[0] == Kind.CHUNK:
+                        self.last_sent = time.monotonic()
         except (grpc.RpcError, asyncio.InvalidStateError):
             pass  # the reader sees it too
         except Exception as error:

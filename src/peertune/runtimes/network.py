@@ -211,9 +211,10 @@ class NetworkExchange:
         arrivals = {source: self._expect(source, shapes) for source in remote}
         payloads: dict[int, Payload] = {} if self._peer not in weights else {self._peer: shapes}
         missing = []
-        # Two who do not know of the same losses may each wait for the other: not for ever.
+        # Two who do not know of the same losses may each wait for the other: not for ever. Word that somebody gets on
+        # comes over the graph, and of a part that is under way nothing is known for up to stall_s.
         charter = self._node.charter
-        patience = charter.grace_s * len(charter.members) if hop.name == "agree" else math.inf
+        patience = charter.grace_s * len(charter.members) + charter.stall_s if hop.name == "agree" else math.inf
         for source, arrival in arrivals.items():
             # At the end of a run, one who is still behind may come in time.
             lenient_s = charter.grace_s if hop.name == ROLL and source not in self.left_out else 0.0
@@ -267,9 +268,10 @@ class NetworkExchange:
     def _wait(
         self, source: int, arrival: Future[Payload | None], patience: float, lenient_s: float, *, corrects: bool
     ) -> Payload | None:
-        """The payload; None where the neighbour has been out of reach for the grace, or nothing came for `patience`.
+        """The payload; None where the neighbour has been out of reach for the grace, or `patience` is at its end.
 
         Args:
+            patience: seconds in which no member, as far as is known here, has taken in more of a message.
             lenient_s: seconds without a new round after which a neighbour who is within reach, but behind, is waited
                 for no more.
             corrects: a message that is gone on without is fetched later, should it still come.
@@ -291,7 +293,7 @@ class NetworkExchange:
                 raise Left(f"left while waiting for {neighbor.name} in round {self._key[0]}")
             if neighbor.index == self.hub and neighbor.is_ejected:
                 raise PeerLostError(f"the server, {neighbor.name}, was ejected, so there are no more rounds")
-            if time.monotonic() - began > patience:
+            if time.monotonic() - max(began, self._node.presence.got_on_at) > patience:
                 self._node.soon(partial(neighbor.edge.give_up, self._key))
             with suppress(TimeoutError):
                 payload = arrival.result(timeout=POLL_S)

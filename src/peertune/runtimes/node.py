@@ -143,7 +143,8 @@ class Node:
         return len(self.presence.present(time.monotonic())) >= self.charter.quorum
 
     def stop(self, linger_s: float = 0.0, *, leaves: bool = False) -> None:
-        """Close, after at most `linger_s` seconds in which neighbours may still fetch what they need.
+        """Close, after at most `linger_s` seconds in which neighbours may ask for what they still need, and the time
+        that it takes to send it.
 
         Args:
             linger_s: 0: the run did not end, and this site will be back.
@@ -204,10 +205,8 @@ class Node:
             self.presence.finished(self.index)
             for neighbor in self.neighbors.values():
                 neighbor.say(neighbor.edge.finished())
-        end = time.monotonic() + linger_s
-        while time.monotonic() < end and any(
-            not n.edge.peer_is_finished and not n.is_out_of_reach for n in self.neighbors.values()
-        ):
+        began = time.monotonic()
+        while linger_s and any(neighbor.needs(began, linger_s) for neighbor in self.neighbors.values()):
             await asyncio.sleep(0.05)
         await asyncio.sleep(0.05)  # so that the last frames are out
         self._is_stopping = True
