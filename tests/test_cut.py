@@ -38,9 +38,9 @@ class Clock:
 class Pair:
     """Two sites and the line between them."""
 
-    def __init__(self, folder: Path, clock: Clock, grace_s: float) -> None:
+    def __init__(self, folder: Path, clock: Clock, grace_s: float, quorum: int) -> None:
         self.clock = clock
-        charter = make_charter(folder, ["a", "b"]).model_copy(update={"grace_s": grace_s})
+        charter = make_charter(folder, ["a", "b"]).model_copy(update={"grace_s": grace_s, "quorum": quorum})
         self.log: list[list[tuple[str, Any]]] = [[], []]
         self.nodes, self.exchanges = [], []
         for i, name in enumerate("ab"):
@@ -117,13 +117,13 @@ class Pair:
 
 
 @pytest.fixture
-def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], Pair]]:
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Pair]]:
     clock, made = Clock(), list[Pair]()
     for module in (neighbor, node, network):
         monkeypatch.setattr(module, "time", clock)
 
-    def make(grace_s: float) -> Pair:
-        made.append(Pair(tmp_path, clock, grace_s))
+    def make(grace_s: float, quorum: int = 1) -> Pair:
+        made.append(Pair(tmp_path, clock, grace_s, quorum))
         return made[-1]
 
     yield make
@@ -131,7 +131,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[
         pair.stop()
 
 
-def test_a_cut_shorter_than_the_grace_costs_nothing_but_its_time(make: Callable[[float], Pair]) -> None:
+def test_a_cut_shorter_than_the_grace_costs_nothing_but_its_time(make: Callable[..., Pair]) -> None:
     pair = make(600.0)
     pair.connect()
     assert pair.heard(0) == [[0, 1], [0, 1]]
@@ -146,7 +146,7 @@ def test_a_cut_shorter_than_the_grace_costs_nothing_but_its_time(make: Callable[
     assert not any(pair.count(site, "left_out") for site in (0, 1))
 
 
-def test_a_cut_longer_than_the_grace_is_waited_for_once_and_moves_no_mean(make: Callable[[float], Pair]) -> None:
+def test_a_cut_longer_than_the_grace_is_waited_for_once_and_moves_no_mean(make: Callable[..., Pair]) -> None:
     pair = make(120.0)
     pair.connect()
     assert pair.heard(0) == [[0, 1], [0, 1]]
@@ -165,7 +165,7 @@ def test_a_cut_longer_than_the_grace_is_waited_for_once_and_moves_no_mean(make: 
         assert pair.nodes[site].neighbors[1 - site].late.empty(), "neither heard the other"
 
 
-def test_one_who_was_frozen_hears_what_was_kept_and_the_other_takes_it_late(make: Callable[[float], Pair]) -> None:
+def test_one_who_was_frozen_hears_what_was_kept_and_the_other_takes_it_late(make: Callable[..., Pair]) -> None:
     pair = make(120.0)
     pair.connect()
     assert pair.heard(0) == [[0, 1], [0, 1]]
@@ -186,11 +186,35 @@ def test_one_who_was_frozen_hears_what_was_kept_and_the_other_takes_it_late(make
     assert pair.rounds(1, "was_missed") == [1, 2] and not pair.count(1, "left_out")
 
 
+def test_no_round_goes_on_without_the_one_that_makes_up_the_quorum(
+    make: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others heard it a little later than this site did, and still count it; one who clearly hears it is believed."""
+    pair = make(120.0, quorum=2)
+    pair.connect()
+    assert pair.heard(0) == [[0, 1], [0, 1]]
+    pair.cut()
+    round = pair.play(0, 1)
+    pair.clock.ahead += 121.0
+    here, attend, looks = pair.nodes[0], NetworkExchange.attend, Counter[str]()
+    monkeypatch.setattr(NetworkExchange, "attend", lambda self: [looks.update(["waits"]), attend(self)][1])
+
+    def hear(age: float) -> None:
+        here.call(asyncio.sleep(0, here.presence.told([0.0, age], [0, 0], pair.clock.monotonic())))
+
+    hear(119.5)
+    assert here.has_quorum
+    wait_for(lambda: looks["waits"] > 3)
+    assert not round.done()
+    hear(1.0)
+    assert sorted(pair.ended([round])[0].payloads) == [0]
+
+
 AGREE = Hop("agree", HOP.weights)
 
 
 def test_the_final_agreement_waits_for_a_message_that_takes_long(
-    make: Callable[[float], Pair], monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the one who has all it needs stays until the other has, too, however slowly that goes."""
     monkeypatch.setattr(edge, "CHUNK_SIZE", 4)
@@ -220,7 +244,7 @@ def test_the_final_agreement_waits_for_a_message_that_takes_long(
     stopped.result(timeout=60)
 
 
-def test_two_who_wait_for_each_other_in_the_final_agreement_give_up(make: Callable[[float], Pair]) -> None:
+def test_two_who_wait_for_each_other_in_the_final_agreement_give_up(make: Callable[..., Pair]) -> None:
     """They are within reach of each other, and neither ever sends what the other waits for."""
     pair = make(10.0)
     pair.connect()

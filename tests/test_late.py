@@ -327,7 +327,7 @@ class Waiting:
         )  # fmt: skip
         node: Any = SimpleNamespace(
             neighbors={1: self.neighbor}, index=0, has_quorum=True, turned_away="", soon=lambda call: call(),
-            log=lambda *_, **__: None, presence=self.presence,
+            has_quorum_without_the_lost=True, log=lambda *_, **__: None, presence=self.presence,
         )  # fmt: skip
         waiting = self
 

@@ -317,7 +317,7 @@ class NetworkExchange:
 
         A server is waited for, and itself waits while it hears nobody.
         """
-        if self._begins(neighbor) or not self._node.has_quorum:
+        if self._begins(neighbor) or not self._node.has_quorum_without_the_lost:
             return False
         if self._peer == self.hub:
             return any(not other.is_out_of_reach for other in self._node.neighbors.values())

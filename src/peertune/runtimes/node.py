@@ -142,6 +142,20 @@ class Node:
     def has_quorum(self) -> bool:
         return len(self.presence.present(time.monotonic())) >= self.charter.quorum
 
+    @property
+    def has_quorum_without_the_lost(self) -> bool:
+        """As `has_quorum`, but a neighbour out of reach counts only where another clearly hears it.
+
+        Else a round would go on without the very one that makes up the quorum, while word of it is still about.
+        """
+        now = time.monotonic()
+        lost = {
+            index
+            for index, neighbor in self.neighbors.items()
+            if neighbor.is_out_of_reach and not self.presence.is_heard_elsewhere(index, neighbor.last_heard, now)
+        }
+        return len(set(self.presence.present(now)) - lost) >= self.charter.quorum
+
     def stop(self, linger_s: float = 0.0, *, leaves: bool = False) -> None:
         """Close, after at most `linger_s` seconds in which neighbours may ask for what they still need, and the time
         that it takes to send it.

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 FINISHED = -1.0
 """The age of a member who has finished the run: it is missed no more."""
 MOST_STEPS = (1 << 64) - 1
+MARGIN_S = 2.0
+"""Seconds by which two may have heard of one who is gone at different times: beats that are a second apart."""
 
 
 class Presence:
@@ -76,6 +78,17 @@ class Presence:
         """Seconds since each member was last known to be there, in the members' order."""
         self.heard(self.own, now)
         return [FINISHED if seen == math.inf else max(0.0, now - seen) for seen in self._seen]
+
+    def is_heard_elsewhere(self, member: int, heard_here: float, now: float) -> bool:
+        """Whether another clearly hears a member that this site hears no more, or it has done its part.
+
+        What goes round of one who is gone may be a little younger than this site's own word of it, never much.
+
+        Args:
+            heard_here: when this site itself last heard it.
+        """
+        seen = self._seen[member]
+        return member not in self.ejected and now - seen <= self.grace_s / 2 and seen >= heard_here + MARGIN_S
 
     def present(self, now: float) -> list[int]:
         """Members who are there, or have done their part; this site included."""
