@@ -1,10 +1,14 @@
 """A log that a member cannot fill: of what its connections cause, so many lines at once, then one now and then.
 
+A refusal for the reason of the last one, numbers aside, is written down once, and then now and then with how often it
+was `repeated`: a broken GPU sends NaN every round.
+
 What a message causes (`sent`, `fetched`, `arrived`) is not limited: it is the account of what left the site and came.
 """
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +21,9 @@ BURST = 100
 """Lines of one member's that may come at once."""
 REFILL_S = 10.0
 """Seconds after which one more may."""
+REFUSALS = {"refused", "refused_by"}
+REPEAT_S = 600.0
+"""Seconds after which a refusal is written down again though its reason is the last one's."""
 
 
 @dataclass
@@ -26,6 +33,15 @@ class Allowance:
     since: float
     lines: float = BURST
     suppressed: int = 0
+
+
+@dataclass
+class Refusal:
+    """The newest kind of refusal of one member's."""
+
+    kind: str
+    written: float
+    repeated: int = 0
 
 
 @dataclass
@@ -39,6 +55,8 @@ class LimitedLog:
     log: Callable[..., None]
     clock: Callable[[], float] = time.monotonic
     _allowed: dict[str, Allowance] = field(default_factory=dict)
+    _refusals: dict[tuple[str, str], Refusal] = field(default_factory=dict)
+    """(event, member) -> the last one."""
 
     def __call__(self, event: str, **about: object) -> None:
         if event not in CAUSED_BY_CONNECTIONS:
@@ -46,6 +64,15 @@ class LimitedLog:
             return
         now = self.clock()
         who = "" if event == "stranger" else str(about.get("peer", ""))  # a stranger has a new address each time
+        if event in REFUSALS:
+            kind = re.sub(r"\d+", "", str(about.get("reason", "")))
+            last = self._refusals.get((event, who))
+            if last is not None and last.kind == kind:
+                if now - last.written < REPEAT_S:
+                    last.repeated += 1
+                    return
+                about |= {"repeated": last.repeated} if last.repeated else {}
+            self._refusals[event, who] = Refusal(kind, now)
         allowed = self._allowed.setdefault(who, Allowance(now))
         allowed.lines = min(BURST, allowed.lines + (now - allowed.since) / REFILL_S)
         allowed.since = now
