@@ -556,7 +556,7 @@ def assert_agreed(consortium: Consortium, names: Sequence[str] = NAMES) -> None:
 
 
 def test_a_refused_message_ends_the_stream_and_the_edge_is_dialled_anew(tmp_path: Path) -> None:
-    """On both ends of the edge: after the refusal they are connected again, and what is right arrives."""
+    """On both ends of the edge: each is told why; then they are connected again, and what is right arrives."""
     charter, identities, port = two_sites(tmp_path)
     fork = multiprocessing.get_context("fork")
     heard = fork.Queue()
@@ -574,7 +574,8 @@ def test_a_refused_message_ends_the_stream_and_the_edge_is_dialled_anew(tmp_path
             out = {"w": torch.full((size,), float(index))}
             exchange.start(round, hop, out)
             inboxes.append(exchange.finish(round, hop, lambda: {}))
-        heard.put((index, [sorted(inbox.payloads) for inbox in inboxes if inbox is not None], events.count("refused")))
+        refused = min(events.count(what) for what in ("refused", "refused_by"))
+        heard.put((index, [sorted(inbox.payloads) for inbox in inboxes if inbox is not None], refused))
         node.stop(10.0)
         os._exit(0)
 

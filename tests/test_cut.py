@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -46,7 +46,7 @@ class Pair:
         for i, name in enumerate("ab"):
 
             def log(kind: str, log: list[tuple[str, Any]] = self.log[i], **about: Any) -> None:
-                log.append((kind, about.get("round")))
+                log.append((kind, about.get("round", about.get("reason"))))
 
             made = Node(charter, load_identity(folder / name), "", log)
             made.start([(0, 1)])
@@ -86,9 +86,9 @@ class Pair:
         """Let one part of a message of a site's go out."""
         self.nodes[site].soon(partial(self.gates[site].put_nowait, None))
 
-    def play(self, site: int, round: int, hop: Hop = HOP) -> "Future[Inbox | None]":
+    def play(self, site: int, round: int, hop: Hop = HOP, value: float | None = None) -> "Future[Inbox | None]":
         """Begin a site's round; what the inbox will be."""
-        out = {"w": torch.full((4,), 10.0 * round + site)}
+        out = {"w": torch.full((4,), 10.0 * round + site if value is None else value)}
 
         def go() -> Inbox | None:
             self.exchanges[site].start(round, hop, out)
@@ -106,8 +106,9 @@ class Pair:
     def count(self, site: int, kind: str) -> int:
         return sum(event == kind for event, _ in self.log[site])
 
-    def rounds(self, site: int, kind: str) -> list[int]:
-        return [round for event, round in self.log[site] if event == kind]
+    def rounds(self, site: int, kind: str) -> list[Any]:
+        """The rounds, or the reasons, of one kind of event."""
+        return [about for event, about in self.log[site] if event == kind]
 
     def stop(self) -> None:
         self.cut()
@@ -261,3 +262,51 @@ def test_two_who_wait_for_each_other_in_the_final_agreement_give_up(make: Callab
     for each in rounds:
         with pytest.raises(PeerLostError, match="the final agreement went without"):
             each.result(timeout=60)
+
+
+def test_one_who_sends_nan_is_told_so(make: Callable[..., Pair]) -> None:
+    pair = make(600.0)
+    pair.connect()
+    assert pair.heard(0) == [[0, 1], [0, 1]]
+    said = "sent NaN, infinity or a number beyond 1e+18 in round {}"
+    for round in (1, 2):
+        rounds = [pair.play(0, round), pair.play(1, round, value=float("nan"))]
+        assert sorted(pair.ended(rounds[:1])[0].payloads) == [0]
+        wait_for(lambda: not any(pair.nodes[i].neighbors[1 - i].is_connected for i in (0, 1)))
+        pair.connect()
+        assert sorted(pair.ended(rounds[1:])[0].payloads) == [0, 1], "what is right arrives all the same"
+    assert pair.rounds(1, "refused_by") == pair.rounds(0, "refused") == [said.format(1)], "once, not each round"
+    assert pair.heard(3) == [[0, 1], [0, 1]]
+    here = pair.nodes[1].neighbors[0]
+    pair.nodes[1].soon(
+        lambda: here.try_to_say(lambda: here.edge.receive(bytes([Kind.REFUSED]) + b"\x1b[2J" + b"x" * 999))
+    )
+    wait_for(lambda: pair.count(1, "refused_by") == 2)
+    told = pair.rounds(1, "refused_by")[1]
+    assert told.isprintable() and len(told) <= neighbor.MAX_REASON
+
+
+def test_a_stream_that_ends_in_the_middle_of_a_write_is_no_failure(make: Callable[..., Pair]) -> None:
+    """gRPC says so with errors of many kinds; one of this site's own is told."""
+    pair = make(600.0)
+    here = pair.nodes[0].neighbors[1]
+
+    class ExecuteBatchError(Exception):
+        """What gRPC raises is of no public class."""
+
+    async def write(frame: bytes) -> None:
+        raise ExecuteBatchError("<grpc._cython.cygrpc.SendMessageOperation object at 0x7f>")
+
+    def broken() -> Iterator[bytes]:
+        raise ValueError("no frame")
+        yield b""
+
+    async def say(frames: Iterable[bytes]) -> None:
+        queue: asyncio.Queue[Iterable[bytes]] = asyncio.Queue()
+        queue.put_nowait(frames)
+        await here._write(write, queue)
+
+    pair.nodes[0].call(say([b"x"]))
+    assert not pair.count(0, "failed")
+    pair.nodes[0].call(say(broken()))
+    assert pair.rounds(0, "failed") == ["ValueError: no frame"]

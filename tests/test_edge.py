@@ -550,6 +550,18 @@ def test_a_refused_message_is_given_up_and_not_asked_for_again(expected_first: b
     assert pair.ends[0].delivered == {(0, 0)}
 
 
+def test_of_one_who_was_refused_no_earlier_offer_is_believed() -> None:
+    """Else each round finds another false one, of a stream that ended long ago."""
+    edge = Edge()
+    for round in range(3):
+        assert edge.receive(struct.pack("<BIIQ16s", Kind.OFFER, round, 0, 5, b"x" * 16)) == []
+    with pytest.raises(ProtocolError, match="a message of 5 bytes for round 0"):
+        edge.expect((0, 0), make_payload(), lambda found: None)
+    assert edge.refuse("sent what it must not") == bytes([Kind.REFUSED]) + b"sent what it must not"
+    for round in (1, 2):
+        assert edge.expect((round, 0), make_payload(), lambda found: None) == []
+
+
 def test_a_helper_that_restarts_is_asked_no_more() -> None:
     """The one who asked is told, so that it can ask again."""
     pair = Pair()

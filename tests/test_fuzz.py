@@ -49,6 +49,7 @@ FIELDS: dict[Kind, st.SearchStrategy[tuple[Any, ...]]] = {
     Kind.DONE: st.just(()),
     Kind.LEAVE: st.just(()),
     Kind.MISSED: st.tuples(ROUNDS, HOPS),
+    Kind.REFUSED: st.just(()),
 }
 
 

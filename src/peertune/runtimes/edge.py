@@ -17,6 +17,7 @@ stream at any moment:
     ASK                                 this site is behind: it wants the state of one who is not
     DONE                                this site has finished the run
     LEAVE                               this site goes, and need not be waited for until it is back
+    REFUSED reason                      the receiver has sent what it must not; the last frame of a stream
 
 A key is (round, number of the hop in it). Messages are kept until the neighbour has a checkpoint beyond them, so one
 who was killed and came back asks for them again and computes bitwise what he computed before. They are kept up to
@@ -52,7 +53,7 @@ MAX_MISSED = 1024
 
 
 class Kind(IntEnum):
-    HELLO, OFFER, WANT, CHUNK, GOT, GONE, SAVED, BEAT, ASK, DONE, LEAVE, MISSED = range(1, 13)
+    HELLO, OFFER, WANT, CHUNK, GOT, GONE, SAVED, BEAT, ASK, DONE, LEAVE, MISSED, REFUSED = range(1, 14)
 
 
 FRAMES = Frames(
@@ -70,8 +71,9 @@ FRAMES = Frames(
         Kind.DONE: "",
         Kind.LEAVE: "",
         Kind.MISSED: "II",
+        Kind.REFUSED: "",
     },
-    open_ended=(Kind.CHUNK, Kind.BEAT),
+    open_ended=(Kind.CHUNK, Kind.BEAT, Kind.REFUSED),
 )
 _pack = FRAMES.pack
 MAX_FRAME = CHUNK_SIZE + FRAMES.size(Kind.CHUNK)
@@ -101,6 +103,9 @@ class Listener:
 
     def was_missed(self, key: Key) -> None:
         """The neighbour went on without a message of this site's."""
+
+    def refused_by(self, reason: str) -> None:
+        """The neighbour refuses what this site sent, in its own words, and ends the stream."""
 
     def runs_twice(self) -> None:
         """A process of the neighbour is back that another one had replaced: there are two."""
@@ -169,6 +174,11 @@ class Edge:
         frames += [_pack(Kind.OFFER, *key, message.size, message.hash) for key, message in self.outbox.items()]
         frames += [self.beat()] + [_pack(Kind.ASK)] * (self._joining is not None)
         return iter([*frames, *([_pack(Kind.DONE)] if self.is_finished else [])])
+
+    def refuse(self, reason: str) -> bytes:
+        """What the neighbour said is wrong: the last frame of the stream, and no offer of it is believed any more."""
+        self.offers.clear()
+        return _pack(Kind.REFUSED) + reason.encode()
 
     def post(self, key: Key, payload: Payload) -> Iterable[bytes]:
         """Make a message ready for the neighbour."""
@@ -341,6 +351,8 @@ class Edge:
             self.peer_asks = True
         elif kind is Kind.LEAVE:
             self.peer_has_left = True
+        elif kind is Kind.REFUSED:
+            self._listener.refused_by(bytes(rest).decode(errors="replace"))
         else:
             self.peer_is_finished = True
             self.no_state()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
@@ -21,12 +21,17 @@ import grpc
 
 from peertune.charter import Charter
 from peertune.exchange import Payload
+from peertune.logfields import text
 from peertune.runtimes.edge import MAX_OFFERS, STATE, Edge, Key, Kind, Listener
 from peertune.runtimes.frames import ProtocolError
 from peertune.runtimes.presence import Presence
 
 BEAT_S = 1.0
 """Seconds after which a silent connection says that it is alive."""
+REFUSAL_S = 2.0
+"""Seconds in which one who was refused takes that in, and ends the stream; then it is ended here."""
+MAX_REASON = 200
+"""Characters of what another says of why it ends a stream."""
 
 
 class Neighbor(Listener):
@@ -46,6 +51,10 @@ class Neighbor(Listener):
         self._queue: asyncio.Queue[Iterable[bytes]] = asyncio.Queue()
         self._talk: asyncio.Task[Any] | None = None
         self._ended: asyncio.Task[Any] | None = None
+        self._last_word = b""
+        """What is still to be said on the stream that is open; empty: it goes on."""
+        self._is_refused = False
+        """Whether the neighbour has ended the stream for what this site sent."""
         self._coming: dict[Key, tuple[int, float]] = {}
         """Bytes of each message that is being fetched, and since when."""
 
@@ -67,6 +76,10 @@ class Neighbor(Listener):
 
     def was_missed(self, key: Key) -> None:
         self.log("was_missed", peer=self.name, round=key[0])
+
+    def refused_by(self, reason: str) -> None:
+        self._is_refused = True
+        self.log("refused_by", peer=self.name, reason=text(reason, MAX_REASON))
 
     def runs_twice(self) -> None:
         self.log("runs_twice", peer=self.name)
@@ -92,7 +105,21 @@ class Neighbor(Listener):
         try:
             self.say(frames())
         except ProtocolError as error:
-            self.log("refused", peer=self.name, reason=str(error))
+            self._refuse(error)
+
+    def _refuse(self, error: ProtocolError) -> None:
+        """Tell the neighbour why, if there is a stream, and believe nothing more that comes over it."""
+        if self._last_word:
+            return
+        self.log("refused", peer=self.name, reason=str(error))
+        last_word = self.edge.refuse(str(error))
+        if self._talk is not None:
+            self._last_word = last_word
+            self._queue.put_nowait([])
+            asyncio.get_running_loop().call_later(REFUSAL_S, self._end_if_open, self._talk)
+
+    def _end_if_open(self, talk: asyncio.Task[Any] | None) -> None:
+        if self._talk is talk:
             self.end()
 
     def end(self) -> None:
@@ -157,29 +184,32 @@ class Neighbor(Listener):
             return
         self.end()  # the other end is back before this one saw it go
         self._talk = this = asyncio.current_task()
-        self._queue = asyncio.Queue()
+        self._queue, self._last_word, self._is_refused = asyncio.Queue(), b"", False
         self._queue.put_nowait(self.edge.connected())
         self.last_heard_on_stream = time.monotonic()
         writer = asyncio.create_task(self._write(write, self._queue))
         watch = asyncio.create_task(self._watch(this))
         try:
-            while (frame := await read()) is not grpc.aio.EOF:
+            while not self._is_refused and (frame := await read()) is not grpc.aio.EOF:
+                if self._last_word and frame[:1] != bytes([Kind.REFUSED]):
+                    continue  # what was under way when it was refused
                 self.last_heard = self.last_heard_on_stream = time.monotonic()
                 if not self.is_connected:  # only now: a refused stream opens too
                     self.is_connected, self.was_seen, self.turns_away = True, True, ""
                     self.log("connected", peer=self.name)
                 self.presence.heard(self.index, self.last_heard)
-                self.say(self.edge.receive(frame))
+                try:
+                    self.say(self.edge.receive(frame))
+                    if self._queue.qsize() > MAX_OFFERS:
+                        raise ProtocolError("asks for more than it reads")
+                except ProtocolError as error:
+                    self._refuse(error)
                 if self.edge.peer_is_finished:
                     self.presence.finished(self.index)
-                if self._queue.qsize() > MAX_OFFERS:
-                    raise ProtocolError("asks for more than it reads")
         except asyncio.CancelledError:
             if self._ended is not this:
                 raise
             self._ended = None  # whoever dials is this task again, and may be cancelled for good next time
-        except ProtocolError as error:
-            self.log("refused", peer=self.name, reason=str(error))
         except grpc.RpcError:
             pass  # it is gone; whoever dials tries again
         finally:
@@ -199,6 +229,14 @@ class Neighbor(Listener):
             self.log("stalled", peer=self.name, seconds=self.charter.stall_s)
             self.end()
 
+    def _until_the_last_word(self, frames: Iterable[bytes]) -> Iterator[bytes]:
+        for frame in frames:
+            if self._last_word:
+                break
+            yield frame
+        if self._last_word:
+            yield self._last_word
+
     async def _write(self, write: Callable[[bytes], Awaitable[None]], queue: asyncio.Queue[Iterable[bytes]]) -> None:
         try:
             while True:
@@ -207,12 +245,15 @@ class Neighbor(Listener):
                         frames = await queue.get()
                 except TimeoutError:
                     frames = [self.edge.beat()]
-                for frame in frames:
-                    await write(frame)
+                for frame in self._until_the_last_word(frames):
+                    try:
+                        await write(frame)
+                    except Exception:
+                        return  # the stream has ended, and the reader sees it too; gRPC says so by many errors
                     if frame[0] == Kind.CHUNK:
                         self.last_sent = time.monotonic()
-        except (grpc.RpcError, asyncio.InvalidStateError):
-            pass  # the reader sees it too
+                    elif frame[0] == Kind.REFUSED:
+                        return
         except Exception as error:
             self.log("failed", peer=self.name, reason=f"{type(error).__name__}: {error}")
             self.end()

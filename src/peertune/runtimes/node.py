@@ -27,7 +27,7 @@ from peertune.memory import keep_freed
 from peertune.runtimes.edge import MAX_FRAME
 from peertune.runtimes.frames import ProtocolError
 from peertune.runtimes.limited_log import LimitedLog
-from peertune.runtimes.neighbor import Neighbor
+from peertune.runtimes.neighbor import MAX_REASON, Neighbor
 from peertune.runtimes.port import check_port
 from peertune.runtimes.presence import Presence
 from peertune.runtimes.probe import PROBE, Probe, diagnose
@@ -41,8 +41,6 @@ HANDSHAKE_S = 10.0
 """Seconds after which one who dialled and has not shown a member's key is let go of; gRPC's own choice is 120."""
 EJECTED, TWICE = grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.ALREADY_EXISTS
 """How a stream ends whose member takes part no more, or whose process is a second one."""
-MAX_REASON = 200
-"""Characters of what another says of why it ends a stream."""
 MAX_STREAMS = 8
 """Streams that a member may have open over one connection: a talk, a probe, and those that are just ending."""
 EXPLAIN = 1 / 6

@@ -13,7 +13,8 @@ import grpc
 
 from peertune.logfields import text
 from peertune.runtimes.frames import ProtocolError
-from peertune.runtimes.node import MAX_REASON, Node
+from peertune.runtimes.neighbor import MAX_REASON
+from peertune.runtimes.node import Node
 from peertune.runtimes.probe import BUSY, CONNECT_S, TOO_OFTEN, LineQuality, diagnose
 
 
