@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -310,3 +311,26 @@ def test_a_stream_that_ends_in_the_middle_of_a_write_is_no_failure(make: Callabl
     assert not pair.count(0, "failed")
     pair.nodes[0].call(say(broken()))
     assert pair.rounds(0, "failed") == ["ValueError: no frame"]
+
+
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_how_long_a_part_took_is_told_also_where_the_stream_ends_over_it(
+    is_cut: bool, make: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair, took = make(600.0), list[float]()
+    here = pair.nodes[0].neighbors[1]
+    monkeypatch.setattr(here.edge, "paced", took.append)
+
+    async def write(frame: bytes) -> None:
+        pair.clock.ahead += 29.0
+        if is_cut:
+            raise asyncio.CancelledError
+
+    async def say() -> None:
+        queue: asyncio.Queue[Iterable[bytes]] = asyncio.Queue()
+        queue.put_nowait([bytes([Kind.BEAT]), bytes([Kind.CHUNK]), here.edge.refuse("enough")][is_cut:])
+        with suppress(asyncio.CancelledError):
+            await here._write(write, queue)
+
+    pair.nodes[0].call(say())
+    assert [round(seconds) for seconds in took] == [29]

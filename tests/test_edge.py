@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from peertune.exchange import Payload
 from peertune.runtimes import edge as module
-from peertune.runtimes.edge import Edge, Key, Kind, Listener
+from peertune.runtimes.edge import FRAMES, Edge, Key, Kind, Listener
 from peertune.runtimes.frames import ProtocolError
+from peertune.runtimes.message import SMALL_CHUNK, hash_of
 from peertune.runtimes.presence import Presence
 
 
@@ -633,6 +634,37 @@ def test_damaged_and_misplaced_chunks_are_refused(monkeypatch: pytest.MonkeyPatc
         chunk = next(iter(sender.receive(want)))
         with pytest.raises(ProtocolError, match=message):
             receiver.receive(change(chunk))
+
+
+def test_parts_are_small_where_they_take_long_to_get_out() -> None:
+    """Also where a transfer goes on after the stream was given up over a part that was too large."""
+    payload, got = make_payload(size=1_000_000), list[Payload | None]()
+    sender, receiver = Edge(), Edge()
+    (offer,) = sender.post((0, 0), payload)
+    receiver.expect((0, 0), make_payload(9, size=1_000_000), got.append)
+    sizes = []
+    for seconds in ([0.01] * 6, [1.0, 10.0, 1.0], [10.0] * 3 + [0.01] * 99):
+        list(sender.connected()), list(receiver.connected())
+        (want,) = receiver.receive(offer)
+        for frame, took in zip(sender.receive(want), seconds, strict=False):
+            sizes.append((len(frame) - FRAMES.size(Kind.CHUNK)) // SMALL_CHUNK)
+            assert len(frame) <= module.MAX_FRAME
+            receiver.receive(frame)
+            sender.paced(took)
+    assert sizes == [1, 2, 4, 8, 16, 16, 16, 16, 1, 1, 1, 1, 1, 2, 4, 8, 16, 16, 16, 16, 16, 5]
+    assert len(got) == 1 and same(got[0], payload)
+
+
+def test_parts_are_not_as_small_as_a_member_likes() -> None:
+    sender, receiver = Edge(), Edge()
+    (offer,) = sender.post((0, 0), make_payload(size=100_000))
+    receiver.expect((0, 0), make_payload(size=100_000), lambda found: None)
+    list(receiver.receive(offer))
+    for size in (4, SMALL_CHUNK - 4, SMALL_CHUNK + 4, 2 * module.CHUNK_SIZE):
+        data = bytes(size)
+        frame = struct.pack("<BIIQ16s", Kind.CHUNK, 0, 0, 0, hash_of(data)) + data
+        with pytest.raises(ProtocolError, match=f"sent {size} bytes at 0"):
+            receiver.receive(frame)
 
 
 @given(st.lists(st.binary(max_size=60), max_size=8))

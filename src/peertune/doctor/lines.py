@@ -11,7 +11,7 @@ from peertune.charter import SAME_FILE, Charter
 from peertune.doctor.finding import Finding
 from peertune.formatting import traffic
 from peertune.identity import ALWAYS
-from peertune.runtimes.message import CHUNK_SIZE
+from peertune.runtimes.message import SMALL_CHUNK
 from peertune.runtimes.probe import LineQuality
 from peertune.runtimes.proxy import THE_PROXY
 from peertune.runtimes.survey import Survey
@@ -52,7 +52,7 @@ def check_line(survey: Survey, index: int) -> Finding:
         f"{who}; round trip {1000 * measured.rtt_s:.1f} ms, {_rate(measured.up)} there, {_rate(measured.down)} back"
         f" (it runs {measured.doing})"
     )
-    least = CHUNK_SIZE / node.charter.stall_s
+    least = SMALL_CHUNK / node.charter.stall_s
     if min(measured.up, measured.down) < least:
         return Finding(check, "problem", text, f"a run needs {_rate(least)} both ways; get a faster line", values)
     if not dials and not came and survey.wait_s and measured.doing == "doctor":

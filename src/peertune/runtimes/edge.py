@@ -6,7 +6,7 @@ stream at any moment:
     HELLO boot                          a stream begins; boot tells whether the sender is still the same process
     OFFER key, size, hash of header     a message is ready
     WANT  key, offset                   the receiver knows its shapes, has made room, and holds `offset` bytes already
-    CHUNK key, offset, hash, bytes      at most CHUNK_SIZE of it
+    CHUNK key, offset, hash, bytes      of it, SMALL_CHUNK to CHUNK_SIZE; less at its end
     GOT   key                           all of it has arrived, or is needed no more
     GONE  key                           it was offered, but is kept no more
     MISSED key                          the sender's round went on without it
@@ -37,7 +37,7 @@ from functools import partial
 
 from peertune.exchange import Payload
 from peertune.runtimes.frames import Frames, ProtocolError
-from peertune.runtimes.message import CHUNK_SIZE, HASH_SIZE, LARGEST, Incoming, Outgoing, hash_of
+from peertune.runtimes.message import CHUNK_SIZE, HASH_SIZE, LARGEST, SMALL_CHUNK, Incoming, Outgoing, hash_of
 from peertune.runtimes.processes import Processes
 from peertune.wire import payload_size
 
@@ -76,6 +76,8 @@ FRAMES = Frames(
     open_ended=(Kind.CHUNK, Kind.BEAT, Kind.REFUSED),
 )
 _pack = FRAMES.pack
+SLOW_S = 2.0
+"""Seconds beyond which a chunk takes long to get out."""
 MAX_FRAME = CHUNK_SIZE + FRAMES.size(Kind.CHUNK)
 
 
@@ -152,6 +154,7 @@ class Edge:
         """Whether it said that it goes, and is not back."""
         self.peer_asks = False
         """Whether the neighbour is behind, and wants the state."""
+        self._chunk_size = SMALL_CHUNK
         self._fetched: set[Key] = set()
         """Messages that the neighbour has asked for on the stream that is open."""
         self.delivered: set[Key] = set()
@@ -419,7 +422,7 @@ class Edge:
         message = self.outbox.get(key)
         if message is None:
             return [_pack(Kind.GONE, *key)]
-        if offset > message.size or offset % CHUNK_SIZE:
+        if offset > message.size or offset % min(SMALL_CHUNK, CHUNK_SIZE):
             raise ProtocolError(f"asked for byte {offset} of a message of {message.size}")
         if key in self._fetched:
             raise ProtocolError(f"asked for a message of round {key[0]} a second time on one stream")
@@ -429,8 +432,18 @@ class Edge:
 
     def _chunks(self, key: Key, message: Outgoing, offset: int) -> Iterator[bytes]:
         """Frames of a message from an offset on, one copied at a time."""
-        for start, pieces in message.chunks(offset, CHUNK_SIZE):
-            yield b"".join([_pack(Kind.CHUNK, *key, start, hash_of(*pieces)), *pieces])
+        while offset < message.size:
+            size = min(self._chunk_size, CHUNK_SIZE)
+            pieces = message.cut(offset, size)
+            yield b"".join([_pack(Kind.CHUNK, *key, offset, hash_of(*pieces)), *pieces])
+            offset += size
+
+    def paced(self, seconds: float) -> None:
+        """It took so long to get a chunk out: the next ones are as large as the line bears."""
+        if seconds > SLOW_S:
+            self._chunk_size = SMALL_CHUNK
+        elif seconds < SLOW_S / 10:
+            self._chunk_size = min(CHUNK_SIZE, 2 * self._chunk_size)
 
     def _arrived(self, key: Key, offset: int, hash: bytes, data: memoryview) -> Iterable[bytes]:
         incoming = self.inbox.get(key)
@@ -440,8 +453,9 @@ class Edge:
             raise ProtocolError(f"sent a part of a message of round {key[0]} that nobody asked for")
         if offset < incoming.offset:
             return []  # of an answer to an earlier stream's question
-        expected = min(CHUNK_SIZE, incoming.size - incoming.offset)
-        if key not in self.offers or offset != incoming.offset or len(data) != expected:
+        expected, small = (min(size, incoming.size - incoming.offset) for size in (CHUNK_SIZE, SMALL_CHUNK))
+        is_sized = small <= len(data) <= expected and (len(data) == expected or not len(data) % SMALL_CHUNK)
+        if key not in self.offers or offset != incoming.offset or not (is_sized or len(data) == expected):
             raise ProtocolError(
                 f"sent {len(data)} bytes at {offset} of a message of round {key[0]}, expected {expected} at"
                 f" {incoming.offset}"

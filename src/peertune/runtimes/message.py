@@ -5,7 +5,7 @@ Nothing here knows of keys, rounds or frames.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,9 @@ from peertune.memory import room
 from peertune.wire import header, parts_of, payload_size
 
 CHUNK_SIZE = 1 << 20
+SMALL_CHUNK = 1 << 16
+"""What is under way over a slow line: of less than a chunk the receiver sees nothing, and a line on which nothing comes
+for long is given up."""
 HASH_SIZE = 16
 LARGEST = 1e18
 """What a message may hold: beyond it float32 has no squares, and one number would spoil every norm."""
@@ -29,13 +32,9 @@ class Outgoing:
         self.parts = [_view(payload[name].detach().cpu().contiguous().view(-1)) for name in sorted(payload)]
         self.size, self.hash = payload_size(payload), shapes_hash(payload)
 
-    def chunks(self, offset: int, size: int) -> Iterator[tuple[int, list[memoryview]]]:
-        """From an offset on: where a chunk of at most `size` bytes begins, and its bytes, in pieces."""
-        for start in range(offset, self.size, size):
-            yield start, self._cut(start, min(size, self.size - start))
-
-    def _cut(self, start: int, size: int) -> list[memoryview]:
-        found = []
+    def cut(self, start: int, size: int) -> list[memoryview]:
+        """So many bytes from an offset on, in pieces; fewer at the end."""
+        found: list[memoryview] = []
         for part in self.parts:
             if start < len(part):
                 piece = part[start : start + size]

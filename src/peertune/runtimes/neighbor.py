@@ -246,12 +246,17 @@ class Neighbor(Listener):
                 except TimeoutError:
                     frames = [self.edge.beat()]
                 for frame in self._until_the_last_word(frames):
+                    began = time.monotonic()
                     try:
                         await write(frame)
                     except Exception:
                         return  # the stream has ended, and the reader sees it too; gRPC says so by many errors
+                    finally:  # also where the stream was given up over it
+                        now = time.monotonic()
+                        if frame[0] == Kind.CHUNK:
+                            self.edge.paced(now - began)
                     if frame[0] == Kind.CHUNK:
-                        self.last_sent = time.monotonic()
+                        self.last_sent = now
                     elif frame[0] == Kind.REFUSED:
                         return
         except Exception as error:
