@@ -93,7 +93,7 @@ def add_consortium(commands: Any) -> None:
         default=30.0,
         metavar="S",
         help="seconds without a byte after which a connection is given up and dialled anew: one who falls silent, but"
-        " whose connection stays open, is waited for so long or --grace, whichever is larger; a line has to carry 1 MB"
+        " whose connection stays open, is waited for so long or --grace, whichever is larger; a line has to carry 64 kB"
         " within it; default: 30",
     )
     new.add_argument("--to", default="charter.toml", metavar="FILE")
