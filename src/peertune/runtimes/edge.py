@@ -454,8 +454,8 @@ class Edge:
         if offset < incoming.offset:
             return []  # of an answer to an earlier stream's question
         expected, small = (min(size, incoming.size - incoming.offset) for size in (CHUNK_SIZE, SMALL_CHUNK))
-        is_sized = small <= len(data) <= expected and (len(data) == expected or not len(data) % SMALL_CHUNK)
-        if key not in self.offers or offset != incoming.offset or not (is_sized or len(data) == expected):
+        is_sized = len(data) == expected or (small <= len(data) < expected and not len(data) % SMALL_CHUNK)
+        if key not in self.offers or offset != incoming.offset or not is_sized:
             raise ProtocolError(
                 f"sent {len(data)} bytes at {offset} of a message of round {key[0]}, expected {expected} at"
                 f" {incoming.offset}"
