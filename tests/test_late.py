@@ -1,6 +1,7 @@
 """Messages that come after a round went on without them: what they put right, and what they may not do."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
@@ -75,8 +76,9 @@ def test_a_message_in_time_ends_an_absence() -> None:
         was_seen=True, post=lambda *_: None, expect=expect,
     )  # fmt: skip
     node: Any = SimpleNamespace(
-        neighbors={1: neighbor}, index=0, has_quorum=True, turned_away="", soon=lambda call: call(),
-        log=lambda *_, **__: None, charter=SimpleNamespace(grace_s=1.0, members=["north", "east"]),
+        neighbors={1: neighbor}, index=0, has_quorum=True, has_quorum_without_the_lost=True, turned_away="",
+        soon=lambda call: call(), log=lambda *_, **__: None, presence=SimpleNamespace(got_on_at=-math.inf),
+        charter=SimpleNamespace(grace_s=1.0, members=["north", "east"]),
     )  # fmt: skip
     exchange, hop = NetworkExchange(node), Hop("gossip", {(i, j): 0.5 for i in range(2) for j in range(2)})
     exchange.late_weight[1], exchange.left_out = 0.9, [1]

@@ -103,7 +103,7 @@ def test_nobody_grows_younger_than_what_was_told(told: list[tuple[float, float]]
 
 def test_a_site_knows_of_itself_and_one_who_has_finished_stays_so() -> None:
     site = Presence(2, 0, GRACE)
-    site.told([FINISHED, 0.0], 1.0)
+    site.told([FINISHED, 0.0], [0, 0], 1.0)
     assert site.ages(1.0) == [0.0, 0.0]
     site.finished(1)
     site.heard(1, 2.0)  # its connection is still open
