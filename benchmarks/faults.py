@@ -242,7 +242,7 @@ def carry_out(home: Path, play: Scenario, options: argparse.Namespace) -> dict[s
             "loss": {n: s["metrics"]["average_model"]["loss"] for n, s in summaries.items() if s},
             "one_model": len(hashes) == 1,
             "left_out": {
-                name: {NAMES[w["went_without"]]: w["rounds"] for w in s["rounds_without"]}
+                name: {w["went_without"]: w["rounds"] for w in s["rounds_without"]}
                 for name, s in summaries.items()
                 if s and s["rounds_without"]
             },
