@@ -746,3 +746,11 @@ def test_a_contestant_that_cannot_be_run_is_refused_before_any_is(
     with pytest.raises(ConfigError, match=r"noloco:group_size=3: algorithm\.group_size: got 3 on a graph"):
         make(algorithms="dpsgd,noloco:group_size=3", seeds="0")
     assert not (tmp_path / "compared").exists()
+
+
+def test_a_method_that_trains_all_blocks_at_once_gets_as_many_samples(
+    make: Callable[..., tuple[Comparison, Quiet]],
+) -> None:
+    """Its schedule is counted in the model's blocks all the same."""
+    found, _ = make(algorithms="dpsgd,deca,local,dec_lora:local_steps=1", seeds="0")
+    assert len({row.samples for row in found.rows}) == 1

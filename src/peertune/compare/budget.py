@@ -36,7 +36,7 @@ class Budget:
         if options.budget == "samples":
             self._check_epochs()
         self.num_blocks = {each.name: self._count_blocks(each) for each in lineup.contestants}
-        """Blocks that a method trains in turn, by contestant."""
+        """Blocks of the model, by contestant: schedules are counted in them, also where all are trained at once."""
         is_first = lineup.pace is lineup.contestants[0]
         self._pace_blocks = self.num_blocks[lineup.pace.name] if is_first else self._count_blocks(lineup.pace)
         for contestant in lineup.contestants:
@@ -77,7 +77,7 @@ class Budget:
         try:
             topology = make_topology(config, ALGORITHMS[config.algorithm.name], [1] * config.run.num_peers)
             module = prepare_model(config, torch.device("cpu"), self._base)
-            return len(make_algorithm(config, module, topology).blocks)
+            return len(make_algorithm(config, module, topology).peer.blocks)
         except (ConfigError, ModelError, TopologyError) as error:
             raise type(error)(f"{contestant.name}: {error}") from error
 
