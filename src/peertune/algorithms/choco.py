@@ -54,6 +54,7 @@ class Choco(LocalSteps):
         """x^_i, float32."""
         self.heard = {name: x.clone() for name, x in self.public.items()}
         """s_i, float32."""
+        self.refresh = Hop(REFRESH, gossip(topology, takes_late=False).weights)
 
     def is_refresh(self, round: int) -> bool:
         every = self.config.refresh_every
@@ -61,8 +62,7 @@ class Choco(LocalSteps):
 
     def hops(self, round: int) -> Sequence[Hop]:
         """One of gossip; a late difference belongs to its round's x^_i, and is of no use."""
-        plain = gossip(self.topology, takes_late=False)
-        return (Hop(REFRESH, plain.weights),) if self.is_refresh(round) else (plain,)
+        return (self.refresh,) if self.is_refresh(round) else (gossip(self.topology, takes_late=False),)
 
     def outgoing(self, hop: Hop) -> Payload:
         if hop.name == REFRESH:
