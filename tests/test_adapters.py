@@ -20,7 +20,7 @@ from peertune.evaluation.likelihood import evaluate
 from peertune.export import export
 from peertune.formatting import number
 from peertune.measure_files import evaluate_model
-from peertune.model.adapters import adapter_names, add_adapter, merge_adapter
+from peertune.model.adapters import adapter_names, add_adapter, merge_adapter, peft_is_quiet
 from peertune.model.blocks import partition_blocks
 from peertune.model.language_model import LanguageModel
 from peertune.model.load import clone_model, load_model, load_trained
@@ -118,8 +118,16 @@ def test_an_adapter_on_one_end_of_a_tied_model_is_merged_at_that_end_alone(end: 
     expected = LanguageModel(copy.deepcopy(module), ModelSection()).all_logits(batch().input_ids)
     merged: Any = merge_adapter(module, tied())
     torch.testing.assert_close(merged(input_ids=batch().input_ids).logits, expected, rtol=1e-4, atol=1e-4)
-    merged.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(loaded(input_ids=batch().input_ids).logits, expected, rtol=1e-4, atol=1e-4)
+    tied().save_pretrained(tmp_path / "base")
+    alone: Any = module
+    alone.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    with peft_is_quiet():
+        alone.save_pretrained(tmp_path / "adapter")
+    section = ModelSection(path=str(tmp_path / "adapter"), max_length=40)
+    loaded = load_trained(section, torch.device("cpu")).eval()
     torch.testing.assert_close(loaded(input_ids=batch().input_ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from peertune.config import flatten
 from peertune.errors import CheckpointError, StorageError
 from peertune.lock import FolderLock
-from peertune.model.adapters import bottleneck_code, core_of, merge_adapter
+from peertune.model.adapters import bottleneck_code, core_of, merge_adapter, peft_is_quiet
 from peertune.storage import (
     append_line,
     check_writable,
@@ -192,7 +192,7 @@ def save_trained(
         save_model(folder, merged, tokenizer)
     alone = adapter or folder
     if merged is not module and (adapter is not None or merged is None):
-        with storage_errors(alone):
+        with storage_errors(alone), peft_is_quiet():
             module.save_pretrained(alone)
             share_weights(alone, alone / "adapter_config.json")
             tokenizer.save_pretrained(alone)

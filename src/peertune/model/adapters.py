@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -143,16 +144,25 @@ def _add_peft(module: nn.Module, settings: AlgorithmConfig) -> nn.Module:
         ) from error
 
 
-def _wrap(module: nn.Module, config: Any) -> nn.Module:
-    import peft
-
+@contextmanager
+def peft_is_quiet() -> Iterator[None]:
+    """Context in which peft makes, loads and saves without warnings that no user can do anything about."""
     with warnings.catch_warnings():
-        # peft asks transformers by a name that is on its way out.
+        # It asks transformers by a name that is on its way out.
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         # GPT-2's layers hold their weights transposed; peft sees that and says so.
         warnings.filterwarnings("ignore", message="fan_in_fan_out", category=UserWarning)
         # What it warns of is taken care of where an adapter is merged.
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`", category=UserWarning)
+        # The embedding's own weights go into the file with an adapter on them.
+        warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`", category=UserWarning)
+        yield
+
+
+def _wrap(module: nn.Module, config: Any) -> nn.Module:
+    import peft
+
+    with peft_is_quiet():
         wrapped = peft.get_peft_model(module, config)
     wrapped.train()
     for parameter in wrapped.parameters():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import nn
 
 from peertune.config import ModelSection
 from peertune.errors import InputError, ModelError
+from peertune.model.adapters import peft_is_quiet
 from peertune.model.attention import choose_attention
 from peertune.model.quantization import is_finite, loading_options, quantization_states, quiet, settle
 
@@ -123,9 +123,7 @@ def load_trained(config: ModelSection, device: torch.device) -> nn.Module:
     try:
         base_path = PeftConfig.from_pretrained(folder).base_model_name_or_path
         base = load_model(config.model_copy(update={"path": base_path}), device)
-        with warnings.catch_warnings():
-            # peft asks transformers by a name that is on its way out.
-            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        with peft_is_quiet():
             return PeftModel.from_pretrained(base, folder).to(device)  # type: ignore[no-any-return]
     except InputError:
         raise  # of the base, which says what is wrong with it
