@@ -105,9 +105,9 @@ class Contestant(ABC):
             tie_word_embeddings=False,
             use_cache=False,
         )
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), self.device:  # a billion random numbers take a GPU no time
             torch.manual_seed(derive_seed(0, "model"))
-            self.model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to(self.device).train()
+            self.model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
 
     def recompute_from(self, first: int) -> None:
         """Checkpoint the layers from `first` upwards, non-reentrant, if the options say so."""

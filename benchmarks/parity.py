@@ -1,9 +1,10 @@
-"""The same recipe as simulation, as ranks over Gloo and as sites over gRPC: are the weights bitwise equal?
+"""The same recipe as simulation, as ranks and as sites over gRPC: are the weights bitwise equal?
 
     python benchmarks/parity.py [--methods deca dec_lora fedavg] [--peers 4]
 
 english-4m on AG News, one file a peer, one thread a process. Prints, for each method, the SHA-256 of the exported
-weights by runtime, and whether they are one.
+weights by runtime, and whether they are one. Ranks talk over Gloo, and on GPUs over NCCL, where each has one of its own;
+sites may share one.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import tomli_w
+import torch
 from _harness import RESULTS, finish, free_port
 from safetensors import safe_open
 
@@ -45,7 +48,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             figures[method] = compare(method, options, Path(folder))
     figures["all_equal"] = all(figures[method]["equal"] for method in options.methods)
-    finish("parity", figures, options.results)
+    finish("parity-gpu" if torch.cuda.is_available() else "parity", figures, options.results)
 
 
 def compare(method: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -64,11 +67,11 @@ def compare(method: str, options: argparse.Namespace, folder: Path) -> dict[str,
     path = folder / "recipe.toml"
     path.write_text(tomli_w.dumps(recipe), encoding="utf-8")
     members = options.peers + (method == "fedavg")
-    ways = {
-        "simulation": lambda out: peertune("run", path, "--out", out),
-        "gloo": lambda out: ranks(path, out, members),
-        "grpc": lambda out: sites(path, out, members, files, options),
-    }
+    gpus = torch.cuda.device_count()
+    ways: dict[str, Callable[[Path], None]] = {"simulation": lambda out: alone(path, out)}
+    if not 0 < gpus < members:
+        ways["nccl" if gpus else "gloo"] = lambda out: ranks(path, out, members)
+    ways["grpc"] = lambda out: sites(path, out, members, files, options)
     hashes, seconds = {}, {}
     for name, way in ways.items():
         out, start = folder / name, time.monotonic()
@@ -89,6 +92,10 @@ def write_rows(options: argparse.Namespace, folder: Path) -> list[Path]:
         files.append(folder / f"rows-{i}.jsonl")
         files[-1].write_text("".join(lines[i :: options.peers + 1]), encoding="utf-8")
     return files
+
+
+def alone(recipe: Path, out: Path) -> None:
+    peertune("run", recipe, "--out", out)
 
 
 def ranks(recipe: Path, out: Path, members: int) -> None:

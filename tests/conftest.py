@@ -7,6 +7,9 @@ from peertune.cli import ENVIRONMENT
 
 # Read when the libraries are imported, which is later.
 os.environ.update({"HF_HUB_OFFLINE": "1", **ENVIRONMENT, **os.environ})
+if not os.environ.get("PEERTUNE_TEST_GPU"):
+    # Sites and ranks of the tests are forks of one process, several of them: a GPU is not for that.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 import torch
