@@ -3,8 +3,8 @@
     python benchmarks/parity.py [--methods deca dec_lora fedavg] [--peers 4]
 
 english-4m on AG News, one file a peer, one thread a process. Prints, for each method, the SHA-256 of the exported
-weights by runtime, and whether they are one. Ranks talk over Gloo, and on GPUs over NCCL, where each has one of its own;
-sites may share one.
+weights by runtime, and whether they are one. Ranks talk over Gloo, or over NCCL where each has a GPU of its own; with
+fewer GPUs they are left out. Sites may share a GPU.
 """
 
 from __future__ import annotations
