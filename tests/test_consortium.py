@@ -178,6 +178,7 @@ TRIED: dict[str, dict[str, Any]] = {
     "choco": {"algorithm": {"name": "choco", "rounds": 4, "local_steps": 2, "refresh_every": 3}},
     "scaffold": {"algorithm": {"name": "scaffold", "rounds": 3, "local_steps": 2, "participation": 0.5}, **STAR},
     "fedavg": {"algorithm": {"name": "fedavg", "rounds": 2, "local_steps": 2}, **STAR},
+    "deca in bfloat16": {"algorithm": {}, "exchange": {"codec": "bfloat16"}},
 }
 
 

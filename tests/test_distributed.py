@@ -43,6 +43,12 @@ METHODS_TRIED: dict[str, dict[str, Any]] = {
     "local": {"algorithm": {"name": "local", "lr": 1e-2, "outer_rounds": 1, "inner_steps": 4}},
     "bfloat16": {"model": {"dtype": "bfloat16"}},
     "clip": {"exchange": {"robust": "clip"}, "topology": {"kind": "complete"}},
+    "bfloat16 messages": {"exchange": {"codec": "bfloat16"}},
+    "bfloat16 messages to a server": {
+        "algorithm": {"name": "fedavg", "lr": 1e-2, "rounds": 2, "local_steps": 2},
+        "exchange": {"codec": "bfloat16"},
+        "topology": STAR,
+    },
     "trimmed_mean": {"exchange": {"robust": "trimmed_mean"}, "topology": {"kind": "complete"}},
 }
 DIED = 9

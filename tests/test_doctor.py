@@ -621,11 +621,13 @@ def test_a_rounds_time_is_its_steps_and_its_slowest_line() -> None:
     ],
     ids=lambda keys: keys["name"],
 )
+@pytest.mark.parametrize("codec", ["float32", "bfloat16"])
 def test_what_a_round_sends_is_what_a_run_sends(
-    algorithm: dict[str, Any], tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch
+    codec: str, algorithm: dict[str, Any], tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against the simulation's own count, before its agreement."""
     sections: dict[str, Any] = {"algorithm": algorithm, "data": {"partition": {"kind": "iid"}}}
+    sections["exchange"] = {"codec": codec}
     config = recipe(tmp_path, micro_model, **sections)
     run(config)
     events = [json.loads(line) for line in (tmp_path / "out" / "events.jsonl").read_text().splitlines()]

@@ -607,12 +607,18 @@ def test_what_is_fetched_is_told() -> None:
     assert told == [((0, 0), 88)]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -2e18])
-def test_nan_infinity_and_numbers_without_a_square_are_refused(value: float) -> None:
-    pair, payload = Pair(), make_payload()
-    payload["w"][2, 1] = value
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 2e18])
+def test_nan_infinity_and_numbers_without_a_square_are_refused(value: float, dtype: torch.dtype, sign: int) -> None:
+    pair, payload = Pair(), {name: tensor.to(dtype) for name, tensor in make_payload().items()}
     pair.connect()
-    pair.expect(1, (4, 0), make_payload())
+    pair.expect(1, (3, 0), payload)
+    pair.post(0, (3, 0), payload | {"b": torch.full((7,), sign * 9e17, dtype=dtype)})
+    pair.run()
+    assert pair.got[1].pop((3, 0)) is not None
+    payload["w"][2, 1] = sign * value
+    pair.expect(1, (4, 0), payload)
     pair.post(0, (4, 0), payload)
     with pytest.raises(ProtocolError, match="NaN, infinity or a number beyond 1e\\+18 in round 4"):
         pair.run()

@@ -22,6 +22,7 @@ LAYERS = [
     "topology",
     "wire",
     "exchange",
+    "codec",
     "robust",
     "link",
     "data",

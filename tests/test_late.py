@@ -41,13 +41,14 @@ def late_group(log: list[dict[str, Any]]) -> tuple[NetworkGroup, Any, SimpleQueu
     return NetworkGroup(node, None), algorithm, late
 
 
-def test_a_late_message_gives_the_mean_back_what_a_round_without_it_took() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_late_message_gives_the_mean_back_what_a_round_without_it_took(dtype: torch.dtype) -> None:
     log: list[dict[str, Any]] = []
     group, algorithm, late = late_group(log)
     mine, theirs = torch.tensor([1.0, 2.0]), torch.tensor([5.0, -2.0])
     east = 0.7 * theirs + 0.3 * mine  # it heard this site; this site kept its own
     algorithm.set_shared("w", mine + 1.0)  # and has trained since
-    late.put(((4, 0), {"w": theirs}, {"w": mine}))
+    late.put(((4, 0), {"w": theirs.to(dtype)}, {"w": mine.to(dtype)}))
     group._take_late(algorithm)
     torch.testing.assert_close((algorithm.shared("w") - 1.0 + east) / 2, (mine + theirs) / 2)
     assert log == [{"event": "late", "peer": "east", "round": 4, "used": True, "amount": pytest.approx(0.3 * 32**0.5)}]

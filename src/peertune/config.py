@@ -218,8 +218,10 @@ class EvalSection(Section):
 
 
 class ExchangeSection(Section):
-    """What a receiver makes of the messages of a round."""
+    """How the messages of a round travel, and what a receiver makes of them."""
 
+    codec: Literal["float32", "bfloat16"] = "float32"
+    """What the numbers of averaged messages are on their way: bfloat16, rounded at random, is half the bytes."""
     robust: Literal["none", "clip", "trimmed_mean"] = "none"
     """Their weighted mean, or one that members who send garbage cannot ruin: "clip" bounds how far each message moves
     it, "trimmed_mean" leaves out the extremes of each weight. Without a server, peers then do not agree in the end."""

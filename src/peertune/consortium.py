@@ -24,6 +24,7 @@ from peertune.charter import (
     shared_recipe,
     write_charter,
 )
+from peertune.codec import check_codec
 from peertune.config import load_recipe
 from peertune.ejection import ejection_path, needed, sign_ejection
 from peertune.errors import CharterError, CheckpointError, ConfigError, Left
@@ -84,6 +85,7 @@ def new_charter(
     base, tokenizer = fingerprints(module, prepare_tokenizer(config, recipe.parent))
     algorithm = make_algorithm(config, module, topology)
     check_rule(config.exchange, config.algorithm.name, method.averages, algorithm.hops(0))
+    check_codec(config.exchange, config.algorithm.name, method.averages)
     check_members(members, topology.num_members, edges(algorithm))
     if quorum > len(members):
         raise CharterError(f"--quorum: got {quorum}, expected at most the {len(members)} members there are")

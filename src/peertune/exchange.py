@@ -25,7 +25,8 @@ from peertune.wire import Traffic
 ROLL = "roll"
 """Name of a hop that carries who is still there, and nothing of the method's."""
 Payload = Mapping[str, Tensor]
-"""Named float32 tensors; a snapshot: nobody writes to them after they were handed over."""
+"""Named float32 tensors; a snapshot: nobody writes to them after they were handed over. On their way they may all be
+bfloat16 (`codec`)."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Inbox:
     weights: Mapping[int, float]
     """Source -> weight."""
     payloads: Mapping[int, Payload]
+    """What others sent may be bfloat16, if the recipe's codec says so; means are float32."""
 
     def mean(self, name: str) -> Tensor:
         """sum_j w_j x_j in float32, added in ascending order of the peers, so that every runtime rounds alike.
@@ -80,7 +82,7 @@ class Inbox:
             A new tensor of that tensor's shape.
         """
         first, *rest = sorted(self.weights)
-        total = self.payloads[first][name] * self.weights[first]
+        total = self.payloads[first][name].float() * self.weights[first]
         for source in rest:
             total.add_(self.payloads[source][name], alpha=self.weights[source])
         return total
@@ -90,7 +92,7 @@ class Inbox:
         first, *rest = sorted(self.weights)
         columns = [[self.payloads[source][name] for name in names] for source in (first, *rest)]
         for run, (vector, *others) in contiguous_runs(*columns):
-            total = vector * self.weights[first]
+            total = vector.float() * self.weights[first]
             for source, other in zip(rest, others, strict=True):
                 total.add_(other, alpha=self.weights[source])
             yield dict(zip(names[run], split_like(total, columns[0][run]), strict=True))

@@ -69,7 +69,8 @@ def robust_inbox(rule: ExchangeSection, peer: int, inbox: Inbox) -> Inbox:
     if rule.robust == "none" or _is_relay(inbox.weights, peer):
         return inbox
     kind = ClippedInbox if rule.robust == "clip" else TrimmedInbox
-    return kind(inbox.weights, inbox.payloads, peer, rule)
+    payloads = {source: {name: x.float() for name, x in payload.items()} for source, payload in inbox.payloads.items()}
+    return kind(inbox.weights, payloads, peer, rule)
 
 
 def _is_relay(sources: Iterable[int], target: int) -> bool:

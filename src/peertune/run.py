@@ -23,6 +23,7 @@ from peertune.algorithms.base import Algorithm
 from peertune.assemble import make_batches, make_parts, make_pool, make_topology, whole_module, wrap_model
 from peertune.average import Average
 from peertune.checkpoint import OLDER, CheckpointStore, newest_common
+from peertune.codec import check_codec
 from peertune.config import LinkSection, RunConfig
 from peertune.errors import CheckpointError, ConfigError, DivergedError, Left, ModelError, PeerLostError, StorageError
 from peertune.evaluation import Measured, measure
@@ -216,6 +217,7 @@ class Run:
         self.peers = [member for member in self.members if not member.is_hub]
         self.method = self.members[0].algorithm
         check_rule(config.exchange, config.algorithm.name, method.averages, self.method.hops(0))
+        check_codec(config.exchange, config.algorithm.name, method.averages)
         self.agrees = self.method.agrees and ends_in_agreement(config.exchange.robust, topology.has_hub)
         if self.agrees != self.method.agrees:
             notes.append(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 8
-DTYPES = {torch.float32: "F32"}
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 """What a payload may hold, as safetensors calls it."""
 
 
@@ -39,6 +39,7 @@ def parts_of(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A payload whose tensors lie one after the other in a vector, in the order of their names: views of it.
 
     Args:
+        flat: of the payload's type.
         like: has the payload's names and shapes.
     """
     names = sorted(like)

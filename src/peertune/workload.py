@@ -13,6 +13,7 @@ from torch import nn
 from peertune.algorithms import Algorithm
 from peertune.algorithms.local_steps import LocalSteps
 from peertune.checkpoint import GENERATIONS
+from peertune.codec import is_coded
 from peertune.config import RunConfig
 from peertune.exchange import Inbox
 from peertune.model.quantization import num_weights
@@ -116,7 +117,8 @@ def rehearse(algorithm: Algorithm, config: RunConfig) -> Workload:
         times.append(time.monotonic() - began)
         for hop in short.hops(round):
             out = short.outgoing(hop)
-            ratios[hop.name] = payload_size(out) / max(1, _shared_bytes(short, round))
+            sent_bytes = payload_size(out) / (2 if is_coded(config.exchange, hop) else 1)
+            ratios[hop.name] = sent_bytes / max(1, _shared_bytes(short, round))
             sources = hop.sources(me)
             if sources:
                 short.mix(hop, Inbox(sources, dict.fromkeys(sources, out)))

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import torch
 import xxhash
 from torch import Tensor
 
@@ -23,6 +25,8 @@ for long is given up."""
 HASH_SIZE = 16
 LARGEST = 1e18
 """What a message may hold: beyond it float32 has no squares, and one number would spoil every norm."""
+LARGEST_BITS = int(torch.tensor(LARGEST, dtype=torch.bfloat16).view(torch.int16))
+"""The same as bfloat16, which NaN and infinity are beyond."""
 
 
 class Outgoing:
@@ -63,7 +67,8 @@ class Incoming:
         self.size, self.hash = payload_size(self.like), shapes_hash(self.like)
 
     def make_room(self) -> None:
-        self._buffer = room(self.size // 4)
+        dtype = next((tensor.dtype for tensor in self.like.values()), torch.float32)
+        self._buffer = room(-(-self.size // 4)).view(dtype)[: self.size // dtype.itemsize]
         self._bytes = _view(self._buffer)
 
     def take(self, data: memoryview) -> bool:
@@ -71,7 +76,10 @@ class Incoming:
         start, self.offset = self.offset, self.offset + len(data)
         self._bytes[start : self.offset] = data
         # A part at a time, while it lies in the cache; by numpy, as torch would take threads from the training for it.
-        numbers = self._buffer[start // 4 : self.offset // 4].numpy()
+        if self._buffer.dtype == torch.bfloat16:  # but for the sign, its bits are in the order of the numbers
+            bits = np.frombuffer(self._bytes[start : self.offset], np.uint16)
+            return int(np.bitwise_and(bits, 0x7FFF).max()) <= LARGEST_BITS
+        numbers = np.frombuffer(self._bytes[start : self.offset], np.float32)
         return bool(numbers.min() >= -LARGEST and numbers.max() <= LARGEST)  # false of NaN
 
     def payload(self) -> Payload:
@@ -94,5 +102,5 @@ def hash_of(*pieces: Any) -> bytes:
 
 def _view(tensor: Tensor) -> memoryview:
     """The bytes of a flat tensor, shared with it."""
-    flat: Any = tensor.numpy()
-    return memoryview(flat).cast("B") if tensor.numel() else memoryview(b"")
+    flat: Any = tensor.view(torch.uint8).numpy()
+    return memoryview(flat) if tensor.numel() else memoryview(b"")

@@ -112,7 +112,7 @@ class NetworkGroup:
             while not neighbor.late.empty():
                 (round, number), theirs, mine = neighbor.late.get()
                 weight = algorithm.hops(round)[number].weights[index, self.node.index]
-                change = {name: (theirs[name] - mine[name]).mul_(weight) for name in mine}
+                change = {name: (theirs[name].float() - mine[name].float()).mul_(weight) for name in mine}
                 total = self._exchange.late_weight[index] + weight
                 used = change.keys() <= set(algorithm.shared_names()) and total <= 1.0 and round >= self._joined
                 if used:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from peertune.algorithms.base import Algorithm, LocalReport
 from peertune.algorithms.together import Alone, Together
+from peertune.codec import coded, is_coded
 from peertune.errors import PeerLostError
 from peertune.exchange import ROLL, Hop, Inbox, Payload
 from peertune.robust import robust_inbox
@@ -46,8 +47,9 @@ def play_round(
     else:
         # Each has a thread, and no threads of its own operators'; the process's clock would count all peers.
         reports = list(pool.map(lambda part: _timed_local(round, part, time.thread_time), parts))
-    for hop in members[0].algorithm.hops(round):
-        for member, inbox in _carry(round, hop, members, lambda member, hop: member.algorithm.outgoing(hop)):
+    for number, hop in enumerate(members[0].algorithm.hops(round)):
+        carry = partial(_carry_coded, number) if is_coded(members[0].rule, hop) else _carry
+        for member, inbox in carry(round, hop, members, lambda member, hop: member.algorithm.outgoing(hop)):
             member.algorithm.mix(hop, robust_inbox(member.rule, member.index, inbox))
     return [report for part in reports for report in part]
 
@@ -140,6 +142,25 @@ def roll_call(round: int, members: Sequence[Member], pairs: Sequence[tuple[int, 
             for other in member.exchange.left_out:
                 known[pairs.index((min(member.index, other), max(member.index, other)))] = 1.0
     return lost[members[0].index]
+
+
+def _carry_coded(
+    number: int, round: int, hop: Hop, members: Sequence[Member], outgoing: Callable[[Member, Hop], Payload]
+) -> Iterator[tuple[Member, Inbox]]:
+    """As `_carry`, of messages that are rounded on their way; the hop is the round's `number`-th."""
+    exact: dict[int, Payload] = {}
+
+    def rounded(member: Member, hop: Hop) -> Payload:
+        out = outgoing(member, hop)
+        if not hop.spreads:
+            exact[member.index] = out
+        return coded(out, member.algorithm.peer.seed, member.index, "codec", round, number)
+
+    for member, inbox in _carry(round, hop, members, rounded):
+        own = exact.pop(member.index, None)
+        if own is not None and member.index in inbox.payloads:
+            inbox = replace(inbox, payloads={**inbox.payloads, member.index: own})
+        yield member, inbox
 
 
 def _carry(
