@@ -51,6 +51,7 @@ from peertune.charter import (
     sample_counts,
     write_charter,
 )
+from peertune.checkpoint import CheckpointStore
 from peertune.cli import main
 from peertune.config import from_dict
 from peertune.consortium import leave
@@ -228,13 +229,13 @@ def test_a_site_whose_newest_checkpoint_is_damaged_takes_the_one_before(tmp_path
     os.kill(processes["east"].pid, signal.SIGKILL)
     processes["east"].join()
     before, newest = sorted((tmp_path / "east" / "run" / "checkpoints" / "peer-001").glob("round-*"))[-2:]
-    os.truncate(newest / "state.safetensors", 100)
+    os.truncate(newest / "block-000.safetensors", 100)
     processes["east"] = consortium.site("east")
     consortium.ended(processes)
     resumed = consortium.events("east", "resume", "events.jsonl")[0]["round"]
     assert resumed == int(before.name.removeprefix("round-"))
     log = " ".join((tmp_path / "east" / "log").read_text().split())
-    assert f"{newest}: damaged: state.safetensors is not what was written; the one before it is taken" in log
+    assert f"{newest}: damaged: block-000.safetensors is not what was written; the one before it is taken" in log
     assert "delete this folder" not in log
     assert_agreed(consortium)
 
@@ -391,7 +392,7 @@ def test_a_site_leaves_in_good_order_and_comes_back(
     # It has its own checkpoints only, and no other's to average with.
     assert main(["export", str(tmp_path / "east" / "run"), "--to", str(tmp_path / "own")]) == 0
     assert f"this site's own model, of its newest checkpoint, after round {left}" in capsys.readouterr().out
-    own = load_file(tmp_path / "east" / "run" / "checkpoints" / "peer-001" / f"round-{left:08d}" / "state.safetensors")
+    own, _ = CheckpointStore(tmp_path / "east" / "run" / "checkpoints", 4).load(1, left)
     exported = load_file(tmp_path / "own" / "model.safetensors")
     trained = [name for name in own if name.startswith("weights/") and name.removeprefix("weights/") in exported]
     assert trained and all(torch.equal(own[name], exported[name.removeprefix("weights/")]) for name in trained)

@@ -230,7 +230,7 @@ def test_a_process_with_the_hub_alone_has_no_steps_to_batch(tmp_path: Path, micr
 def test_generations_that_were_put_aside_or_left_half_done(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, 1)
     for round in (4, 8):
-        store.save(0, round, {"w": torch.ones(2)}, {})
+        store.save(0, round, {"all": {"w": torch.ones(2)}}, {})
     home = tmp_path / "peer-000"
     (home / "round-00000008").rename(home / "round-00000008.damaged")
     (home / ".round-00000006.partial").mkdir()
@@ -247,7 +247,7 @@ def test_the_disk_that_checkpoints_take_is_foreseen(name: str, tmp_path: Path, m
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(runs, "foreseen_bytes", lambda *given: found.append(foreseen_bytes(*given)) or 0)
         run(config)
-    held = [load_file(path) for path in (tmp_path / "out" / "checkpoints").rglob("state.safetensors")]
+    held = [load_file(path) for path in (tmp_path / "out" / "checkpoints").rglob("*.safetensors")]
     tensors = sum(t.numel() * t.element_size() for file in held for t in file.values())
     assert found[0] >= tensors * 3 / 2
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -260,7 +261,7 @@ def test_a_damaged_checkpoint_is_refused(
 ) -> None:
     interrupt(tmp_path, micro_model, monkeypatch)
     folder = tmp_path / "out" / "checkpoints" / "peer-001" / "round-00000008"
-    file = folder / "state.safetensors"
+    file = folder / "block-000.safetensors"
     data = file.read_bytes()
     if damage == "truncate":
         file.write_bytes(data[:-10])
@@ -270,8 +271,8 @@ def test_a_damaged_checkpoint_is_refused(
         (folder / "state.json").write_text("{")
     else:
         other = folder.parents[1] / "peer-002" / folder.name
-        for name in ("state.safetensors", "state.json"):
-            (folder / name).write_bytes((other / name).read_bytes())
+        for path in other.iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
     with pytest.raises(CheckpointError, match="peer-001"):
         run(recipe(tmp_path, micro_model), resume=True)
 
@@ -349,6 +350,44 @@ def test_two_generations_are_kept(tmp_path: Path, micro_model: Path) -> None:
     assert [store.rounds(peer) for peer in range(4)] == [[14, 16]] * 4
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_checkpoint_of_deca_writes_the_blocks_of_the_last_two_turns(
+    dtype: str, tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two, as the generations kept share no file."""
+    save, written = checkpoint.save_file, list[tuple[str, str]]()
+
+    def noted(tensors: Any, path: Path) -> None:
+        written.append((path.parent.name.strip(".").split(".")[0], path.stem))
+        save(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", noted)
+    run(recipe(tmp_path, micro_model, model={"dtype": dtype}, algorithm={"outer_rounds": 2}))
+    blocks = [f"block-{i:03d}" for i in range(4)]
+    for turn in range(8):
+        now = [name for round, name in written if round == f"round-{4 * (turn + 1):08d}"]
+        changed = blocks if turn < 2 else sorted({blocks[turn % 4], blocks[(turn - 1) % 4]})
+        assert now == changed * 4, turn
+    before = ["round-00000028", "round-00000032"]
+    held = list((tmp_path / "out" / "checkpoints" / "peer-003").rglob("*.safetensors"))
+    assert sorted({path.parent.name for path in held}) == before and len({p.stat().st_ino for p in held}) == 8
+
+
+def test_the_newest_checkpoint_is_complete_by_itself(
+    tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it shared files with one that is gone."""
+    run(recipe(tmp_path, micro_model, run={"out": str(tmp_path / "whole")}))
+    interrupt(tmp_path, micro_model, monkeypatch, after=12)
+    found = sorted((tmp_path / "out" / "checkpoints").glob("peer-*/round-*"))
+    assert {path.name for path in found} == {"round-00000004", "round-00000008", "round-00000012"}
+    for older in found:
+        if older.name != "round-00000012":
+            shutil.rmtree(older)
+    run(recipe(tmp_path, micro_model), resume=True)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "out"))
+
+
 def test_a_disk_that_fills_stops_the_run_resumably(
     tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -357,7 +396,7 @@ def test_a_disk_that_fills_stops_the_run_resumably(
 
     def full(tensors: Any, path: Path) -> None:
         calls.append(path)
-        if len(calls) > 6:  # the second generation's third peer
+        if len(calls) > 4 * 4 + 2 * 4 + 1:  # of four blocks: in the second generation's third peer
             Path(path).write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
         save(tensors, path)
@@ -477,8 +516,8 @@ def test_a_checkpoint_of_the_same_round_takes_the_first_ones_place_or_leaves_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, rename = CheckpointStore(tmp_path, 1), Path.rename
-    store.save(0, 3, {"w": torch.zeros(2)}, {})
-    store.save(0, 3, {"w": torch.ones(2)}, {})
+    store.save(0, 3, {"all": {"w": torch.zeros(2)}}, {})
+    store.save(0, 3, {"all": {"w": torch.ones(2)}}, {})
     assert store.load(0, 3)[0]["w"].tolist() == [1, 1]
 
     def refuse(path: Path, target: Path) -> Path:
@@ -488,7 +527,7 @@ def test_a_checkpoint_of_the_same_round_takes_the_first_ones_place_or_leaves_it(
 
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(StorageError):
-        store.save(0, 3, {"w": torch.zeros(2)}, {})
+        store.save(0, 3, {"all": {"w": torch.zeros(2)}}, {})
     assert store.load(0, 3)[0]["w"].tolist() == [1, 1]
 
 

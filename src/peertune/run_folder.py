@@ -95,7 +95,8 @@ class RunFolder:
     def require_space(self, num_bytes: int) -> None:
         """Raises CheckpointError where the disk cannot hold `num_bytes`, what the run has written already included."""
         free = shutil.disk_usage(nearest_existing(self.path)).free
-        free += sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
+        held = [path.stat() for path in self.path.rglob("*") if path.is_file()]
+        free += sum({(file.st_dev, file.st_ino): file.st_size for file in held}.values())  # checkpoints share some
         if free < num_bytes:
             raise CheckpointError(
                 f"run.out: {self.path} has {free / 1e6:.0f} MB free, the run's checkpoints and model need about"

@@ -18,6 +18,7 @@ from peertune.errors import CheckpointError
 from peertune.evaluation import Measured
 from peertune.link import Clock
 from peertune.memory import peak_bytes
+from peertune.model.blocks import Block
 from peertune.runtimes import Member
 
 
@@ -76,11 +77,11 @@ class RunState:
     def simulated_s(self) -> float | None:
         return None if self._clock is None else self._clock.simulated_s
 
-    def saved(self, member: Member, done: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and values of a member's checkpoint after `done` rounds."""
+    def saved(self, member: Member, done: int) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """Tensors by file, and values of a member's checkpoint after `done` rounds."""
         tensors, plain = member.algorithm.state_dict(done)
         batches = member.algorithm.peer.batches
-        return tensors, {
+        return _by_file(tensors, member.algorithm.blocks), {
             "algorithm": plain,
             "batches": None if batches is None else batches.state_dict(),
             "exchange": member.exchange.state_dict(),
@@ -126,3 +127,12 @@ class RunState:
         self._peak_before = plain.get("peak_memory_bytes", 0)
         if self._clock is not None:
             self._clock.simulated_s = plain["simulated_s"] or 0.0  # under torchrun none was counted
+
+
+def _by_file(tensors: Mapping[str, Tensor], blocks: Sequence[Block]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a state_dict, a file for what belongs to the parameters of a block, and one for the rest."""
+    file_of = {name: f"block-{block.index:03d}" for block in blocks for name in block.parameters}
+    files: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        files.setdefault(file_of.get(name.partition("/")[2], "rest"), {})[name] = tensor
+    return files

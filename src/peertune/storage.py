@@ -57,7 +57,8 @@ def share_weights(folder: Path, like: Path) -> None:
     """
     mode = stat.S_IMODE(like.stat().st_mode)
     for weights in folder.glob("*.safetensors"):
-        weights.chmod(mode)
+        if stat.S_IMODE(weights.stat().st_mode) != mode:  # one that a checkpoint shares may be another user's
+            weights.chmod(mode)
 
 
 def nearest_existing(path: Path) -> Path:

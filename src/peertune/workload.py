@@ -90,6 +90,8 @@ def _rounds_between_checkpoints(algorithm: Algorithm) -> int:
 def foreseen_bytes(algorithm: Algorithm, num_members: int) -> int:
     """Disk the checkpoints and the exported model will need: generations kept, one being written, the model.
 
+    What generations share is not taken off: the first one after a resumption is written whole beside those kept.
+
     Args:
         num_members: whose checkpoints lie in one folder.
     """
