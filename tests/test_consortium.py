@@ -256,7 +256,7 @@ def test_a_site_that_is_killed_while_it_writes_the_model_keeps_the_one_agreed_on
     consortium.ended(processes)
     consortium.ended({"east": consortium.site("east")})
     summary = json.loads((tmp_path / "east" / "run" / "summary.json").read_text())
-    assert summary["agreement"] == {"with": ["north", "south", "west"], "without": []}
+    assert summary["agreement"] == {"with": ["north", "south", "west"], "without": [], "unheard": []}
     assert len(summary["metrics"]["peers"]) == 4 and summary["metrics"]["peers"][1]
     assert all(consortium.same_model(site) for site in NAMES)
 
@@ -328,7 +328,7 @@ def test_a_site_that_stays_away_is_left_out_and_the_others_finish(tmp_path: Path
         (lost,) = [each for each in summary["contributions"] if each["neighbor"] == "east"]
         assert (lost["in_time"], lost["missed"]) == (64 - len(left), len(left))
         others = [name for name in ("north", "south", "west") if name != site]
-        assert summary["agreement"] == {"with": others, "without": ["east"]}
+        assert summary["agreement"] == {"with": others, "without": ["east"], "unheard": []}
         assert "without: east" in (tmp_path / site / "log").read_text()
     for site in processes:
         assert "nothing was heard of east: the" in " ".join((tmp_path / site / "log").read_text().split())
@@ -549,6 +549,36 @@ def lose_east(tmp_path: Path, micro_model: Path) -> tuple[Consortium, dict[str, 
     shutil.rmtree(tmp_path / "east" / "run")
     wait_for(lambda: bool(consortium.events("north", "left_out")))
     return consortium, processes
+
+
+def test_who_is_in_the_agreement_but_was_not_in_the_last_round_is_named(
+    tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes back on an empty disk in the last turn, of 84 to 95, and makes up what nobody keeps messages of."""
+    local = Deca.local
+
+    def slow_in_the_end(self: Deca, round: int) -> Any:
+        time.sleep(0.6 if round >= 86 else 0.02)
+        return local(self, round)
+
+    monkeypatch.setattr(Deca, "local", slow_in_the_end)
+    section = {"num_peers": 4, "threads": 1}
+    consortium = Consortium(tmp_path, micro_model, {"inner_steps": 12, "outer_rounds": 2}, grace=3.0, run=section)
+    processes = {site: consortium.site(site) for site in NAMES}
+    wait_for(lambda: len(consortium.events("east", "round", "events.jsonl")) >= 40)
+    os.kill(processes["east"].pid, signal.SIGKILL)
+    processes["east"].join()
+    shutil.rmtree(tmp_path / "east" / "run")
+    wait_for(lambda: len(consortium.events("north", "round", "events.jsonl")) >= 86)
+    processes["east"] = consortium.site("east")
+    consortium.ended(processes)
+    assert_agreed(consortium)
+    for site in NAMES:
+        agreement = json.loads((tmp_path / site / "run" / "summary.json").read_text())["agreement"]
+        expected = ["east"] if site in ("north", "south") else []  # its neighbours
+        assert agreement["without"] == [] and agreement["unheard"] == expected
+        log = " ".join((tmp_path / site / "log").read_text().split())
+        assert ("nothing was heard of east in the last round, but again in the final" in log) == bool(expected)
 
 
 def assert_agreed(consortium: Consortium, names: Sequence[str] = NAMES) -> None:

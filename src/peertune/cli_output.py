@@ -118,6 +118,8 @@ def summary_table(summary: dict[str, Any]) -> Table:
     if agreement:
         agreed, without = (", ".join(agreement[key]) or "nobody" for key in ("with", "without"))
         table.caption += f"\nagreed with: {agreed}; without: {without}"
+        if agreement["unheard"]:
+            table.caption += f"\nnot heard in the last round: {', '.join(agreement['unheard'])}"
     if is_alone:
         table.caption += "\nwarning: the others end with other models than this one"
     return table

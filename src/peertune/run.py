@@ -368,6 +368,7 @@ class Run:
         """
         if not self.agrees:
             return Agreed(is_reached=False, before=before)
+        away = self.members[0].exchange.left_out  # in the last round
         try:
             hops, absent = agree(self.method.num_rounds, self.members, may_lose=self.group.survives_loss)
         except PeerLostError as error:
@@ -379,7 +380,14 @@ class Run:
             names = ", ".join(str(self._name(peer)) for peer in absent)
             whose = "the others'" if len(absent) < self.num_peers - 1 else "this site's own"
             self.progress.note(f"in the final agreement nothing was heard of {names}: the model is {whose}")
-        return Agreed(is_reached=True, hops=hops, absent=absent, before=before)
+        unheard = [peer for peer in away if hops and peer < self.num_peers and peer not in absent]
+        if unheard:
+            names = ", ".join(str(self._name(peer)) for peer in unheard)
+            self.progress.note(
+                f"nothing was heard of {names} in the last round, but again in the final agreement: what is held there"
+                " counts as much as anyone's, also where it was trained apart"
+            )
+        return Agreed(is_reached=True, hops=hops, absent=absent, unheard=unheard, before=before)
 
     def _name(self, member: int) -> int | str:
         """What a member is called: at a site by the charter, else by its index."""
@@ -412,7 +420,8 @@ class Run:
             for told_of in found["rounds_without"]:
                 told_of |= {key: self._name(told_of[key]) for key in ("peer", "went_without")}
             absent = agreed.absent if agreed.is_reached else None
-            found["agreement"] = agreement_of(self.site.members[: self.num_peers], self.site.index, agreed.hops, absent)
+            peers, own = self.site.members[: self.num_peers], self.site.index
+            found["agreement"] = agreement_of(peers, own, agreed.hops, absent, agreed.unheard)
             found["contributions"] = self.site.contributions(rounds)
         self.folder.event("end", metrics=metrics, wall_s=wall_s, peak_memory_bytes=found["peak_memory_bytes"])
         module = whole_module(self.average.model, self.config, self.base, self.method.masters)

@@ -31,6 +31,8 @@ class Agreed:
     hops: int = 0
     absent: Sequence[int] = ()
     """Peers who are not in it."""
+    unheard: Sequence[int] = ()
+    """Peers who are in it, though nothing was heard of them in the last round."""
     before: Sequence[Measured | None] = ()
     """Quality of each peer's own model before it."""
 
