@@ -1,6 +1,7 @@
 """Messages in bfloat16: right on average, half the bytes, and only where something is averaged."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from peertune.exchange import Hop, Inbox, agreement, gossip
 from peertune.run import run
 from peertune.topology import Topology, build_topology
 from tests.recipes import recipe
+from tests.test_distributed import same_model
 
 BFLOAT16 = ExchangeSection(codec="bfloat16")
 AVERAGING = [name for name, method in ALGORITHMS.items() if method.averages and name not in ("local", "pooled")]
@@ -99,3 +101,25 @@ def last_round(out: Path) -> dict[str, Any]:
 def test_methods_that_do_not_average_are_refused(name: str, tmp_path: Path, micro_model: Path) -> None:
     with pytest.raises(ConfigError, match=rf"exchange.codec: got 'bfloat16', but {name} does not only average"):
         run(recipe(tmp_path, micro_model, exchange={"codec": "bfloat16"}, algorithm={"name": name, "rounds": 2}))
+
+
+def test_a_server_and_a_complete_graph_end_with_the_same_bits(tmp_path: Path, micro_model: Path) -> None:
+    """All who hear the same take the same mean: their own message, too, as the others got it."""
+    options = {"name": "fedavg", "rounds": 3, "local_steps": 2}
+    for kind in ("star", "complete"):
+        topology = {"kind": kind, "weights": "samples"}
+        sections: dict[str, Any] = {"algorithm": options, "topology": topology, "exchange": {"codec": "bfloat16"}}
+        run(recipe(tmp_path, micro_model, run={"out": str(tmp_path / kind)}, **sections))
+    assert same_model(tmp_path / "star", tmp_path / "complete")
+
+
+def test_a_killed_run_draws_again_what_it_drew(tmp_path: Path, micro_model: Path) -> None:
+    sections: dict[str, Any] = {"exchange": {"codec": "bfloat16"}}
+    run(recipe(tmp_path, micro_model, run={"out": str(tmp_path / "whole")}, **sections))
+    config = recipe(tmp_path, micro_model, run={"checkpoint_every": 3}, **sections)
+    run(config)
+    (tmp_path / "out" / "summary.json").unlink()
+    for peer in (tmp_path / "out" / "checkpoints").iterdir():
+        shutil.rmtree(max(peer.iterdir()))
+    assert run(config, resume=True)["rounds"] > 6
+    assert same_model(tmp_path / "whole", tmp_path / "out")
