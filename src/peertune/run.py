@@ -154,7 +154,8 @@ def run(
         # Else the attention's backward pass adds in an order of its own, and no two runs are bitwise equal.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # which that does to find faults, a kernel a tensor
+        # To find faults it fills each new tensor first.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     keep_freed()
     reset_peak(placed)
     data = prepare_data(config, base, None if site is None else site.index)
