@@ -145,6 +145,10 @@ def test_a_sites_logs_tell_its_neighbors_and_who_is_missing() -> None:
     assert back.missing == () and back.peers[1].since == T0 + 9 and back.peers[1].rounds_without == 2
     out = folded([START], [*AUDIT, *LOST, {"event": "ejected", "time": T0 + 9, "peer": "south", "signed_by": "north"}])
     assert out.missing == () and out.peers[1].status == "ejected"
+    own = {"event": "ejected", "time": T0 + 9, "peer": "east", "signed_by": "north, south"}
+    ended = [status_lines(folded([START], [*AUDIT, *LOST, *told], alive=False))[0] for told in ([], [own])]
+    assert "The same command goes on." in ended[0]
+    assert ended[1].startswith("east was ejected from this run, and its process has ended.")
 
 
 def test_a_gap_in_the_audit_log_is_told_when_it_begins_and_when_it_ends(

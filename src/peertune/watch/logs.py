@@ -125,6 +125,8 @@ class Links(_Log):
         self.waiting: dict[str, int] = {}
         self.recent: deque[tuple[float, str]] = deque(maxlen=12)
         self.started: float | None = None
+        self.is_ejected = False
+        """Whether the others put this site out."""
 
     def _take(self, kind: str, event: Mapping[str, Any], round: int | None, time: float | None) -> None:
         name, time = text(event.get("peer")), time or 0.0
@@ -153,9 +155,12 @@ class Links(_Log):
             for other in filter(None, text(event.get("peers"), MAX_NAMES).split(", ")):
                 self._link(other).without.add(-1 if round is None else round)
                 self.waiting.pop(other, None)
-        elif kind == "ejected" and name and name != self.name_of(self.site):
-            self._link(name).is_ejected = True
-            self.waiting.pop(name, None)
+        elif kind == "ejected" and name:
+            if name == self.name_of(self.site):
+                self.is_ejected = True
+            else:
+                self._link(name).is_ejected = True
+                self.waiting.pop(name, None)
         elif kind == "paused":
             self.waiting[QUORUM] = round or 0
         elif kind == "resumed":

@@ -53,6 +53,8 @@ def sentence(state: Snapshot) -> str:
     if state.state == "empty":
         return "There is no run in this folder yet."
     if state.state == "stopped":
+        if state.is_ejected:
+            return f"{state.site} was ejected from this run, and its process has ended."
         way = "The same command goes on." if state.is_site else "The same command with --resume goes on."
         return f"No process is at work on this run, and it is not finished. {way}"
     parts = [f"{state.site or 'The run'} is {known}"]

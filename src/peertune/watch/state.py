@@ -54,6 +54,8 @@ class Snapshot:
     site: str
     """This site's name; empty for a simulation."""
     is_site: bool
+    is_ejected: bool
+    """Whether the others put this site out."""
     method: str
     rounds_done: int
     rounds_planned: int | None
@@ -116,6 +118,7 @@ def snapshot(rounds: Rounds, links: Links, now: float, alive: bool | None, finis
         state=state,
         site=links.name_of(links.site),
         is_site=is_site,
+        is_ejected=links.is_ejected,
         method=text(mapping(config.get("algorithm")).get("name")),
         rounds_done=planned if finished and planned is not None else done,
         rounds_planned=planned,
