@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -24,17 +25,25 @@ from rich.console import Console
 from peertune import prepare
 from peertune import run as runs
 from peertune.algorithms import METHODS
+from peertune.algorithms.fedavg import FedavgConfig
+from peertune.algorithms.local_steps import LocalStepsConfig
 from peertune.algorithms.turns import BlockwiseConfig
 from peertune.checkpoint import CheckpointStore
 from peertune.cli import main
 from peertune.compare import Comparison, Options, compare
-from peertune.compare.budget import with_whole_rounds
-from peertune.compare.cells import quality, read_cell
+from peertune.compare.budget import (
+    bytes_a_peer,
+    steps_for_bytes,
+    steps_for_samples,
+    steps_for_seconds,
+    with_whole_rounds,
+)
+from peertune.compare.cells import Cell, quality, read_cell
 from peertune.compare.contestants import Contestant, Lineup, read_contestants
 from peertune.compare.grid import Grid
 from peertune.compare.inputs import fingerprints
 from peertune.compare.stats import paired_interval, pairs, spread
-from peertune.compare.table import Row, budget_notes, pair_cells, terminal_table, verdicts
+from peertune.compare.table import Row, budget_notes, pair_cells, row, terminal_table, verdicts
 from peertune.config import RunConfig, from_dict, load_recipe
 from peertune.errors import CheckpointError, ConfigError, DataError, DivergedError
 from peertune.prepare import keep_back, prepare_data
@@ -253,6 +262,33 @@ def test_tuning_chooses_by_validation_rows_and_never_reads_the_test_file(
     assert told.cells == [] and again.tuned == found.tuned, "what diverged is not tried again either"
 
 
+def test_each_contestant_gets_its_own_best_value_of_the_first_seed(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And all cells keep back the same rows, whatever their seeds: none is chosen by what another trains on."""
+    best = {"deca": 1e-3, "local": 4e-3}
+    asked: list[RunConfig] = []
+
+    def pretend(config: RunConfig, **options: Any) -> dict[str, Any]:
+        asked.append(config)
+        told = {"loss": abs(config.algorithm.lr - best[config.algorithm.name])}
+        return {"algorithm": config.algorithm.name, "config": {}, "metrics": {"average_model": told, "peers": [told]}}
+
+    monkeypatch.setattr(runs, "run", pretend)
+    monkeypatch.setattr("peertune.compare.grid.read_cell", lambda *told: told)
+    texts = {"algorithms": "deca,local", "seeds": "3,4", "tune": "lr=1e-3,2e-3,4e-3"}
+    options = Options.parse([str(path)], str(tmp_path / "out"), **texts)
+    grid = Grid(read_contestants(options), options, Quiet())
+    tuned = grid.tune()
+    assert [choice.best for choice in tuned] == [1e-3, 4e-3] and all(choice.is_at_edge for choice in tuned)
+    assert not replace(tuned[0], best=2e-3).is_at_edge
+    assert [(config.run.seed, config.eval.split, config.eval.points) for config in asked] == [(3, "validation", 0)] * 6
+    grid.play(tuned)
+    cells = [(config.algorithm.name, config.run.seed, config.algorithm.lr, config.eval.split) for config in asked[6:]]
+    assert cells == [(name, seed, lr, "test") for seed in (3, 4) for name, lr in best.items()]
+    assert {(config.data.validation_rows, config.data.validation_seed) for config in asked} == {(6, 0)}
+
+
 def test_an_edge_of_the_grid_is_said(make: Callable[..., tuple[Comparison, Quiet]]) -> None:
     found, _ = make(algorithms="deca,local", seeds="0", tune="lr=1e-9,1e-2")
     assert all(choice.is_at_edge and choice.best == 1e-2 for choice in found.tuned)
@@ -327,6 +363,13 @@ def test_steps_round_trip_and_are_never_exceeded(name: str, data: st.DataObject)
     assert config.with_steps(own, blocks) == config
 
 
+def test_too_few_steps_for_all_sweeps_make_fewer_sweeps() -> None:
+    """Else a method would take up to T times the steps that it may."""
+    config = BlockwiseConfig(outer_rounds=4, inner_steps=48)
+    fitted = [config.with_steps(steps, 5) for steps in (3, 12, 20, 47)]
+    assert [(each.outer_rounds, each.inner_steps) for each in fitted] == [(1, 1), (2, 1), (4, 1), (4, 2)]
+
+
 @given(steps=st.integers(1, 5000), blocks=st.integers(1, 12), every=st.integers(1, 9), sweeps=st.integers(1, 6))
 def test_whole_rounds_leave_no_short_one(steps: int, blocks: int, every: int, sweeps: int) -> None:
     config = BlockwiseConfig(outer_rounds=sweeps, gossip_every=every)
@@ -334,6 +377,100 @@ def test_whole_rounds_leave_no_short_one(steps: int, blocks: int, every: int, sw
     assert isinstance(fitted, BlockwiseConfig)
     assert fitted.inner_steps % every == 0
     assert fitted.num_steps(blocks) <= max(steps, blocks * every)
+
+
+def test_samples_are_steps_times_batches_of_those_who_train() -> None:
+    """A step of two batches draws twice as many; where one in five trains, peers draw a fifth on average."""
+    gossip = LocalStepsConfig(rounds=10, local_steps=6)
+    twice = gossip.model_copy(update={"grad_accumulation": 2})
+    few = FedavgConfig(participation=0.2)
+    cases = ((gossip, twice, 30), (twice, gossip, 120), (twice, twice, 60), (gossip, few, 300), (few, gossip, 100))
+    for first, other, steps in cases:
+        assert steps_for_samples(first, 1, other, 5) == steps
+    third = few.model_copy(update={"rounds": 7, "local_steps": 1, "participation": 1 / 3})
+    assert steps_for_samples(third, 1, third, 3) == 7, "which floats make a little less"
+
+
+def test_bytes_that_the_agreement_takes_are_set_aside() -> None:
+    """A probe of 4 steps sent 60 and 100 while it trained, and 20 more a peer in the end: 20 a step."""
+    probe, rounds = (
+        {"bytes_sent_per_peer": [80, 120]},
+        [SimpleNamespace(bytes_sent=sent) for sent in ((30, 50), (60, 100))],
+    )
+    events: Any = SimpleNamespace(rounds=rounds)
+    assert bytes_a_peer(probe) == 100
+    assert [steps_for_bytes(allowed, probe, events, 4, 99) for allowed in (10.0, 119.0, 120.0)] == [1, 4, 5]
+    events.rounds[-1].bytes_sent = (0, 0)
+    assert steps_for_bytes(120.0, probe, events, 4, 99) == 99, "it sends nothing while it trains"
+    assert [steps_for_seconds(allowed, {"cpu_s": 2.0}, 4) for allowed in (0.1, 3.0)] == [1, 6]
+
+
+def cell_of(monkeypatch: pytest.MonkeyPatch, *, name: str = "deca", models: int = 2, **metrics: Any) -> Cell:
+    """A cell of two peers that hold 10 and 30 sequences; of four rounds the first and last were logged."""
+    epochs = [(0.4, 0.4), (2.0, 1.0)] if models > 1 else [(0.4,), (1.0,)]
+    run = SimpleNamespace(
+        num_models=models,
+        holdings=[SimpleNamespace(sequences=10), SimpleNamespace(sequences=30)],
+        rounds=[
+            SimpleNamespace(round=round, epochs=drawn, bytes_sent=(sent, 3 * sent)[:models])
+            for round, drawn, sent in zip((0, 3), epochs, (10, 40), strict=True)
+        ],
+        evaluations=[SimpleNamespace(round=round, average_model={"loss": 4.0 - round}) for round in (0, 1, 2, 4)],
+    )
+    summary = {
+        "algorithm": name,
+        "config": {"run": {"num_peers": 2}},
+        "metrics": {"average_model": {"loss": 0.5}, "peers": [{"loss": 0.75}, {"loss": 1.25}][:models], **metrics},
+        "bytes_sent_per_peer": [50, 130][:models],
+        "cpu_s": 6.0,
+    }
+    monkeypatch.setattr("peertune.compare.cells.read_run", lambda folder: run)
+    return read_cell(name, 0, Path(), summary)
+
+
+def test_a_curve_counts_samples_and_bytes_of_a_peer_after_each_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between logged rounds they are interpolated; the end is what the peers end with, its agreement included."""
+    cell = cell_of(monkeypatch)
+    found = [(point.samples, point.bytes, point.quality) for point in cell.points]
+    # After rounds 1 and 4 of 4: 8 and 25 samples, 20 and 80 bytes.
+    expected = [(0, 0, 4.0), (8, 20, 3.0), (8 + 17 / 3, 40, 2.0), (25, 90, 0.5)]
+    assert found == [pytest.approx(point) for point in expected]
+    assert (cell.metric, cell.quality, cell.worst_peer, cell.samples) == ("loss", 0.5, 1.25, 25)
+    assert (cell.cpu_s, cell.bytes_sent, cell.bytes_sent_by_hub) == (3.0, 90, None)
+
+
+def test_a_curve_of_those_who_never_agree_has_ends_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [point.quality for point in cell_of(monkeypatch, name="local").points] == [4.0, 1.0]
+    personal = cell_of(monkeypatch, personal=[{"loss": 0.25}, {"loss": 0.5}])
+    assert [point.quality for point in personal.points] == [4.0, 0.375] and personal.worst_peer == 0.5
+
+
+def test_a_pooled_models_passes_are_over_all_data_and_count_for_each_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = cell_of(monkeypatch, name="pooled", models=1)
+    assert [point.samples for point in cell.points] == pytest.approx([0, 8, 12, 20])
+    assert [point.quality for point in cell.points] == [4.0, 3.0, 2.0, 0.75]
+
+
+def test_peers_under_a_robust_rule_are_measured_each_by_its_own_unless_a_server_made_one_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    summary = dict(cell_of(monkeypatch).summary)
+    summary["config"] = {"run": {"num_peers": 2}, "exchange": {"robust": "clip"}}
+    assert quality(summary, "loss") == 1.0
+    assert quality({**summary, "bytes_sent_by_hub": 5}, "loss") == 0.5
+
+
+def test_a_row_is_the_mean_over_seeds_and_the_most_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    cell, told = cell_of(monkeypatch), {"simulated_s": 10.0, "lambda2": 0.5, "peak_memory_bytes": 7}
+    metrics = {"average_model": {"loss": 1.5}, "peers": [{"loss": 2.0}, {"loss": 3.25}]}
+    more = {"metrics": metrics, "bytes_sent_per_peer": [100, 40], "cpu_s": 2.0, "peak_memory_bytes": 5}
+    other = replace(cell, seed=1, summary={**cell.summary, **told, **more})
+    found = row("deca", [replace(cell, summary={**cell.summary, **told}), other], [], "loss", None)
+    assert (found.mean, found.spread) == (1.0, pytest.approx(0.5**0.5))
+    assert (found.worst_peer, found.bytes_sent, found.cpu_s) == ((1.25 + 3.25) / 2, 80.0, 2.0)
+    assert (found.peak_memory_bytes, found.simulated_s, found.lambda2, found.num_seeds) == (7, 10.0, 0.5, 2)
+    lost = row("deca", [other], [0], "loss", None)
+    assert (lost.mean, lost.worst_peer, lost.bytes_sent, lost.num_seeds) == (None, None, 70.0, 2)
 
 
 def test_the_paired_interval_is_the_hand_computed_one() -> None:
@@ -618,6 +755,13 @@ def test_the_recipes_own_method_says_how_long_all_train(path: Path, tmp_path: Pa
         lengths(path, tmp_path, "gt:local_steps=1,deca")
 
 
+def test_what_a_contestants_name_sets_goes_before_what_is_set_for_all(path: Path) -> None:
+    chosen = ["algorithm.lr=0.25", "topology.kind=star"]
+    asked = Options.parse([str(path)], "", algorithms="deca:lr=0.5,deca:topology.kind=complete", overrides=chosen)
+    found = [each.config for each in read_contestants(asked).contestants]
+    assert [(config.algorithm.lr, config.topology.kind) for config in found] == [(0.5, "star"), (0.25, "complete")]
+
+
 def lineup(path: Path, names: str) -> Lineup:
     return read_contestants(Options.parse([str(path)], "", algorithms=names))
 
@@ -708,6 +852,11 @@ def test_a_budget_that_was_missed_is_said(make: Callable[..., tuple[Comparison, 
     assert said.startswith("local took 4") and "does not compare" in said
     [said] = budget_notes([rows[0], replace(rows[1], samples=(rows[0].samples or 0) / 4)], "samples")
     assert said.startswith("local took 0.25 times the samples of deca")
+    for budget, key in (("bytes", "bytes_sent"), ("seconds", "cpu_s")):
+        other = replace(rows[0], contestant="gt", **{key: 3 * getattr(rows[0], key)})
+        [said] = budget_notes([rows[0], other], budget)
+        assert said.startswith(f"gt took 3.0 times the {budget} of deca")
+        assert budget_notes([rows[0], other], "samples") == []
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 160])

@@ -1,5 +1,6 @@
 """Partitions: every row to exactly one peer, the same for the same seed, skewed as published."""
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,14 @@ def label_skew(alpha: float) -> float:
     return total / 8
 
 
+def test_a_class_is_dealt_alike_whichever_comes_first() -> None:
+    dealt = []
+    for data in (rows(200), rows(200)[::-1]):
+        parts = partition(data, [0] * 200, 3, config("dirichlet"), 0)
+        dealt.append([Counter(data[i]["label"] for i in part) for part in parts])
+    assert dealt[0] == dealt[1] and dealt[0][0] != dealt[0][1]
+
+
 def test_label_skew_falls_with_alpha() -> None:
     skews = [label_skew(alpha) for alpha in (0.1, 0.5, 2.0, 100.0)]
     assert skews == sorted(skews, reverse=True)
@@ -99,7 +108,7 @@ def test_quantity_keeps_labels_iid() -> None:
 
 def test_column_keeps_values_whole_and_balances() -> None:
     data = [
-        {"text": "", "client": name} for name, n in zip("abcdef", (9, 7, 5, 4, 3, 2), strict=True) for _ in range(n)
+        {"text": "", "client": name} for name, n in zip("fedcba", (9, 7, 5, 4, 3, 2), strict=True) for _ in range(n)
     ]
     parts = partition(data, [0] * 30, 3, config("column", task="text"), 0)
     assert [sorted({data[i]["client"] for i in part}) for part in parts] == [["a", "f"], ["b", "e"], ["c", "d"]]

@@ -189,6 +189,8 @@ def test_labels_follow_the_cue_in_tokenizers_that_open_each_text_with_a_space() 
     core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     assert label_tokens(PreTrainedTokenizerFast(tokenizer_object=core), ["yes", "no"]) == [[2], [3]]
+    with pytest.raises(DataError, match="label 'no yes' with all tokens of label 'no', "):
+        label_tokens(PreTrainedTokenizerFast(tokenizer_object=core), ["no", "no yes"])
 
 
 # instruction and chat
@@ -276,9 +278,19 @@ def test_only_the_assistant_is_learned(template: str | None, byte_tokenizer: Pre
     assert targets(byte_tokenizer, sample) == f"{space}same{space}{end}{space}last é{space}{end}"
     assert "unanswered" not in full(byte_tokenizer, sample)
     assert full(byte_tokenizer, sample).endswith(f"last é{space}{end}")
+    last = sample.input_ids[sample.prompt_length :]
+    assert byte_tokenizer.decode(last) == f"{space}last é{space}{end}", "what generation is asked for"
+    assert sample.calls == (), "rows without calls are no part of the calls' metrics"
     row["messages"][1]["weight"] = 0  # OpenAI's way to say that a turn is read, not learned
     [sample] = render([row], CHAT, byte_tokenizer, 400).samples
     assert targets(byte_tokenizer, sample) == f"{space}last é{space}{end}"
+
+
+def test_a_first_token_is_never_learned(byte_tokenizer: PreTrainedTokenizerBase) -> None:
+    """There is nothing to predict it from, not even where the assistant begins and nothing stands before it."""
+    byte_tokenizer.chat_template = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    [sample] = render([chat(assistant("hello"))], CHAT, byte_tokenizer, 64).samples
+    assert (full(byte_tokenizer, sample), targets(byte_tokenizer, sample)) == ("hello</s>", "ello</s>")
 
 
 def test_where_no_token_ends_a_turn_its_line_break_is_learned(byte_tokenizer: PreTrainedTokenizerBase) -> None:
@@ -442,6 +454,9 @@ def test_rows_with_nothing_to_learn_from_are_dropped_and_counted(byte_tokenizer:
     rows = [{"instruction": "a", "input": "", "output": output} for output in ("b", "", None, "c", "  ")]
     rendered = render(rows, INSTRUCTION, byte_tokenizer, 64)
     assert (rendered.num_rows, len(rendered.samples), rendered.num_dropped, rendered.num_cut) == (5, 2, 3, 0)
+    assert [sample.row for sample in rendered.samples] == [0, 3], "by which clients and references are found"
+    classes = [labelled(" ", "no"), labelled("a", "no"), labelled("b", ""), labelled("c", "yes")]
+    assert [sample.row for sample in render(classes, LABELS, byte_tokenizer, 64).samples] == [1, 3]
 
 
 def test_a_refusing_template_names_the_row(byte_tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,5 +1,6 @@
 """DECA against a NumPy reference written from the formulas alone, on quadratic losses over a graph."""
 
+from dataclasses import replace
 from typing import Any, get_args
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from peertune.algorithms.deca import Deca, DecaConfig, Discrepancy
 from peertune.algorithms.dpsgd import Dpsgd
 from peertune.algorithms.local import Local
-from peertune.algorithms.turns import BlockwiseConfig
+from peertune.algorithms.turns import BlockwiseConfig, Calendar
 from peertune.config import TopologySection
 from peertune.runtimes import Member, agree, play_round
 from peertune.runtimes.simulation import Mailbox
@@ -192,3 +193,12 @@ def test_peers_join_where_a_turn_begins_and_save_where_it_ends() -> None:
     dpsgd = Dpsgd(peer, BlockwiseConfig(**lengths), topology)  # type: ignore[arg-type]
     assert dpsgd.num_rounds == 5 and all(map(dpsgd.can_join, range(5)))
     assert [dpsgd.is_boundary(round) for round in range(5)] == [False, False, True, False, True]
+
+
+def test_a_random_order_is_of_all_blocks_and_another_one_each_sweep() -> None:
+    calendar = Calendar(num_blocks=6, outer_rounds=9, inner_steps=1, gossip_every=1, order="random", seed=0)
+    sweeps = [[calendar.at(6 * outer + place).block for place in range(6)] for outer in range(9)]
+    assert all(sorted(sweep) == list(range(6)) for sweep in sweeps)
+    assert len({tuple(sweep) for sweep in sweeps}) == 9
+    other = replace(calendar, seed=1)
+    assert sweeps[0] != [other.at(place).block for place in range(6)]

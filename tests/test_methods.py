@@ -1,6 +1,7 @@
 """The methods beside DECA: against NumPy references on quadratic losses, and against each other where they coincide."""
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from peertune.algorithms import ALGORITHMS
+from peertune.algorithms import ALGORITHMS, METHODS
 from peertune.algorithms.alternating_lora import AlternatingLora, AlternatingLoraConfig
 from peertune.algorithms.choco import Choco, ChocoConfig
 from peertune.algorithms.dec_lora import DecLora, DecLoraConfig
@@ -17,13 +18,14 @@ from peertune.algorithms.diloco import Diloco, DilocoConfig
 from peertune.algorithms.dpsgd import Dpsgd
 from peertune.algorithms.fedavg import Fedavg, FedavgConfig
 from peertune.algorithms.gt import TRACKED, Gt
-from peertune.algorithms.local_steps import LocalSteps, LocalStepsConfig
+from peertune.algorithms.local_steps import LocalSteps, LocalStepsConfig, report_of
 from peertune.algorithms.noloco import Noloco, NolocoConfig
 from peertune.algorithms.qg import Qg
 from peertune.algorithms.rw_lora import RwLora
 from peertune.algorithms.scaffold import Scaffold, ScaffoldConfig
 from peertune.algorithms.turns import BlockwiseConfig
-from peertune.config import TopologySection
+from peertune.assemble import make_topology
+from peertune.config import TopologySection, from_dict
 from peertune.errors import ConfigError
 from peertune.exchange import Hop, Inbox
 from peertune.optim import learning_rate
@@ -119,6 +121,29 @@ def test_qg_is_the_numpy_reference() -> None:
     np.testing.assert_allclose(weights_of(simulate(Qg, LocalStepsConfig(**SHORT), topology)), theta, atol=5e-5)
 
 
+def test_a_round_in_which_nothing_moved_leaves_quasi_global_momentum_finite() -> None:
+    """It has no direction."""
+    method = Qg(QuadraticPeer(0), LocalStepsConfig(**SHORT), graph(num_peers=1))  # type: ignore[arg-type]
+    method.begin(0)
+    method.mix(method.hops(0)[0], Inbox({0: 1.0}, {0: method.outgoing(method.hops(0)[0])}))
+    assert not any(moments.exp_avg.any() or moments.exp_avg_sq.any() for moments in method.moments.values())
+
+
+def test_quasi_global_momentum_that_is_set_back_leaves_adams_first_step() -> None:
+    """The exchange still feeds the moments; then they are set back."""
+    config = LocalStepsConfig(lr=LR, local_steps=1, rounds=ROUNDS, reset_moments=True)
+    [member] = simulate(Qg, config, graph(num_peers=1), ROUNDS - 1)
+    [before], _ = weights_of([member]), play_round(ROUNDS - 1, [member])
+    np.testing.assert_allclose(np.abs(weights_of([member])[0] - before), LR, rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", [Gt, Scaffold])
+def test_none_comes_back_where_corrections_of_all_make_one_sum(method: type[LocalSteps]) -> None:
+    config = method.Config(**SHORT)
+    algorithm = method(QuadraticPeer(0), config, server() if method is Scaffold else graph())  # type: ignore[arg-type]
+    assert not any(algorithm.can_join(round) for round in range(ROUNDS))
+
+
 @pytest.mark.parametrize("optimizer", ["average", "adam", "nesterov"])
 def test_fedavg_is_the_numpy_reference(optimizer: Any) -> None:
     config = FedavgConfig(**SHORT, server_optimizer=optimizer, server_lr=0.7 if optimizer == "nesterov" else 0.05)
@@ -175,12 +200,60 @@ def test_one_who_joins_without_a_server_takes_over_the_outer_moments(optimizer: 
     np.testing.assert_array_equal(weights_of(members), np.tile(weights_of(members)[0], (NUM_PEERS, 1)))
 
 
-def test_the_proximal_term_pulls_towards_the_common_model() -> None:
+@pytest.mark.parametrize("method", [Fedavg, Scaffold])
+def test_the_proximal_term_pulls_towards_the_common_model(method: type[Fedavg]) -> None:
     def moved(mu: float) -> float:
-        config = FedavgConfig(lr=LR, local_steps=20, rounds=1, proximal=mu)
-        return float(np.linalg.norm(weights_of(simulate(Fedavg, config, server()))[0] - start()))
+        config = method.Config(lr=LR, local_steps=20, rounds=1, proximal=mu)
+        return float(np.linalg.norm(weights_of(simulate(method, config, server()))[0] - start()))
 
     assert moved(100.0) < moved(1.0) < moved(0.0)
+
+
+def test_the_proximal_steps_are_the_numpy_reference() -> None:
+    """The pull is mu (y - x), towards the model that this round began with."""
+    share, mu, x = np.array(COUNTS) / sum(COUNTS), 2.0, start()
+    for t in range(ROUNDS):
+        trained = []
+        for i in range(NUM_PEERS):
+            adam, y = Adam(), x
+            for n in range(K):
+                y = y - LR * adam.step(gradient(i, t * K + n, y) + mu * (y - x))
+            trained.append(y)
+        x = share @ np.array(trained)
+    members = simulate(Fedavg, FedavgConfig(**SHORT, proximal=mu), server())
+    np.testing.assert_allclose(weights_of(members), np.tile(x, (NUM_PEERS + 1, 1)), atol=2e-5)
+
+
+def test_each_round_draws_its_peers_anew() -> None:
+    """All of them alike; a run with another seed draws others."""
+    peer: Any = QuadraticPeer(0)
+    method = Fedavg(peer, FedavgConfig(participation=0.4), server())
+    drawn = [method.sampled(round) for round in range(500)]
+    assert len({tuple(peers) for peers in drawn}) == 10, "all pairs of five"
+    assert np.bincount(np.concatenate(drawn)).min() > 150
+    peer.seed = 1
+    assert [method.sampled(round) for round in range(500)] != drawn
+
+
+def test_passes_over_a_peers_data_are_counted_in_whole_steps() -> None:
+    """A step of several batches takes as many from a pass."""
+    peer: Any = QuadraticPeer(0)
+    peer.num_steps = partial(Peer.num_steps, peer)
+    peer.batches = SimpleNamespace(num_samples=40, batch_size=8)
+    for accumulation, steps in ((1, 15), (4, 4)):
+        config = FedavgConfig(local_epochs=3, local_steps=99, grad_accumulation=accumulation)
+        assert Fedavg(peer, config, server()).num_local_steps(0) == steps
+
+
+@pytest.mark.parametrize(("kind", "has_hub"), [("ring", True), ("star", True), ("complete", False)])
+def test_a_recipes_graph_becomes_a_server_that_weighs_by_samples(kind: str, has_hub: bool) -> None:
+    """Whatever the recipe's W is; DiLoCo's mean is a plain one all the same."""
+    config = from_dict({"run": {"num_peers": 5}, "topology": {"kind": kind}, "algorithm": {"name": "fedavg"}}, METHODS)
+    topology = make_topology(config[0], Fedavg, COUNTS)
+    assert topology.has_hub == has_hub
+    for method, expected in ((Fedavg, np.array(COUNTS) / sum(COUNTS)), (Diloco, np.full(5, 0.2))):
+        algorithm: Any = method(QuadraticPeer(0), method.Config(), topology)  # type: ignore[arg-type]
+        assert algorithm.consensus(0) == pytest.approx(expected)
 
 
 def test_part_of_the_peers_train_and_all_get_the_model() -> None:
@@ -223,6 +296,24 @@ def test_noloco_is_the_numpy_reference(nesterov: bool, gamma: float) -> None:
     assert sent == [count * 2 * SIZE * 4 for count in paired]  # one tensor of the model's size, not two
 
 
+@pytest.mark.parametrize("kind", ["ring", "complete"])
+def test_pairs_are_edges_with_no_peer_in_two_of_them_and_other_ones_each_round(kind: str) -> None:
+    topology = graph(kind)
+    method = Noloco(QuadraticPeer(0), NolocoConfig(), topology)  # type: ignore[arg-type]
+    rounds = [method.groups(round) for round in range(100)]
+    assert all(len({i for pair in pairs for i in pair}) == 4 == 2 * len(pairs) for pairs in rounds), "one is alone"
+    assert {tuple(pair) for pairs in rounds for pair in pairs} == set(topology.edges)
+
+
+def test_larger_groups_hold_all_peers_in_nearly_equal_parts() -> None:
+    topology = build_topology(TopologySection(kind="complete"), 11, 0)
+    method = Noloco(QuadraticPeer(0), NolocoConfig(group_size=3), topology)  # type: ignore[arg-type]
+    rounds = [method.groups(round) for round in range(20)]
+    assert all(sorted(map(len, groups)) == [3, 4, 4] for groups in rounds)
+    assert all(sorted(i for group in groups for i in group) == list(range(11)) for groups in rounds)
+    assert len({str(groups) for groups in rounds}) == 20
+
+
 def test_noloco_with_one_group_is_diloco() -> None:
     outer: dict[str, Any] = {"local_steps": K, "rounds": ROUNDS, "lr": LR}
     noloco = NolocoConfig(**outer, group_size=NUM_PEERS, outer_momentum=0.9)
@@ -233,8 +324,8 @@ def test_noloco_with_one_group_is_diloco() -> None:
         simulate(Noloco, noloco, graph("ring"))
 
 
-@pytest.mark.parametrize("kind", ["ring", "exponential"])
-@pytest.mark.parametrize(("share", "gamma", "refresh"), [(1.0, 1.0, 0), (0.5, 0.7, 0), (0.2, 0.3, 0), (0.5, 0.6, 2)])
+@pytest.mark.parametrize("kind", ["star", "exponential"])
+@pytest.mark.parametrize(("share", "gamma", "refresh"), [(1.0, 1.0, 0), (0.5, 0.7, 0), (0.3, 0.3, 0), (0.5, 0.6, 2)])
 def test_choco_is_the_numpy_reference(kind: Any, share: float, gamma: float, refresh: int) -> None:
     topology, k = graph(kind), max(1, int(share * SIZE))
     config = ChocoConfig(**SHORT, ratio=share, gamma=gamma, refresh_every=refresh)
@@ -251,8 +342,8 @@ def test_choco_is_the_numpy_reference(kind: Any, share: float, gamma: float, ref
         theta = theta + gamma * (topology.weights @ public - public)
     members = simulate(Choco, config, topology)
     np.testing.assert_allclose(weights_of(members), theta, atol=5e-5)
-    sent = len(topology.targets(0)) * 2 * 4 * entries
-    assert [member.exchange.sent.payload_bytes for member in members] == [sent] * NUM_PEERS
+    sent = [len(topology.targets(peer)) * 2 * 4 * entries for peer in range(NUM_PEERS)]
+    assert [member.exchange.sent.payload_bytes for member in members] == sent
 
 
 def test_choco_that_sends_everything_is_gossip() -> None:
@@ -316,6 +407,20 @@ def test_scaffold_is_the_numpy_reference(participation: float, reset: bool) -> N
     np.testing.assert_array_equal(weights_of(members)[:NUM_PEERS], weights_of(complete))
     rounds = [t // K for t in taken]
     assert [m.exchange.sent.payload_bytes for m in members[:NUM_PEERS]] == [r * 2 * 2 * SIZE * 4 for r in rounds]
+
+
+def test_scaffolds_control_variate_is_the_mean_of_as_many_gradients_as_there_were() -> None:
+    """With passes over a peer's own data that is another number for each."""
+
+    class Uneven(Scaffold):
+        def num_local_steps(self, round: int) -> int:
+            return self.peer.index + 1
+
+    members = simulate(Uneven, ScaffoldConfig(lr=1e-9, rounds=1), server())
+    for i, member in enumerate(members[:NUM_PEERS]):
+        mean = np.mean([gradient(i, step, start()) for step in range(i + 1)], axis=0)
+        own = [member.algorithm.own[name].numpy() for name in "ab"]  # type: ignore[attr-defined]
+        np.testing.assert_allclose(np.concatenate(own), mean, rtol=1e-4, atol=1e-5)
 
 
 STEPS = [name for name, method in ALGORITHMS.items() if issubclass(method, LocalSteps)]
@@ -436,6 +541,18 @@ def test_the_walk_keeps_to_the_graph_and_costs_a_message_a_move() -> None:
     steps = [m.algorithm.num_taken for m in members]  # type: ignore[attr-defined]
     assert steps == [K * algorithm.walk[:-1].count(i) for i in range(NUM_PEERS)]
     assert algorithm.consensus(30)[algorithm.walk[-1]] == 1 == sum(algorithm.consensus(30))
+    theta, adams, taken = start(), [Adam() for _ in range(NUM_PEERS)], [0] * NUM_PEERS
+    for holder in algorithm.walk[:-1]:
+        theta, taken[holder] = descend(holder, theta, adams[holder], taken[holder]), taken[holder] + K
+    np.testing.assert_allclose(weights_of(members)[algorithm.walk[-1]], theta, atol=1e-4)
+
+
+def test_the_walk_goes_by_the_rows_of_w() -> None:
+    """Where all rows are n_j / n, it is at peer j for that share of the rounds."""
+    peer: Any = QuadraticPeer(0)
+    method = RwLora(peer, DecLoraConfig(**{**SHORT, "rounds": 3000}), graph("complete", "samples"))
+    found = np.bincount(method.walk) / len(method.walk)
+    np.testing.assert_allclose(found, np.array(COUNTS) / sum(COUNTS), atol=0.04)
 
 
 def test_one_factor_is_trained_at_a_time() -> None:
@@ -446,6 +563,8 @@ def test_one_factor_is_trained_at_a_time() -> None:
         names = ["q_proj.lora_A.default.weight", "q_proj.lora_B.default.weight"]
         trained = [[method.trains(name, round) for name in names] for round in range(6)]
         assert all(a != b for a, b in trained)
+        method.common = tuple(names)
+        assert [*method.shared_names(0), *method.shared_names()] == [names[1], *names], "consensus is measured on B"
         return [b for _, b in trained]
 
     assert phases("complete") == [True, False] * 3
@@ -466,11 +585,12 @@ def test_epochs_count_all_batches_of_a_step() -> None:
     assert [peer.num_steps(1, 1), peer.num_steps(1, 4), peer.num_steps(3, 4)] == [5, 2, 4]
 
 
-def test_late_messages_of_gradient_tracking_are_not_fetched() -> None:
-    """What is tracked in them belongs to its round; the weights alone would leave it behind."""
+def test_late_messages_of_what_belongs_to_its_round_are_not_fetched() -> None:
+    """What is tracked belongs to its round, and so do CHOCO's differences; weights alone would leave it behind."""
     peer: Any = QuadraticPeer(0)
-    hops = [method(peer, LocalStepsConfig(**SHORT), graph()).hops(0)[0] for method in (Qg, Gt)]
-    assert [hop.takes_late for hop in hops] == [True, False] and hops[0].weights == hops[1].weights
+    hops = [method(peer, method.Config(**SHORT), graph()).hops(0)[0] for method in (Qg, Gt, Choco)]
+    assert [hop.takes_late for hop in hops] == [True, False, False]
+    assert hops[0].weights == hops[1].weights == hops[2].weights
 
 
 def test_a_peer_that_joins_within_a_turn_takes_adams_first_step() -> None:
@@ -494,6 +614,22 @@ def test_decaf_keeps_a_layer_in_which_nobody_learned_anything() -> None:
     method.masters = SimpleNamespace(write=lambda name, value: setattr(method, name, value))
     Decaf.mix(method, None, Inbox({0: 0.5, 1: 0.5}, {i: {"x.lora_A": a, "x.lora_B": b} for i in range(2)}))  # type: ignore[arg-type]
     assert torch.equal(getattr(method, "x.lora_A"), a) and not getattr(method, "x.lora_B").any()
+
+
+def test_decafs_mix_is_the_weighted_product_in_a_basis_near_the_mean_factors() -> None:
+    """Nearest is where B' B_ref + A A_ref' is symmetric and has no negative eigenvalue (Schoenemann 1966)."""
+    [(b, a)], rng = random_factors([3]), torch.Generator().manual_seed(1)
+    near = {j: tuple(x + 0.05 * torch.randn(x.shape, generator=rng) for x in (b, a)) for j in (0, 2, 3)}
+    inbox = Inbox({0: 0.5, 2: 0.2, 3: 0.3}, {j: {"x.lora_B": b, "x.lora_A": a} for j, (b, a) in near.items()})
+    found: dict[str, torch.Tensor] = {}
+    method = SimpleNamespace(common=("x.lora_A", "x.lora_B"), masters=SimpleNamespace(write=found.__setitem__))
+    Decaf.mix(method, None, inbox)  # type: ignore[arg-type]
+    mixed_b, mixed_a = found["x.lora_B"], found["x.lora_A"]
+    u, s, vt = torch.linalg.svd(sum(inbox.weights[j] * b @ a for j, (b, a) in near.items()))
+    torch.testing.assert_close(mixed_b @ mixed_a, u[:, :3] * s[:3] @ vt[:3], rtol=1e-4, atol=1e-4)
+    cross = mixed_b.T @ inbox.mean("x.lora_B") + mixed_a @ inbox.mean("x.lora_A").T
+    torch.testing.assert_close(cross, cross.T, rtol=1e-3, atol=1e-3)
+    assert torch.linalg.eigvalsh(cross).min() > 0
 
 
 def test_local_modules_never_leave_their_peer() -> None:
@@ -526,6 +662,7 @@ def test_the_turn_of_a_block_that_is_personal_as_a_whole_has_no_messages() -> No
 def test_a_share_of_the_peers_is_rounded_to_the_nearest_and_is_one_at_least() -> None:
     found = [FedavgConfig(participation=share).num_sampled(5) for share in (0.01, 0.29, 0.3, 0.5, 1.0)]
     assert found == [1, 1, 2, 3, 5]
+    assert FedavgConfig(participation=0.29).share_at_work(5) == 1 / 5, "what samples are counted by"
 
 
 @pytest.mark.parametrize("name", ["deca", "dpsgd", "dec_lora", "fedavg"])
@@ -562,6 +699,14 @@ def test_personal_parts_take_adams_own_steps(name: str, monkeypatch: pytest.Monk
     for theta.grad in grads[-K * ROUNDS :]:  # of DECA's turns the last is b's
         optimizer.step()
     torch.testing.assert_close(member.algorithm.shared("b"), theta.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_round_tells_the_mean_of_its_steps_and_the_last_rate() -> None:
+    told = report_of(
+        [(torch.tensor(loss), torch.tensor(norm), lr) for loss, norm, lr in ((4.0, 1.0, 0.2), (2.0, 5.0, 0.1))]
+    )
+    assert told is not None and (told.loss, told.grad_norm, told.lr) == (3.0, 3.0, 0.1)
+    assert report_of([]) is None
 
 
 def test_the_base_class_is_a_method_too() -> None:

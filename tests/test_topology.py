@@ -241,6 +241,14 @@ def test_erdos_renyi_draws_again_until_connected() -> None:
 # Spectra known in closed form.
 
 
+def test_laplacian_weights_do_not_hang_on_the_last_bits_of_an_eigenvalue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sites whose linear algebra differs in them must build the same W."""
+    section, original = TopologySection(kind="star", weights="laplacian"), np.linalg.eigvalsh
+    here = build_topology(section, 7, 0)
+    monkeypatch.setattr(np.linalg, "eigvalsh", lambda matrix: original(matrix) * (1 + 4e-15))
+    assert np.array_equal(build_topology(section, 7, 0).weights, here.weights)
+
+
 @pytest.mark.parametrize("num_peers", range(3, 34))
 def test_spectrum_of_ring_complete_and_star(num_peers: int) -> None:
     around = [1 / 3 + 2 / 3 * math.cos(2 * math.pi * k / num_peers) for k in range(1, num_peers)]
