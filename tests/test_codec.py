@@ -68,6 +68,7 @@ def test_only_what_is_averaged_is_coded() -> None:
     assert is_coded(BFLOAT16, gossip(ring()))
     assert not is_coded(ExchangeSection(), gossip(ring()))
     assert is_coded(BFLOAT16, Hop("up", {(0, 2): 0.5, (1, 2): 0.5}))
+    assert is_coded(BFLOAT16, Hop("pairs", {(0, 0): 0.5, (0, 1): 0.5, (1, 0): 0.5, (1, 1): 0.5, (2, 2): 1.0}))
     assert not is_coded(BFLOAT16, Hop("up", {(0, 2): 1.0}))  # one client alone
     assert not is_coded(BFLOAT16, Hop("down", {(2, 0): 1.0, (2, 1): 1.0}))
     assert not any(is_coded(BFLOAT16, hop) for hop in agreement(ring(2), [0.5, 0.5])[1:])

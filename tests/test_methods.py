@@ -715,3 +715,19 @@ def test_the_base_class_is_a_method_too() -> None:
         weights_of(simulate(LocalSteps, config, graph())),
         weights_of(simulate(DecLora, DecLoraConfig(**SHORT), graph())),
     )
+
+
+@pytest.mark.parametrize("name", ["dec_lora", "qg", "noloco"])
+def test_who_takes_up_anothers_weights_forgets_what_belonged_to_its_own(name: str) -> None:
+    """Adam's moments and the outer momentum; a personal part keeps its own."""
+    method = ALGORITHMS[name]
+    keys = {"adapter": "none"} if name == "dec_lora" else {}
+    config = method.Config(**{**SHORT, "rounds": 9}, **keys, reset_moments=False, local_modules=["b"])  # type: ignore[arg-type]
+    one, other, *_ = (member.algorithm for member in simulate(method, config, graph(), 3))
+    assert set(one.moments) == {"a", "b"}  # type: ignore[attr-defined]
+    one.join(3, other.handed_on())
+    assert set(one.moments) == {"b"} and one.moments["b"].exp_avg.any()  # type: ignore[attr-defined]
+    assert not getattr(one, "momentum", {})
+    assert torch.equal(one.shared("a"), other.shared("a"))
+    one.local(3)
+    assert one.moments["a"].num_steps <= config.local_steps  # type: ignore[attr-defined]

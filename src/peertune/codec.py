@@ -41,8 +41,10 @@ def check_codec(rule: ExchangeSection, method: str, averages: bool) -> None:
 
 
 def is_coded(rule: ExchangeSection, hop: Hop) -> bool:
-    """Whether the hop's messages are rounded: whoever receives any averages several."""
-    return rule.codec != "float32" and all(len(hop.sources(target)) > 1 for _, target in hop.weights)
+    """Whether the hop's messages are rounded: whoever hears another averages several."""
+    if rule.codec == "float32":
+        return False
+    return all(len(hop.sources(target)) > 1 for source, target in hop.weights if source != target)
 
 
 def coded(payload: Payload, seed: int, *purpose: int | str) -> Payload:

@@ -172,6 +172,10 @@ class LocalSteps(Algorithm):
         for values in inbox.means(self.common):
             self.masters.write_all(values)
 
+    def join(self, round: int, common: Payload) -> None:
+        super().join(round, common)
+        self.moments = {name: moments for name, moments in self.moments.items() if name not in self.common}
+
     def position(self, round: int) -> Mapping[str, int]:
         return {"outer_round": round, "block": 0, "inner_step": 0}
 

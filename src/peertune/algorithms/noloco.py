@@ -112,6 +112,10 @@ class Noloco(LocalSteps):
             step = gradient.add_(buffer, alpha=mu) if self.config.nesterov else buffer
             self.masters.write(name, slow + step * lr)
 
+    def join(self, round: int, common: Payload) -> None:
+        super().join(round, common)
+        self.momentum = {}
+
     def extra_tensors(self) -> Mapping[str, Tensor]:
         return self.momentum
 
