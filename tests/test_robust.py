@@ -102,6 +102,20 @@ def test_where_nothing_is_clipped_it_is_bitwise_the_plain_mean_and_none_is_the_i
     assert robust_inbox(ExchangeSection(), 2, inbox) is inbox
 
 
+@pytest.mark.parametrize("peer", [1, 5])
+@pytest.mark.parametrize("rule", [CLIP, TRIM], ids=["clip", "trimmed_mean"])
+def test_of_messages_in_bfloat16_it_is_the_mean_in_float32_without_a_copy_of_all(
+    rule: ExchangeSection, peer: int
+) -> None:
+    """Also where the own one is, too, or there is none."""
+    sent = make_inbox(3, [0, 1, 2, 3, 4])
+    sent = Inbox(sent.weights, {i: {"w": payload["w"].bfloat16()} for i, payload in sent.payloads.items()})
+    plain = Inbox(sent.weights, {i: {"w": payload["w"].float()} for i, payload in sent.payloads.items()})
+    found = robust_inbox(rule, peer, sent)
+    assert found.payloads is sent.payloads and found.mean("w").dtype == torch.float32
+    assert torch.equal(found.mean("w"), robust_inbox(rule, peer, plain).mean("w"))
+
+
 @pytest.mark.parametrize("is_server", [False, True])
 @pytest.mark.parametrize("value", [1e4, -1e15, 1e38, float("inf"), float("nan")])
 @pytest.mark.parametrize("rule", [CLIP, TRIM], ids=["clip", "trimmed_mean"])

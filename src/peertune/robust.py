@@ -69,8 +69,7 @@ def robust_inbox(rule: ExchangeSection, peer: int, inbox: Inbox) -> Inbox:
     if rule.robust == "none" or _is_relay(inbox.weights, peer):
         return inbox
     kind = ClippedInbox if rule.robust == "clip" else TrimmedInbox
-    payloads = {source: {name: x.float() for name, x in payload.items()} for source, payload in inbox.payloads.items()}
-    return kind(inbox.weights, payloads, peer, rule)
+    return kind(inbox.weights, inbox.payloads, peer, rule)
 
 
 def _is_relay(sources: Iterable[int], target: int) -> bool:
@@ -78,8 +77,8 @@ def _is_relay(sources: Iterable[int], target: int) -> bool:
 
 
 def _ordered(piece: Tensor) -> Tensor:
-    """With infinity for NaN, which is neither larger nor smaller than anything."""
-    return piece.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+    """In float32, and with infinity for NaN, which is neither larger nor smaller than anything."""
+    return piece.float().nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ class ClippedInbox(RobustInbox):
         With s_j = min(1, tau / ||x_j - c||) it is sum_j w_j s_j x_j + (sum_j w_j (1 - s_j)) c: a mean of other weights,
         so that it takes no more memory than one difference.
         """
-        centre = self.payloads[self.peer][name] if self.sends else self._median(name)
+        centre = self.payloads[self.peer][name].float() if self.sends else self._median(name)
         weights, rest = dict(self.weights), 0.0
         for j, share in zip(self.others, self._shares(name, centre), strict=True):
             rest += weights[j] * (1 - share)
@@ -136,7 +135,7 @@ class ClippedInbox(RobustInbox):
     def _median(self, name: str) -> Tensor:
         """Coordinate by coordinate, the lower of two."""
         flat = [self.payloads[j][name].reshape(-1) for j in self.others]
-        found = torch.empty_like(flat[0])
+        found = torch.empty_like(flat[0], dtype=torch.float32)
         for start in range(0, len(found), PIECE):
             pieces = torch.stack([_ordered(each[start : start + PIECE]) for each in flat])
             found[start : start + PIECE] = pieces.median(0).values
@@ -152,8 +151,8 @@ class TrimmedInbox(RobustInbox):
         out as many as it can.
         """
         flat = [self.payloads[j][name].reshape(-1) for j in self.others]
-        own = self.payloads[self.peer][name].reshape(-1) if self.sends else None
-        found = torch.empty_like(flat[0] if own is None else own)
+        own = self.payloads[self.peer][name].float().reshape(-1) if self.sends else None
+        found = torch.empty_like(flat[0], dtype=torch.float32)
         for start in range(0, len(found), PIECE):
             pieces = [_ordered(each[start : start + PIECE]) for each in flat]
             found[start : start + PIECE] = self._trimmed(pieces, None if own is None else own[start : start + PIECE])
