@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import weakref
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from peertune.config import ExchangeSection, TopologySection
 from peertune.errors import ConfigError
 from peertune.exchange import Hop, Inbox, agreement, gossip
 from peertune.run import run
+from peertune.runtimes import Member, rounds
+from peertune.runtimes.simulation import Mailbox
 from peertune.topology import Topology, build_topology
 from tests.recipes import recipe
 from tests.test_distributed import same_model
@@ -42,6 +46,15 @@ def test_a_number_becomes_one_of_its_two_neighbors_and_itself_on_average() -> No
 def test_infinity_and_nan_stay_what_they_are() -> None:
     found = coded({"x": torch.tensor([float("inf"), float("-inf"), float("nan"), -float("nan")])}, 0)["x"]
     assert found[:2].tolist() == [float("inf"), float("-inf")] and found[2:].isnan().all()
+    bits = torch.tensor([0x7FFFFFFF, -1, 0x7F800001], dtype=torch.int32)  # the first is what GPUs make
+    assert coded({"x": bits.view(torch.float32)}, 0)["x"].isnan().all()
+
+
+def test_a_message_in_pieces_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    payload = {"b": torch.randn(3, 100), "a": torch.randn(7)}
+    whole = coded(payload, 0)
+    monkeypatch.setattr("peertune.codec.PIECE", 64)
+    assert all(torch.equal(x, whole[name]) for name, x in coded(payload, 0).items())
 
 
 def test_draws_are_of_their_purpose() -> None:
@@ -71,7 +84,28 @@ def test_only_what_is_averaged_is_coded() -> None:
     assert is_coded(BFLOAT16, Hop("pairs", {(0, 0): 0.5, (0, 1): 0.5, (1, 0): 0.5, (1, 1): 0.5, (2, 2): 1.0}))
     assert not is_coded(BFLOAT16, Hop("up", {(0, 2): 1.0}))  # one client alone
     assert not is_coded(BFLOAT16, Hop("down", {(2, 0): 1.0, (2, 1): 1.0}))
+    pair = {(i, j): 0.5 for i in range(2) for j in range(2)}
+    assert is_coded(BFLOAT16, Hop("outer", {**pair, (2, 2): 1.0}))  # one beside them who is on his own
+    assert not is_coded(BFLOAT16, Hop("outer", {(0, 0): 1.0}))
     assert not any(is_coded(BFLOAT16, hop) for hop in agreement(ring(2), [0.5, 0.5])[1:])
+
+
+def test_of_what_is_sent_only_the_own_share_is_kept_in_float32() -> None:
+    """Clients take no part in their server's mean, and it has nothing of its own in it."""
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def outgoing(member: Member, hop: Hop) -> dict[str, torch.Tensor]:
+        made.append(weakref.ref(x := torch.randn(5)))
+        return {"x": x}
+
+    for hop, kept in ((Hop("up", {(0, 2): 0.5, (1, 2): 0.5}), 0), (gossip(ring(3)), 3)):
+        mailbox, peers = Mailbox(), [SimpleNamespace(seed=0, index=i) for i in range(3)]
+        members = [Member(cast(Any, SimpleNamespace(peer=peer)), mailbox.endpoint(peer.index)) for peer in peers]
+        made.clear()
+        arriving = rounds._carry_coded(0, 0, hop, members, outgoing)
+        _, inbox = next(arriving)
+        assert sum(each() is not None for each in made) == kept
+        assert [x["x"].dtype for x in inbox.payloads.values()].count(torch.float32) == min(kept, 1)
 
 
 @pytest.mark.parametrize("name", AVERAGING)

@@ -17,6 +17,8 @@ same.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,9 @@ from peertune.errors import ConfigError
 from peertune.exchange import Hop, Payload
 from peertune.seeds import derive_seed
 from peertune.wire import parts_of
+
+PIECE = 1 << 20
+"""Numbers that are rounded at a time, so that the draws take little room."""
 
 
 def check_codec(rule: ExchangeSection, method: str, averages: bool) -> None:
@@ -41,10 +46,9 @@ def check_codec(rule: ExchangeSection, method: str, averages: bool) -> None:
 
 
 def is_coded(rule: ExchangeSection, hop: Hop) -> bool:
-    """Whether the hop's messages are rounded: whoever hears another averages several."""
-    if rule.codec == "float32":
-        return False
-    return all(len(hop.sources(target)) > 1 for source, target in hop.weights if source != target)
+    """Whether the hop's messages are rounded: whoever receives any averages several."""
+    receivers = {target for source, target in hop.weights if source != target}
+    return rule.codec != "float32" and bool(receivers) and all(len(hop.sources(target)) > 1 for target in receivers)
 
 
 def coded(payload: Payload, seed: int, *purpose: int | str) -> Payload:
@@ -59,16 +63,21 @@ def coded(payload: Payload, seed: int, *purpose: int | str) -> Payload:
     if not payload:
         return payload
     flat = torch.cat([payload[name].reshape(-1) for name in sorted(payload)])
+    if flat.sum().isnan():
+        flat.masked_fill_(flat.isnan(), math.nan)  # the NaN of GPUs, whose bits are all set, would carry over into zero
     generator = torch.Generator(flat.device).manual_seed(derive_seed(seed, *purpose))
-    return parts_of(_rounded(flat, generator), payload)
+    rounded = torch.empty(flat.shape, dtype=torch.bfloat16, device=flat.device)
+    for x, q in zip(torch.split(flat, PIECE), torch.split(rounded, PIECE), strict=True):
+        q.copy_(_rounded(x, generator))
+    return parts_of(rounded, payload)
 
 
 def _rounded(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Stochastic rounding of float32 to bfloat16, whose bits are float32's upper half.
+    """Stochastic rounding of float32 to what bfloat16 holds, whose bits are float32's upper half.
 
     A number drawn below 2^16 is added to the bits: the larger the lower half, the likelier it carries over into the
     upper half, which makes that the next number away from zero.
     """
     drawn = torch.empty(x.shape, dtype=torch.int32, device=x.device).random_(0, 1 << 16, generator=generator)
     bits = drawn.add_(x.view(torch.int32)).bitwise_and_(-1 << 16)
-    return bits.view(torch.float32).to(torch.bfloat16)
+    return bits.view(torch.float32)

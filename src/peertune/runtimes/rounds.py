@@ -152,14 +152,13 @@ def _carry_coded(
 
     def rounded(member: Member, hop: Hop) -> Payload:
         out = outgoing(member, hop)
-        if not hop.spreads:
+        if not hop.spreads and member.index in hop.sources(member.index):
             exact[member.index] = out
         return coded(out, member.algorithm.peer.seed, member.index, "codec", round, number)
 
     for member, inbox in _carry(round, hop, members, rounded):
-        own = exact.pop(member.index, None)
-        if own is not None and member.index in inbox.payloads:
-            inbox = replace(inbox, payloads={**inbox.payloads, member.index: own})
+        if member.index in exact:
+            inbox = replace(inbox, payloads={**inbox.payloads, member.index: exact.pop(member.index)})
         yield member, inbox
 
 
