@@ -126,6 +126,32 @@ def test_what_cannot_be_shared_is_written(
     assert is_whole(store, 3)
 
 
+def test_a_shared_file_of_another_user_keeps_its_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who goes on with another's run may write beside his files, and not change them."""
+    store, look, change = CheckpointStore(tmp_path, 1), Path.stat, Path.chmod
+    save(store, 1, 2)
+    others = inode(tmp_path, 1)
+
+    def told(path: Path, **options: Any) -> Any:
+        found = look(path, **options)
+        is_others = found.st_ino == others
+        return SimpleNamespace(st_mode=found.st_mode, st_uid=-1, st_ino=found.st_ino) if is_others else found
+
+    def refused(path: Path, mode: int) -> None:
+        if look(path).st_ino == others:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        change(path, mode)
+
+    monkeypatch.setattr(Path, "stat", told)
+    monkeypatch.setattr(Path, "chmod", refused)
+    before = os.umask(0o077)
+    try:
+        save(store, 3)
+    finally:
+        os.umask(before)
+    assert inode(tmp_path, 3) == others and is_whole(store, 3)
+
+
 def test_a_generation_whose_replacement_failed_is_shared_no_more(
     tmp_path: Path, written: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

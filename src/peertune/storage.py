@@ -53,11 +53,12 @@ class storage_errors:
 def share_weights(folder: Path, like: Path) -> None:
     """Let those read a folder's weights who may read the file beside them, `like`, whose mode the umask gave it.
 
-    safetensors makes its files for their owner alone, whatever the umask says. Raises OSError.
+    safetensors makes its files for their owner alone, whatever the umask says. One that a checkpoint shares may be
+    another user's, and stays as he made it. Raises OSError.
     """
     mode = stat.S_IMODE(like.stat().st_mode)
     for weights in folder.glob("*.safetensors"):
-        if stat.S_IMODE(weights.stat().st_mode) != mode:  # one that a checkpoint shares may be another user's
+        if weights.stat().st_uid == like.stat().st_uid:
             weights.chmod(mode)
 
 
