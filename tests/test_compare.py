@@ -889,11 +889,19 @@ def test_names_are_no_markup() -> None:
     assert "[bold]x" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(
+    ("other", "refusal"),
+    [
+        ("noloco:group_size=3", r"algorithm\.group_size: got 3 on a graph"),
+        ("choco:exchange.codec=bfloat16", r"exchange\.codec: got 'bfloat16', but choco does not only average"),
+        ("choco:exchange.robust=clip", r"exchange\.robust: got 'clip', but choco takes no mean"),
+    ],
+)
 def test_a_contestant_that_cannot_be_run_is_refused_before_any_is(
-    make: Callable[..., tuple[Comparison, Quiet]], tmp_path: Path
+    other: str, refusal: str, make: Callable[..., tuple[Comparison, Quiet]], tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=r"noloco:group_size=3: algorithm\.group_size: got 3 on a graph"):
-        make(algorithms="dpsgd,noloco:group_size=3", seeds="0")
+    with pytest.raises(ConfigError, match=f"{other}: {refusal}"):
+        make(algorithms=f"dpsgd,{other}", seeds="0")
     assert not (tmp_path / "compared").exists()
 
 
