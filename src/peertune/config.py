@@ -66,7 +66,7 @@ class ModelSection(Section):
     init: Literal["pretrained", "random"] = "pretrained"
     """Start from the weights in `path`, or pre-train from random ones of the shape that its config.json says."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type the weights are held in; with bfloat16 the active block has float32 masters, and so have messages."""
+    """Type the weights are held in; with bfloat16 the active block has float32 masters, which are what is sent."""
     quantization: Literal["none", "4bit"] = "none"
     """Hold the base's linear layers in 4 bits (NF4), under a method that trains an adapter; needs bitsandbytes."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
