@@ -45,7 +45,8 @@ class Algorithm(ABC):
     """Whether what it does with a weight depends on no other weight but through the gradient and its clipping; then a
     peer may be several ranks, each with some rows of every tensor."""
     averages: ClassVar[bool] = True
-    """Whether it takes nothing but means from its inboxes, which a recipe's exchange.robust can then replace."""
+    """Whether it takes nothing but means from its inboxes, which a recipe's exchange.robust can then replace and
+    whose messages its exchange.codec can round."""
     mixes: ClassVar[bool] = True
     """Whether peers' messages are weighed by W; else its second eigenvalue says nothing of how peers come together."""
     kept_per_weight: ClassVar[int] = 0
