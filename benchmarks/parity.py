@@ -68,7 +68,7 @@ def compare(method: str, options: argparse.Namespace, folder: Path) -> dict[str,
     path.write_text(tomli_w.dumps(recipe), encoding="utf-8")
     members = options.peers + (method == "fedavg")
     gpus = torch.cuda.device_count()
-    ways: dict[str, Callable[[Path], None]] = {"simulation": lambda out: alone(path, out)}
+    ways: dict[str, Callable[[Path], object]] = {"simulation": lambda out: peertune("run", path, "--out", out)}
     if not 0 < gpus < members:
         ways["nccl" if gpus else "gloo"] = lambda out: ranks(path, out, members)
     ways["grpc"] = lambda out: sites(path, out, members, files, options)
@@ -92,10 +92,6 @@ def write_rows(options: argparse.Namespace, folder: Path) -> list[Path]:
         files.append(folder / f"rows-{i}.jsonl")
         files[-1].write_text("".join(lines[i :: options.peers + 1]), encoding="utf-8")
     return files
-
-
-def alone(recipe: Path, out: Path) -> None:
-    peertune("run", recipe, "--out", out)
 
 
 def ranks(recipe: Path, out: Path, members: int) -> None:

@@ -538,15 +538,20 @@ def test_a_site_stops_where_its_own_ejection_lies_beside_its_charter(tmp_path: P
     assert list(links.links) == ["a", "b"], "it is no neighbour of its own"
 
 
+def lose(consortium: Consortium, processes: dict[str, Any], site: str, after: int) -> None:
+    """Kill a site after so many rounds; its folder is gone."""
+    wait_for(lambda: len(consortium.events(site, "round", "events.jsonl")) >= after)
+    os.kill(processes[site].pid, signal.SIGKILL)
+    processes[site].join()
+    shutil.rmtree(consortium.folder / site / "run")
+
+
 def lose_east(tmp_path: Path, micro_model: Path) -> tuple[Consortium, dict[str, Any]]:
     """Sites in mid-run; east is killed, its folder gone, and the others go on without it."""
     section = {"num_peers": 4, "threads": 1}
     consortium = Consortium(tmp_path, micro_model, {"inner_steps": 12, "outer_rounds": 4}, grace=0.5, run=section)
     processes = {site: consortium.site(site) for site in NAMES}
-    wait_for(lambda: len(consortium.events("east", "round", "events.jsonl")) >= 3)
-    os.kill(processes["east"].pid, signal.SIGKILL)
-    processes["east"].join()
-    shutil.rmtree(tmp_path / "east" / "run")
+    lose(consortium, processes, "east", after=3)
     wait_for(lambda: bool(consortium.events("north", "left_out")))
     return consortium, processes
 
@@ -565,10 +570,7 @@ def test_who_is_in_the_agreement_but_was_not_in_the_last_round_is_named(
     section = {"num_peers": 4, "threads": 1}
     consortium = Consortium(tmp_path, micro_model, {"inner_steps": 12, "outer_rounds": 2}, grace=3.0, run=section)
     processes = {site: consortium.site(site) for site in NAMES}
-    wait_for(lambda: len(consortium.events("east", "round", "events.jsonl")) >= 40)
-    os.kill(processes["east"].pid, signal.SIGKILL)
-    processes["east"].join()
-    shutil.rmtree(tmp_path / "east" / "run")
+    lose(consortium, processes, "east", after=40)
     wait_for(lambda: len(consortium.events("north", "round", "events.jsonl")) >= 86)
     processes["east"] = consortium.site("east")
     consortium.ended(processes)

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from peertune.algorithms import ALGORITHMS, Algorithm
 from peertune.algorithms.local_steps import LocalSteps
 from peertune.algorithms.together import Alone, Together
+from peertune.codec import check_codec
 from peertune.config import ModelSection, RunConfig
 from peertune.data.batches import Batches, UnionBatches
 from peertune.errors import ConfigError
@@ -22,6 +23,7 @@ from peertune.model.layers import draws_in_training
 from peertune.model.sharding import ShardedModel
 from peertune.peer import Peer
 from peertune.prepare import Prepared, model_blocks, prepare_model
+from peertune.robust import check_rule
 from peertune.runtimes import Member, thread_pool
 from peertune.seeds import derive_seed
 from peertune.topology import Topology, build_topology
@@ -79,6 +81,13 @@ def make_algorithm(
     blocks = model_blocks(config, module, method.frozen)
     peer = Peer(index, LanguageModel(module, config.model), blocks, batches, config.run.seed)
     return method(peer, config.algorithm, topology)
+
+
+def check_exchange(config: RunConfig, algorithm: Algorithm) -> None:
+    """Refuse what the recipe asks of messages where the method or its graph cannot have it. Raises ConfigError."""
+    rule, name = config.exchange, config.algorithm.name
+    check_rule(rule, name, algorithm.averages, algorithm.hops(0))
+    check_codec(rule, name, algorithm.averages)
 
 
 def make_pool(config: RunConfig, module: torch.nn.Module, device: torch.device) -> Executor | None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from peertune.algorithms import ALGORITHMS, METHODS
-from peertune.assemble import make_algorithm, make_topology
+from peertune.assemble import check_exchange, make_algorithm, make_topology
 from peertune.audit import AUDIT, AuditLog, Gaps, Repeats
 from peertune.charter import (
     Charter,
@@ -24,7 +24,6 @@ from peertune.charter import (
     shared_recipe,
     write_charter,
 )
-from peertune.codec import check_codec
 from peertune.config import load_recipe
 from peertune.ejection import ejection_path, needed, sign_ejection
 from peertune.errors import CharterError, CheckpointError, ConfigError, Left
@@ -35,7 +34,6 @@ from peertune.model.load import TINY, resolve_path
 from peertune.plugins import code_version
 from peertune.prepare import prepare_model, prepare_tokenizer
 from peertune.progress import Progress
-from peertune.robust import check_rule
 from peertune.run import Site, run
 from peertune.run_folder import RunFolder
 from peertune.runtimes import edges
@@ -84,8 +82,7 @@ def new_charter(
     topology = make_topology(config, method, sample_counts(members, config.run.num_peers))
     base, tokenizer = fingerprints(module, prepare_tokenizer(config, recipe.parent))
     algorithm = make_algorithm(config, module, topology)
-    check_rule(config.exchange, config.algorithm.name, method.averages, algorithm.hops(0))
-    check_codec(config.exchange, config.algorithm.name, method.averages)
+    check_exchange(config, algorithm)
     check_members(members, topology.num_members, edges(algorithm))
     if quorum > len(members):
         raise CharterError(f"--quorum: got {quorum}, expected at most the {len(members)} members there are")

@@ -20,10 +20,17 @@ import torch
 
 from peertune.algorithms import ALGORITHMS
 from peertune.algorithms.base import Algorithm
-from peertune.assemble import make_batches, make_parts, make_pool, make_topology, whole_module, wrap_model
+from peertune.assemble import (
+    check_exchange,
+    make_batches,
+    make_parts,
+    make_pool,
+    make_topology,
+    whole_module,
+    wrap_model,
+)
 from peertune.average import Average
 from peertune.checkpoint import OLDER, CheckpointStore, newest_common
-from peertune.codec import check_codec
 from peertune.config import LinkSection, RunConfig
 from peertune.errors import CheckpointError, ConfigError, DivergedError, Left, ModelError, PeerLostError, StorageError
 from peertune.evaluation import Measured, measure
@@ -55,7 +62,7 @@ from peertune.records import (
     versions,
 )
 from peertune.report import write_report
-from peertune.robust import check_rule, ends_in_agreement
+from peertune.robust import ends_in_agreement
 from peertune.run_folder import RunFolder, save_trained
 from peertune.run_state import Agreed, RunState
 from peertune.runtimes import Group, Member, agree, play_round
@@ -218,8 +225,7 @@ class Run:
         self.average = Average(model, self.members, self.group)
         self.peers = [member for member in self.members if not member.is_hub]
         self.method = self.members[0].algorithm
-        check_rule(config.exchange, config.algorithm.name, method.averages, self.method.hops(0))
-        check_codec(config.exchange, config.algorithm.name, method.averages)
+        check_exchange(config, self.method)
         self.agrees = self.method.agrees and ends_in_agreement(config.exchange.robust, topology.has_hub)
         if self.agrees != self.method.agrees:
             notes.append(

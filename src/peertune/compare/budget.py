@@ -10,8 +10,7 @@ import torch
 
 from peertune.algorithms import ALGORITHMS
 from peertune.algorithms.turns import BlockwiseConfig
-from peertune.assemble import make_algorithm, make_topology
-from peertune.codec import check_codec
+from peertune.assemble import check_exchange, make_algorithm, make_topology
 from peertune.compare.contestants import Contestant, Lineup
 from peertune.compare.options import Options
 from peertune.config import AlgorithmConfig
@@ -19,7 +18,6 @@ from peertune.errors import ConfigError, ModelError, TopologyError
 from peertune.prepare import prepare_model
 from peertune.report.events import RunRecord
 from peertune.report.series import mean
-from peertune.robust import check_rule
 
 Summary = Mapping[str, Any]
 PROBE_SHARE = 8
@@ -80,8 +78,7 @@ class Budget:
             topology = make_topology(config, ALGORITHMS[config.algorithm.name], [1] * config.run.num_peers)
             module = prepare_model(config, torch.device("cpu"), self._base)
             algorithm = make_algorithm(config, module, topology)
-            check_rule(config.exchange, config.algorithm.name, algorithm.averages, algorithm.hops(0))
-            check_codec(config.exchange, config.algorithm.name, algorithm.averages)
+            check_exchange(config, algorithm)
             return len(algorithm.peer.blocks)
         except (ConfigError, ModelError, TopologyError) as error:
             raise type(error)(f"{contestant.name}: {error}") from error
