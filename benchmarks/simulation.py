@@ -24,8 +24,9 @@ from peertune.algorithms import METHODS
 from peertune.config import load_recipe
 from peertune.prepare import prepare_data, prepare_model
 from peertune.progress import Silent
-from peertune.run import Inputs, Run
+from peertune.run import Run
 from peertune.run_folder import RunFolder
+from peertune.run_setup import Inputs
 from peertune.runtimes.simulation import SimulatedGroup
 
 SHARED = Path(os.environ.get("PEERTUNE_TEST_DATA") or Path(__file__).parents[2] / "shared")

@@ -209,8 +209,9 @@ def test_both_sides_of_a_simulation_get_the_same_batches(simulate: ModuleType, t
     from peertune.model.load import load_model
     from peertune.prepare import prepare_data
     from peertune.progress import Silent
-    from peertune.run import Inputs, Run
+    from peertune.run import Run
     from peertune.run_folder import RunFolder
+    from peertune.run_setup import Inputs
     from peertune.runtimes.simulation import SimulatedGroup
 
     options = simulate.parser().parse_args(toy)

@@ -249,7 +249,7 @@ def test_a_site_that_is_killed_while_it_writes_the_model_keeps_the_one_agreed_on
     run(consortium.config)
     processes = {site: consortium.site(site) for site in NAMES if site != "east"}
     with monkeypatch.context() as dies:
-        dies.setattr("peertune.run.save_trained", lambda *_: os._exit(9))
+        dies.setattr("peertune.run_end.save_trained", lambda *_: os._exit(9))
         victim = consortium.site("east")  # a fork, which has this
     victim.join(60)
     assert victim.exitcode == 9

@@ -46,6 +46,8 @@ LAYERS = [
     "records",
     "workload",
     "run_state",
+    "run_setup",
+    "run_end",
     "run",
     "launch",
     "site",

@@ -93,7 +93,7 @@ def test_deca_sends_each_block_once_a_round_to_each_neighbor_and_the_whole_in_th
 
 def test_after_agreement_all_peers_hold_the_exported_weights(tmp_path: Path, micro_model: Path) -> None:
     """To the bit: the exported model is what each peer holds."""
-    from peertune import run as module
+    from peertune import run_end as module
 
     held: list[Any] = []
     original = module.agree
@@ -493,7 +493,7 @@ def test_peers_with_one_model_are_measured_once(
         models.append(model)
         return measure(model, *args, **kwargs)
 
-    monkeypatch.setattr("peertune.run.measure", noting)
+    monkeypatch.setattr("peertune.run_setup.measure", noting)
     keys = {"name": name, "rounds": 2} if name == "fedavg" else {"name": name, "inner_steps": 1, "outer_rounds": 1}
     metrics = run(recipe(tmp_path, micro_model, algorithm=keys))["metrics"]
     assert len(models) == times and len(metrics["peers"]) == 4

@@ -34,8 +34,9 @@ from peertune.model.load import TINY, resolve_path
 from peertune.plugins import code_version
 from peertune.prepare import prepare_model, prepare_tokenizer
 from peertune.progress import Progress
-from peertune.run import Site, run
+from peertune.run import run
 from peertune.run_folder import RunFolder
+from peertune.run_setup import Site
 from peertune.runtimes import edges
 from peertune.runtimes.network import NetworkGroup
 from peertune.runtimes.node import Node

@@ -19,6 +19,8 @@
 Messages say what was got, what was expected and what to do, in one line.
 """
 
+import math
+
 
 class PeertuneError(Exception):
     """Base class. `exit_code` is what the command line returns."""
@@ -84,3 +86,12 @@ class PeerLostError(RunError):
 
 class TurnedAwayError(RunError):
     """The other sites take nothing from this one: it was ejected, or runs elsewhere already."""
+
+
+def require_finite(what: str, value: float) -> None:
+    """Stop a run that has diverged. Raises DivergedError."""
+    if not math.isfinite(value):
+        raise DivergedError(
+            f"{what} became {value}; lower algorithm.lr or set algorithm.max_grad_norm, and start anew in another"
+            " folder"
+        )
