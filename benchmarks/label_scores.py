@@ -86,7 +86,8 @@ def tuned(task: Task, steps: int) -> dict[str, Tensor]:
     batches = Batches(task.train, 16, seed=0, pad_id=task.pad_id)
     for _ in range(steps):
         optimizer.zero_grad()
-        model.backward(batches.next(), 1)
+        batch = batches.next()
+        model.backward(batch, batch.num_targets)
         optimizer.step()
     return dict(model.module.state_dict())
 

@@ -90,7 +90,7 @@ def steps(model: LanguageModel, batches: Iterator[Batch], packs: bool) -> None:
     model.no_packing = "" if packs else "to compare"
     for batch in islice(batches, NUM_BATCHES):
         model.module.zero_grad()
-        model.backward(batch, 1)
+        model.backward(batch, batch.num_targets)
 
 
 def together_over_in_turn(section: ModelSection, repeats: int) -> dict[str, Any]:
@@ -105,9 +105,9 @@ def together_over_in_turn(section: ModelSection, repeats: int) -> dict[str, Any]
 
     def in_turn() -> None:
         for model in models:
-            model.backward(batch, 1)
+            model.backward(batch, batch.num_targets)
 
-    together = partial(stack.backward, range(PEERS), [batch] * PEERS, 1)
+    together = partial(stack.backward, range(PEERS), [batch] * PEERS, [batch.num_targets] * PEERS)
     return ratio({"in turn": in_turn, "together": together}, repeats, CPU, "together", "in turn")
 
 

@@ -24,12 +24,16 @@ def gradient(peer: int, step: int, theta: np.ndarray) -> np.ndarray:
 
 
 class QuadraticPeer:
-    """Stands in for a `Peer` whose model has two blocks, "a" and "b", and the loss of `gradient`."""
+    """Stands in for a `Peer` whose model has two blocks, "a" and "b", and the loss of `gradient`.
 
-    def __init__(self, index: int) -> None:
+    Args:
+        shape: of each block's one parameter, SIZE numbers.
+    """
+
+    def __init__(self, index: int, shape: tuple[int, ...] = (SIZE,)) -> None:
         start = torch.tensor(np.random.default_rng(7).normal(size=(2, SIZE)), dtype=torch.float32)
         self.index, self.seed, self.batches = index, 0, ()
-        self.module = nn.ParameterDict({"a": nn.Parameter(start[0].clone()), "b": nn.Parameter(start[1].clone())})
+        self.module = nn.ParameterDict({n: nn.Parameter(x.reshape(shape)) for n, x in zip("ab", start, strict=True)})
         self.blocks = [Block(0, "a", ("a",), 0), Block(1, "b", ("b",), 1)]
         self.model = SimpleNamespace(
             module=self.module, parameters=lambda: dict(self.module.items()), activate=self.activate,
@@ -40,19 +44,21 @@ class QuadraticPeer:
         return {name: self.module[name] for name in block.parameters}
 
     def backward(self, step: int, num_batches: int) -> Tensor:
-        theta = np.concatenate([self.module[n].detach().double().numpy() for n in "ab"])
+        theta = np.concatenate([self.module[n].detach().double().numpy().reshape(-1) for n in "ab"])
         grad = gradient(self.index, step, theta)
         for name, part in zip("ab", np.split(grad, 2), strict=True):
-            self.module[name].grad = torch.tensor(part, dtype=torch.float32)
+            self.module[name].grad = torch.tensor(part, dtype=torch.float32).view_as(self.module[name])
         return torch.tensor(0.0)
 
 
-def simulate(method: type, config: Any, topology: Topology, rounds: int | None = None) -> list[Member]:
-    """Run a method; returns the members, the hub last where there is one."""
+def simulate(
+    method: type, config: Any, topology: Topology, rounds: int | None = None, shape: tuple[int, ...] = (SIZE,)
+) -> list[Member]:
+    """Run a method on `QuadraticPeer`s; returns the members, the hub last where there is one."""
     mailbox = Mailbox()
     members = []
     for index in range(topology.num_members):
-        peer: Any = QuadraticPeer(index)
+        peer: Any = QuadraticPeer(index, shape)
         if index == topology.num_peers:
             peer.batches = None
         members.append(Member(method(peer, config, topology), mailbox.endpoint(index)))
@@ -68,4 +74,5 @@ def start() -> np.ndarray:
 
 def weights_of(members: list[Member]) -> np.ndarray:
     """theta of each member, float64 [members, 2 SIZE]."""
-    return np.array([np.concatenate([m.algorithm.shared(n).double().numpy() for n in "ab"]) for m in members])
+    held = ([m.algorithm.shared(n).double().numpy().reshape(-1) for n in "ab"] for m in members)
+    return np.array([np.concatenate(parts) for parts in held])

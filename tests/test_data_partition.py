@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from peertune.config import DataSection, PartitionSection
 from peertune.data import describe_partition, partition
+from peertune.data.partition import rows_of_site
 from peertune.errors import DataError
 
 KINDS = ("iid", "dirichlet", "quantity", "column", "files")
@@ -53,6 +54,16 @@ def test_max_samples_are_drawn_from_all_that_a_peer_holds() -> None:
     """Files are often sorted; and peers draw apart from each other."""
     one, other = partition(rows(200), [i // 100 for i in range(200)], 2, config("files", max_samples=20), 0)
     assert one[-1] >= 50 and one.tolist() != (other - 100).tolist()
+
+
+@pytest.mark.parametrize("cap", [0, 20])
+def test_sites_train_on_the_rows_that_their_files_are_dealt(cap: int) -> None:
+    section = config("files", max_samples=cap, min_size=2)
+    dealt = partition(rows(200), [i // 100 for i in range(200)], 2, section, 7)
+    for site, piece in enumerate(dealt):
+        assert (rows_of_site(100, site, section, 7) + 100 * site).tolist() == piece.tolist()
+    with pytest.raises(DataError, match=r"got 1 rows, expected at least data.partition.min_size = 2"):
+        rows_of_site(1, 0, section, 7)
 
 
 @pytest.mark.parametrize("kind", ["iid", "dirichlet", "quantity"])

@@ -91,6 +91,18 @@ def test_the_discrepancies_differ() -> None:
             assert np.abs(one - other).max() > 1e-4
 
 
+@pytest.mark.parametrize("gossip_every", [1, 4])
+def test_what_weight_decay_took_does_not_come_back_as_a_correction(
+    gossip_every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a gradient, weights shrink by 1 - lr wd a step, and by no more."""
+    monkeypatch.setattr("tests.quadratic.gradient", lambda peer, step, theta: np.zeros_like(theta))
+    config = DecaConfig(lr=0.02, outer_rounds=1, inner_steps=12, gossip_every=gossip_every, weight_decay=0.5)
+    ring = build_topology(TopologySection(kind="ring"), NUM_PEERS, 0)
+    for end in weights_of(simulate(Deca, config, ring, shape=(2, SIZE // 2))):
+        np.testing.assert_allclose(end / start(), (1 - 0.02 * 0.5) ** 12, atol=1e-3)
+
+
 def topology_of(weights: np.ndarray) -> Topology:
     return Topology("edges", len(weights), weights)
 

@@ -346,6 +346,13 @@ def test_choco_is_the_numpy_reference(kind: Any, share: float, gamma: float, ref
     assert [member.exchange.sent.payload_bytes for member in members] == sent
 
 
+def test_what_choco_is_told_of_places_that_there_are_not_is_left_out() -> None:
+    places = torch.tensor([0, -1, SIZE, 2**30, SIZE - 1], dtype=torch.int32).view(torch.float32)
+    held = {"a": torch.zeros(2, SIZE // 2)}
+    Choco._take_in(held, {"places/a": places, "values/a": torch.arange(1.0, 6)}, 0.5)
+    assert held["a"].view(-1).tolist() == [0.5, *[0.0] * (SIZE - 2), 2.5]
+
+
 def test_choco_that_sends_everything_is_gossip() -> None:
     choco = simulate(Choco, ChocoConfig(**SHORT, ratio=1.0, gamma=1.0), graph())
     gossip = simulate(DecLora, DecLoraConfig(**SHORT), graph())
@@ -427,14 +434,18 @@ STEPS = [name for name, method in ALGORITHMS.items() if issubclass(method, Local
 
 
 @pytest.mark.parametrize("name", sorted(set(STEPS) - {"qg", "diloco", "noloco", "decaf"}))
-def test_a_lone_peer_takes_adamw_steps(name: str) -> None:
-    """With nobody to mix with, a method is torch's AdamW; those with an outer optimiser have forms of their own."""
+@pytest.mark.parametrize("shape", [(SIZE,), (2, SIZE // 2)])
+def test_a_lone_peer_takes_adamw_steps(name: str, shape: tuple[int, ...]) -> None:
+    """With nobody to mix with, a method is torch's AdamW; those with an outer optimiser have forms of their own.
+
+    Matrices alone decay.
+    """
     method = ALGORITHMS[name]
     config = method.Config(**{**SHORT, "weight_decay": 0.1, "reset_moments": False})
     topology = server(1) if issubclass(method, Fedavg) else graph(num_peers=1)
-    [found, *_] = weights_of(simulate(method, config, topology))
+    [found, *_] = weights_of(simulate(method, config, topology, shape=shape))
     theta = torch.tensor(start(), dtype=torch.float32, requires_grad=True)
-    optimizer = torch.optim.AdamW([theta], lr=LR, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([theta], lr=LR, weight_decay=0.1 if len(shape) > 1 else 0.0)
     for step in range(K * ROUNDS):
         theta.grad = torch.tensor(gradient(0, step, theta.detach().double().numpy()), dtype=torch.float32)
         optimizer.step()

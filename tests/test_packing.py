@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from peertune.model.attention import choose_attention
 from peertune.model.language_model import LanguageModel
 from peertune.model.load import clone_model
 from peertune.model.stacked import StackedModels
+from peertune.peer import Peer
 from peertune.progress import Silent
 from peertune.run import run
 from tests.recipes import recipe
@@ -55,10 +57,10 @@ def shapes_seen(model: LanguageModel) -> list[tuple[int, ...]]:
     return seen
 
 
-def gradient(model: LanguageModel, batch: Batch, num_batches: int = 1) -> tuple[float, torch.Tensor]:
+def gradient(model: LanguageModel, batch: Batch, num_targets: int = 0) -> tuple[float, torch.Tensor]:
     for p in model.module.parameters():
         p.grad = None
-    loss = model.backward(batch, num_batches)
+    loss = model.backward(batch, num_targets or batch.num_targets)
     return loss.item(), torch.cat([p.grad.flatten() for p in model.module.parameters() if p.grad is not None])
 
 
@@ -194,16 +196,18 @@ def test_stacked_models_have_the_gradients_of_each_alone(name: str, dtype: torch
     models = adapted(name, 3, dtype)
     close = 2e-4 if dtype == torch.float32 else 0.1
     batches = [ragged(0), ragged(1, (5, 5, 5)), ragged(2, (3, 12))]
-    alone = [gradient(model, batch, 2) for model, batch in zip(models, batches, strict=True)]
+    alone = [gradient(model, batch, 2 * batch.num_targets) for model, batch in zip(models, batches, strict=True)]
     for model in models:
         model.module.zero_grad()
-    losses = StackedModels(models).backward([2, 0], [batches[2], batches[0]], 2)
+    losses = StackedModels(models).backward(
+        [2, 0], [batches[2], batches[0]], [2 * batches[i].num_targets for i in (2, 0)]
+    )
     for i, loss in zip((2, 0), losses, strict=True):
         found = torch.cat([p.grad.flatten() for p in models[i].module.parameters() if p.grad is not None])
         assert loss.item() == pytest.approx(alone[i][0], rel=close / 10)
         assert (found - alone[i][1]).norm() < close * found.norm()
     assert all(p.grad is None for p in models[1].module.parameters())
-    assert gradient(models[2], batches[2], 2)[0] == alone[2][0]  # on its own again
+    assert gradient(models[2], batches[2], 2 * batches[2].num_targets)[0] == alone[2][0]  # on its own again
 
 
 @pytest.mark.parametrize("members", [[0, 1, 2], [0, 2]])
@@ -217,7 +221,7 @@ def test_gradients_of_models_that_are_laid_out_add_up_in_rows_of_their_own(membe
     stack = StackedModels(models)
     stack.lay_out(flats)
     for _ in range(2):
-        stack.backward(members, [batches[i] for i in members], 1)
+        stack.backward(members, [batches[i] for i in members], [batches[i].num_targets for i in members])
     for i, flat in flats.items():
         expected = 2 * alone[i] if i in members else torch.zeros_like(alone[i])
         assert flat.gradient is not None
@@ -270,6 +274,22 @@ def test_batched_peers_end_with_the_weights_of_peers_in_turn(
             known = [(a, b) for a, b in zip(mine[key], theirs[key], strict=True) if a is not None]
             assert all(b == pytest.approx(a, rel=2e-3) for a, b in known), key
         assert mine["lr"] == theirs["lr"]
+
+
+def test_accumulated_batches_have_the_gradient_of_one_large_batch() -> None:
+    """Of all target tokens alike, not of the batches alike."""
+    model = ours(make_model("llama"))
+    large = ragged(3, (9, 3, 2))
+    small = iter([large.part(0, 2), large.part(1, 2)])
+    counts = [large.part(i, 2).num_targets for i in (0, 1)]
+    assert counts[0] > 2 * counts[1] > 0
+    loss, expected = gradient(model, large)
+    model.module.zero_grad()
+    draws: Any = SimpleNamespace(next=lambda: next(small))
+    told = Peer(0, model, [], draws, 0).backward(0, 2)
+    found = torch.cat([p.grad.flatten() for p in model.module.parameters() if p.grad is not None])
+    assert told.item() == pytest.approx(loss, rel=1e-5)
+    assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
 class Stop(Silent):

@@ -113,9 +113,10 @@ def make_parts(config: RunConfig, peers: Sequence[Member]) -> list[Alone | Toget
     if size == 1 or len(peers) <= 1:  # none where a process plays the hub alone
         return [Alone(algorithm) for algorithm in algorithms]
     local_steps = [algorithm for algorithm in algorithms if isinstance(algorithm, LocalSteps)]
-    module = peers[0].algorithm.peer.model.module
+    module, has_own = peers[0].algorithm.peer.model.module, type(algorithms[0]).local is not LocalSteps.local
     for reason, applies in (
         (f"{config.algorithm.name}, which has no rounds of local AdamW steps", len(local_steps) < len(algorithms)),
+        (f"{config.algorithm.name}, which has a local phase of its own", has_own),
         ("a model with dropout or jitter, whose draws are each peer's own", draws_in_training(module)),
     ):
         if applies:

@@ -161,7 +161,7 @@ class AlgorithmConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """What the rate does after warm-up: stays, or falls to 0, where it would be one local step after the last."""
     grad_accumulation: Positive = 1
-    """Batches a local step averages its gradient over."""
+    """Batches over whose target tokens, all alike, a local step averages its gradient."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay, on matrices only (never on norms and biases)."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 0.0

@@ -74,6 +74,11 @@ def new_charter(
         raise CharterError(f"algorithm.name: got {config.algorithm.name!r}, which trains on all data in one place")
     if config.run.ranks_per_peer > 1:
         raise CharterError(f"run.ranks_per_peer: got {config.run.ranks_per_peer}, expected 1: a site is one process")
+    if config.data.validation_rows:
+        raise CharterError(
+            f"data.validation_rows: got {config.data.validation_rows}, expected 0: they are kept back of all rows there"
+            " are, which no site has; set data.validation_rows = 0, and join with --test FILE"
+        )
     peers = members[: config.run.num_peers]
     if method.graph(config.topology).weights == "samples" and not all(member.samples for member in peers):
         raise CharterError(

@@ -30,17 +30,19 @@ class Peer:
     """The run's seed; draws are derived from (seed, index, purpose)."""
 
     def backward(self, step: int, num_batches: int) -> Tensor:
-        """Add to `.grad` the gradient of the mean loss of the next `num_batches` batches.
+        """Add to `.grad` the gradient of the mean loss over the target tokens of the next `num_batches` batches.
 
         Args:
             step: number of the local step since the run began; seeds dropout, where the model has any.
         Returns:
             The mean loss in nats a target token, a float32 scalar on the model's device.
         """
+        batches = [self.next_batch() for _ in range(num_batches)]
+        num_targets = sum(batch.num_targets for batch in batches)
         total = torch.zeros((), device=self.model.device)
         with self.drawing(step):
-            for _ in range(num_batches):
-                total += self.model.backward(self.next_batch(), num_batches)
+            for batch in batches:
+                total += self.model.backward(batch, num_targets)
         return total
 
     @contextmanager

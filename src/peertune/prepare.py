@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from peertune.config import DataSection, RunConfig
 from peertune.data.chat import plain_template
 from peertune.data.load import Row, Table, load_table
-from peertune.data.partition import describe_partition, partition
+from peertune.data.partition import describe_partition, partition, rows_of_site
 from peertune.data.render import Rendered, Rows, find_labels, label_tokens, render
 from peertune.data.tools import LOSSES
 from peertune.errors import ConfigError, DataError, ModelError
@@ -87,7 +87,9 @@ def prepare_data(config: RunConfig, base: Path | None, site: int | None = None) 
         kept_by = partition_seed if section.validation_seed is None else section.validation_seed
         table, validation = keep_back(table, section.validation_rows, kept_by)
         test = validation if on_validation else test
-    parts = {} if site is None or not table.rows else {site: np.arange(len(table.rows))}
+    parts = {}
+    if site is not None and table.rows:
+        parts = {site: rows_of_site(len(table.rows), site, section, partition_seed)}
     if site is None:
         parts = dict(enumerate(partition(table.rows, table.source, config.run.num_peers, section, partition_seed)))
     tokenizer = prepare_tokenizer(config, base)

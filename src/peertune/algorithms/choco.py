@@ -90,10 +90,11 @@ class Choco(LocalSteps):
 
     @staticmethod
     def _take_in(to: Mapping[str, Tensor], message: Payload, weight: float) -> None:
-        """Add a peer's differences, by weight."""
+        """Add a peer's differences, by weight; none at places that there are not, whatever a neighbor says."""
         for name, tensor in to.items():
-            places = message[PLACES + name].view(torch.int32)
-            tensor.view(-1).index_add_(0, places, message[VALUES + name], alpha=weight)
+            places, flat = message[PLACES + name].view(torch.int32), tensor.view(-1)
+            there = (places >= 0) & (places < len(flat))
+            flat.index_add_(0, places[there], message[VALUES + name][there], alpha=weight)
 
     def can_join(self, round: int) -> bool:
         """Before a round whose messages are whole weights; else s_i is the sum of all that was ever heard."""

@@ -177,7 +177,8 @@ class Deca(Algorithm):
 
             paper            h = -d, as transcribed: the step itself, so it points against the gradient
             descent          h = d
-            descent_scaled   h = d / (sum of lr over the interval) (sqrt(vhat) + eps), a gradient's units; m only
+            descent_scaled   h = d / (sum of lr over the interval) (sqrt(vhat) + eps), a gradient's units; m only; d
+                             without what weight decay took, which is no gradient and would be taken once more
             trivial          h = d / ||d||, into the moments of the last mix, in place of the local gradient
                              (QG-DAdam, arXiv 2102.04761)
             none             m and v stay
@@ -198,7 +199,11 @@ class Deca(Algorithm):
             norm = torch.nn.utils.get_total_norm(list(d.values())).item()
             scale = 1 / norm if norm else 0.0
         for name in d:
-            moments, h = self.moments[name], d[name].mul_(scale)
+            moments, h = self.moments[name], d[name]
+            decay = self.interval_lr * self.config.weight_decay if h.ndim > 1 else 0.0
+            if decay and self.discrepancy == "descent_scaled":  # it was of the weights before: those now, and d
+                h.mul_(1 - decay).sub_(self.anchor[name], alpha=decay)
+            h.mul_(scale)
             if self.discrepancy == "descent_scaled":
                 (denominator,) = adam_denominators([moments.exp_avg_sq], self.corrections[1], self.config.eps)
                 h.mul_(denominator)

@@ -89,11 +89,7 @@ class LocalSteps(Algorithm):
         for n in range(count):
             loss = self.peer.backward(self.num_taken, self.config.grad_accumulation)
             taken.append((loss, *self.take_step(round, n, count)))
-        if self.flat is not None:
-            self.flat.end_gradients()
-        if self.config.reset_moments:
-            # Those that the exchange feeds it still needs; the others, of all simulated peers, would stand there idle.
-            self.moments = {name: m for name, m in self.moments.items() if not self.feeds_moments(name)}
+        self.end()
         return report_of(taken)
 
     def feeds_moments(self, name: str) -> bool:
@@ -106,6 +102,14 @@ class LocalSteps(Algorithm):
         if count:
             self.activate(round)
         return count
+
+    def end(self) -> None:
+        """Let go of what a round's steps alone needed."""
+        if self.flat is not None:
+            self.flat.end_gradients()
+        if self.config.reset_moments:
+            # Those that the exchange feeds it still needs; the others, of all simulated peers, would stand there idle.
+            self.moments = {name: m for name, m in self.moments.items() if not self.feeds_moments(name)}
 
     def take_step(self, round: int, n: int, count: int) -> tuple[Tensor, float]:
         """Step `n` of a round's `count`, by the gradients at hand; their L2 norm before clipping, and the rate."""

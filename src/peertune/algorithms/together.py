@@ -46,6 +46,8 @@ class Together:
             members = [i for i, count in enumerate(counts) if n < count]
             for i, loss in zip(members, self._backward(members), strict=True):
                 taken[i].append((loss, *self.algorithms[i].take_step(round, n, counts[i])))
+        for algorithm in self.algorithms:
+            algorithm.end()
         return [report_of(steps) for steps in taken]
 
     def _backward(self, members: Sequence[int]) -> Tensor:
@@ -53,8 +55,9 @@ class Together:
         peers = [self.algorithms[i].peer for i in members]
         accumulation = self.algorithms[0].config.grad_accumulation
         total = torch.zeros(len(members), device=peers[0].model.device)
+        batches = [[peer.next_batch() for _ in range(accumulation)] for peer in peers]
+        num_targets = [sum(batch.num_targets for batch in own) for own in batches]
         with peers[0].drawing(self.algorithms[members[0]].num_taken):
-            for _ in range(accumulation):
-                batches = [peer.next_batch() for peer in peers]
-                total += torch.stack(self._stack.backward(members, batches, accumulation))
+            for each in zip(*batches, strict=True):
+                total += torch.stack(self._stack.backward(members, each, num_targets))
         return total

@@ -29,6 +29,11 @@ class Batch:
     sample_ids: tuple[int, ...]
     """Index of each sequence among the samples that batches are drawn from."""
 
+    @property
+    def num_targets(self) -> int:
+        """Tokens to predict; a first one has nothing to its left, and counts as none."""
+        return int(self.loss_mask[:, 1:].sum())
+
     def part(self, index: int, count: int) -> Batch:
         """Part `index` of `count`: sequences that follow each other, as many as in any other part or one more."""
         size, more = divmod(len(self.sample_ids), count)

@@ -75,10 +75,30 @@ def partition(rows: Rows, source: Sequence[int], num_peers: int, config: DataSec
                 f"data.partition: peer {peer} would hold {len(piece)} rows, expected at least min_size = "
                 f"{part.min_size}; lower run.num_peers or data.partition.min_size"
             )
-        if config.max_samples and len(piece) > config.max_samples:
-            chosen = numpy_rng(seed, "partition", "max_samples", peer)
-            parts[peer] = chosen.choice(piece, config.max_samples, replace=False)
-    return [np.sort(piece) for piece in parts]
+    return [_capped(piece, config, seed, peer) for peer, piece in enumerate(parts)]
+
+
+def rows_of_site(num_rows: int, peer: int, config: DataSection, seed: int) -> Indices:
+    """Which of the rows that a peer brings itself it trains on; as `partition` deals them where a file is a peer.
+
+    Returns:
+        Their sorted indices: all, unless `max_samples` caps them.
+    Raises:
+        DataError: fewer than `min_size`.
+    """
+    if num_rows < config.partition.min_size:
+        raise DataError(
+            f"data: got {num_rows} rows, expected at least data.partition.min_size = {config.partition.min_size}; give"
+            " more rows"
+        )
+    return _capped(np.arange(num_rows, dtype=np.int64), config, seed, peer)
+
+
+def _capped(piece: Indices, config: DataSection, seed: int, peer: int) -> Indices:
+    """A peer's rows, sorted, at most `max_samples` of them."""
+    if config.max_samples and len(piece) > config.max_samples:
+        piece = numpy_rng(seed, "partition", "max_samples", peer).choice(piece, config.max_samples, replace=False)
+    return np.sort(piece)
 
 
 def describe_partition(rows: Rows, parts: Sequence[Indices], config: DataSection) -> list[dict[str, Any]]:

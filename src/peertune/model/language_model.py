@@ -92,14 +92,15 @@ class LanguageModel:
         self.stack.begin_turn(block.first_layer)
         return active
 
-    def backward(self, batch: Batch, num_batches: int) -> Tensor:
-        """Add to `.grad` of `parameters` the gradient of a batch's mean loss a target token, over `num_batches`.
+    def backward(self, batch: Batch, num_targets: int) -> Tensor:
+        """Add to `.grad` of `parameters` the gradient of a batch's summed loss over `num_targets`.
 
+        Args:
+            num_targets: target tokens of all batches of the step, of which this is one.
         Returns:
-            That loss over `num_batches`: nats, a float32 scalar without gradient.
+            What was derived: nats, a float32 scalar without gradient; over a step's batches it sums to their mean loss.
         """
-        loss, num_targets = self.loss_sum(batch, remember=True)
-        loss = loss / (max(1, num_targets) * num_batches)
+        loss = self.loss_sum(batch, remember=True)[0] / max(1, num_targets)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 

@@ -82,11 +82,9 @@ class ShardedModel(LanguageModel):
         parameter = self.module.get_parameter(name).detach()
         return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
-    def backward(self, batch: Batch, num_batches: int) -> Tensor:
+    def backward(self, batch: Batch, num_targets: int) -> Tensor:
         """As for `LanguageModel`: gradient and loss are those of the whole batch, of which a rank runs its part."""
-        num_targets = int(batch.loss_mask[:, 1:].sum())
-        loss, _ = self.loss_sum(batch.part(*self._place), remember=True)
-        loss = loss / (max(1, num_targets) * num_batches)
+        loss = self.loss_sum(batch.part(*self._place), remember=True)[0] / max(1, num_targets)
         loss.backward()  # type: ignore[no-untyped-call]
         for name, parameter in self.module.named_parameters():
             if parameter.grad is not None:

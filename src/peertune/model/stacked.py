@@ -82,14 +82,14 @@ class StackedModels:
 
         return [(whole(layer, 0), whole(layer, 1)) for layer in range(len(self._names))]
 
-    def backward(self, members: Sequence[int], batches: Sequence[Batch], num_batches: int) -> list[Tensor]:
+    def backward(self, members: Sequence[int], batches: Sequence[Batch], num_targets: Sequence[int]) -> list[Tensor]:
         """As each member's `LanguageModel.backward`, for one batch of each.
 
         Args:
             members: indices of the models, none twice.
-            batches: by member.
+            batches, num_targets: by member.
         Returns:
-            By member its mean loss a target token over `num_batches`, a float32 scalar without gradient.
+            By member, a float32 scalar without gradient.
         """
         first = self.models[members[0]]
         if not all(first.packs(batch) for batch in batches):
@@ -108,9 +108,8 @@ class StackedModels:
         with stacked(self._layers[members[0]], self._factors(members, rows)):
             hidden = first.hidden_before_targets(tokens)
         losses = []
-        for own, ids, is_target in zip(hidden, tokens.input_ids, tokens.targets, strict=True):
-            loss = first.head_loss(own, ids[is_target])
-            losses.append(loss / (max(1, len(own)) * num_batches))
+        for own, ids, is_target, number in zip(hidden, tokens.input_ids, tokens.targets, num_targets, strict=True):
+            losses.append(first.head_loss(own, ids[is_target]) / max(1, number))
         torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
         if self._flat is not None and not is_all:
             self._gradients[members] = leaf.grad  # type: ignore[assignment]
