@@ -1,14 +1,20 @@
 """The link model: what simulated time is made of, and that runs keep it."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
+from peertune.algorithms.base import LocalReport
 from peertune.checkpoint import CheckpointStore
 from peertune.config import LinkSection
 from peertune.link import Clock, hop_seconds
 from peertune.run import run
 from peertune.run_folder import RunFolder
+from peertune.runtimes import Member, play_round
+from peertune.runtimes.simulation import Mailbox
 from tests.recipes import recipe
 
 LINK = LinkSection(bandwidth_mbit=8.0, latency_ms=250.0)  # a megabyte a second
@@ -37,6 +43,25 @@ def test_a_run_counts_each_hop_of_training_and_agreement(tmp_path: Path, micro_m
     pairs = zip(summary["bytes_sent_per_peer"], summary["header_bytes_sent_per_peer"], strict=True)
     sent = [payload + header for payload, header in pairs]
     assert max(sent) <= summary["simulated_s"] * 1e3 / 8 <= sum(sent)
+
+
+@pytest.mark.parametrize(("threads", "seconds"), [(1, 5.0), (2, 7.0)])
+def test_a_local_phase_of_several_threads_takes_what_the_clock_says(
+    threads: int, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process's CPU time is that of all of them; of one, it is what a busy machine does not lengthen."""
+    done, peer = [0], SimpleNamespace(device=torch.device("cpu"))
+
+    def local(round: int) -> LocalReport:
+        done[0] += 1
+        return LocalReport(torch.tensor(1.0), torch.tensor(1.0), 0.1)
+
+    method: Any = SimpleNamespace(local=local, hops=lambda round: (), peer=SimpleNamespace(model=peer, batches=()))
+    clocks = SimpleNamespace(process_time=lambda: 5.0 * done[0], perf_counter=lambda: 7.0 * done[0])
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)
+    monkeypatch.setattr("peertune.runtimes.rounds.time", clocks)
+    [report] = play_round(0, [Member(method, Mailbox().endpoint(0))])
+    assert report is not None and (report.cpu_s, report.wall_s) == (5.0, seconds)
 
 
 def test_simulated_time_goes_on_over_an_interruption(

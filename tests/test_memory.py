@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from peertune.memory import HUGE_PAGE, keep_freed, release, room
+from peertune.memory import HUGE_PAGE, available_bytes, keep_freed, release, room
 
 LARGE = 8 * HUGE_PAGE // 4
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -29,6 +29,16 @@ def test_rooms_are_vectors_that_share_nothing(size: int) -> None:
     del one, other
     gc.collect()
     assert bool((view == 1.0).all()), "the memory stays for as long as a part of it is held"
+
+
+def test_memory_to_be_had_is_what_a_container_has_left(tmp_path: Path) -> None:
+    host = available_bytes(tmp_path / "none")
+    assert host is not None
+    (tmp_path / "memory.current").write_text("700000\n")
+    (tmp_path / "memory.stat").write_text("anon 500000\ninactive_file 100000\n")
+    for limit, expected in (("1000000", 400_000), ("650000", 50_000), ("500000", 0), ("max", host)):
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        assert available_bytes(tmp_path) == pytest.approx(expected, rel=0.2)
 
 
 @pytest.mark.skipif(not THP.exists() or "[never]" in THP.read_text(), reason="the system has no huge pages")

@@ -483,6 +483,8 @@ def test_a_resumed_peer_goes_on_bitwise(name: str, round: int) -> None:
     mailbox, fresh = Mailbox(), []
     for index, member in enumerate(half):
         tensors, plain = member.algorithm.state_dict(round)
+        of_weights = sum(t.numel() for n, t in tensors.items() if n.startswith("state/") and not member.is_hub)
+        assert of_weights <= 2 * SIZE * method.kept_per_weight, "what a checkpoint holds is foreseen"
         peer: Any = QuadraticPeer(index)
         peer.batches = None if member.is_hub else ()
         algorithm = method(peer, config, topology)
@@ -544,6 +546,9 @@ def test_decafs_factors_can_be_averaged_apart_after_their_turn() -> None:
 def test_the_walk_keeps_to_the_graph_and_costs_a_message_a_move() -> None:
     topology = graph("ring")
     members = simulate(RwLora, DecLoraConfig(**{**SHORT, "rounds": 30}), topology)
+    for round in range(30):
+        at_work = [m.algorithm.num_local_steps(round) > 0 for m in members]
+        assert at_work.count(True) == 1 and at_work == [not m.algorithm.can_join(round) for m in members]
     algorithm = members[0].algorithm
     assert isinstance(algorithm, RwLora)
     moves = [(i, j) for i, j in zip(algorithm.walk, algorithm.walk[1:], strict=False) if i != j]

@@ -347,6 +347,15 @@ def test_the_lock_is_one_processs_and_ends_with_it(tmp_path: Path) -> None:
     assert folder.exists() and not (folder / "lock").exists()
 
 
+def test_a_lock_that_another_user_holds_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then a run is judged by its silence; it is not said to have stopped."""
+    with at_work(tmp_path):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+            assert is_held(tmp_path) is None
+        assert is_held(tmp_path) is True
+
+
 def test_a_lock_leaves_nothing_where_nothing_was_written(tmp_path: Path) -> None:
     with at_work(tmp_path / "a" / "b"):
         assert (tmp_path / "a" / "b" / "lock").exists()

@@ -1,10 +1,11 @@
 """Simulated time: what the rounds of a run would take if each peer had a machine and a link of its own.
 
-    seconds of a round = max_i cpu_i + sum over hops of (latency + max_i bytes_i * 8 / bandwidth)
+    seconds of a round = max_i local_i + sum over hops of (latency + max_i bytes_i * 8 / bandwidth)
 
-cpu_i is the process CPU time of peer i's local phase, which one process can measure although its peers take turns; on a
-GPU it is the time to launch the kernels only. bytes_i is what peer i sends in the hop to all its targets, headers
-included, over one uplink. A round waits for its slowest peer. Mixing and evaluation are not counted.
+local_i is what peer i's local phase takes, which one process can measure as its peers take turns: by the clock; where
+one thread does it (run.threads = 1, or run.parallel_peers), its CPU time, which does not hang on what else the machine
+does. bytes_i is what peer i sends in the hop to all its targets, headers included, over one uplink. A round waits for
+its slowest peer. Mixing and evaluation are not counted.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ class Clock:
         self.link = link
         self.simulated_s = 0.0
 
-    def local(self, cpu_s: Sequence[float]) -> None:
-        """Count a round's local phases, CPU seconds by peer."""
-        self.simulated_s += max(cpu_s)
+    def local(self, wall_s: Sequence[float]) -> None:
+        """Count a round's local phases, seconds by peer."""
+        self.simulated_s += max(wall_s)
 
     def hop(self, bytes_sent: Sequence[int]) -> None:
         """Count one hop, bytes by peer."""

@@ -85,9 +85,13 @@ class FolderLock:
 
 
 def is_held(folder: Path) -> bool | None:
-    """Whether a process works on the run in a folder; None where the file system has no locks."""
+    """Whether a process works on the run in a folder; None where the file system has no locks, or the file is another
+    user's, who alone may ask for it.
+    """
     try:
         file = os.open(folder / "lock", os.O_RDONLY)
+    except PermissionError:
+        return None
     except OSError:
         return False
     try:

@@ -109,7 +109,7 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def available_bytes() -> int | None:
+def available_bytes(group: Path = Path("/sys/fs/cgroup")) -> int | None:
     """Host memory to be had without swapping, within a container's limit; None where the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -117,5 +117,7 @@ def available_bytes() -> int | None:
     except (OSError, StopIteration):
         return None
     with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no limit
-        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return free
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        free = min(free, limit - used + int(stat.get("inactive_file", 0)))  # files that were read, and may go
+    return max(0, free)

@@ -156,7 +156,7 @@ class Run(RunSetup):
                 require_finite(f"peer {member.index}, round {round}: the training loss", float(report.loss))
                 require_finite(f"peer {member.index}, round {round}: the gradient's norm", float(report.grad_norm))
         if self.group.clock is not None:
-            self.group.clock.local([0.0 if report is None else report.cpu_s for report in reports])
+            self.group.clock.local([0.0 if report is None else report.wall_s for report in reports])
         if round % self.config.run.log_every == 0 or last:
             self._log(round, [*reports, *[None] * (len(self.members) - len(self.peers))])
         every = self.config.eval.every

@@ -30,6 +30,8 @@ class LocalReport:
     """Rate of the last step."""
     cpu_s: float = 0.0
     """Process CPU seconds of the phase; the runtime measures them."""
+    wall_s: float = 0.0
+    """Seconds that it takes a peer with this machine to itself; the runtime measures them."""
 
 
 class Algorithm(ABC):

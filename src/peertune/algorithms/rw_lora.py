@@ -42,5 +42,9 @@ class RwLora(DecLora):
         source, target = self.walk[round], self.walk[round + 1]
         return (Hop("walk", {(source, target): 1.0}),) if source != target else ()
 
+    def can_join(self, round: int) -> bool:
+        """Not as the holder: what a neighbor hands on is an older copy, and what was trained since would be lost."""
+        return self.walk[round] != self.peer.index
+
     def consensus(self, round: int) -> Sequence[float]:
         return [float(self.walk[round] == peer) for peer in range(self.topology.num_peers)]

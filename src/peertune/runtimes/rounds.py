@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -25,8 +26,12 @@ PLAN = "without"
 
 def edges(algorithm: Algorithm) -> list[tuple[int, int]]:
     """Pairs of members (i, j), i < j, between which anything travels in a whole run; ascending."""
-    hops = {id(hop): hop for round in range(algorithm.num_rounds) for hop in algorithm.hops(round)}  # most are one
-    pairs = {pair for hop in [*hops.values(), *algorithm.agreement()] for pair in hop.weights}
+    pairs: set[tuple[int, int]] = set()
+    last = None
+    for hop in chain(*map(algorithm.hops, range(algorithm.num_rounds)), algorithm.agreement()):
+        if hop is not last:  # most are one, and a long run's others need not be held together
+            pairs.update(hop.weights)
+        last = hop
     return sorted({(min(pair), max(pair)) for pair in pairs if pair[0] != pair[1]})
 
 
@@ -43,10 +48,13 @@ def play_round(
     """
     parts = parts or [Alone(member.algorithm) for member in members if not member.is_hub]
     if pool is None:
-        reports = [_timed_local(round, part, time.process_time) for part in parts]
+        on_one_thread = torch.get_num_threads() == 1 and members[0].algorithm.peer.model.device.type == "cpu"
+        # One thread's CPU time is what it takes, whatever else the machine does.
+        wall = time.process_time if on_one_thread else time.perf_counter
+        reports = [_timed_local(round, part, time.process_time, wall) for part in parts]
     else:
         # Each has a thread, and no threads of its own operators'; the process's clock would count all peers.
-        reports = list(pool.map(lambda part: _timed_local(round, part, time.thread_time), parts))
+        reports = list(pool.map(lambda part: _timed_local(round, part, time.thread_time, time.thread_time), parts))
     for number, hop in enumerate(members[0].algorithm.hops(round)):
         carry = partial(_carry_coded, number) if is_coded(members[0].rule, hop) else _carry
         for member, inbox in carry(round, hop, members, lambda member, hop: member.algorithm.outgoing(hop)):
@@ -59,12 +67,18 @@ def thread_pool(num_peers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(num_peers, "peer", initializer=torch.set_num_threads, initargs=(1,))
 
 
-def _timed_local(round: int, part: Alone | Together, clock: Callable[[], float]) -> list[LocalReport | None]:
-    """A local phase, whose time is shared out alike over the peers that had a part in it."""
-    start = clock()
+def _timed_local(
+    round: int, part: Alone | Together, cpu: Callable[[], float], wall: Callable[[], float]
+) -> list[LocalReport | None]:
+    """A local phase, whose times by two clocks are shared out alike over the peers that had a part in it."""
+    start = cpu(), wall()
     reports = part.local(round)
-    each = (clock() - start) / max(1, sum(report is not None for report in reports))
-    return [None if report is None else replace(report, cpu_s=each) for report in reports]
+    took_part = [report for report in reports if report is not None]
+    for report in took_part:
+        report.loss.item()  # a GPU has only then done what it was told to
+    end, count = (cpu(), wall()), max(1, len(took_part))
+    cpu_s, wall_s = ((after - before) / count for before, after in zip(start, end, strict=True))
+    return [None if report is None else replace(report, cpu_s=cpu_s, wall_s=wall_s) for report in reports]
 
 
 def agree(round: int, members: Sequence[Member], may_lose: bool = False) -> tuple[int, list[int]]:
