@@ -89,6 +89,16 @@ def test_a_message_in_time_ends_an_absence() -> None:
     assert inbox is not None and inbox.weights == {0: 0.5, 1: 0.5} and exchange.late_weight[1] == 0.0
 
 
+def test_a_round_without_a_hop_went_without_nobody() -> None:
+    """A walk that stays, or a personal block: who was missed in the round before is not missed again."""
+    group, _, _ = asking_group(["east"])
+    exchange: NetworkExchange = group.exchange(0)
+    exchange.begin(3)
+    exchange.left_out = [1]
+    method: Any = SimpleNamespace(can_join=lambda round: True)
+    assert group.catch_up(4, method) == 4 and exchange.left_out == []
+
+
 def test_late_messages_from_before_a_join_are_not_used() -> None:
     """What another site made of its rounds came in their place."""
     log: list[dict[str, Any]] = []
@@ -154,6 +164,7 @@ def test_who_does_not_send_the_state_is_not_waited_for() -> None:
 
 def test_who_did_not_send_the_state_is_asked_again_once_another_did() -> None:
     group, (silent, helpful), asked = asking_group(["silent", "helpful"])
+    group._exchange.begin(20)
     silent.edge.peer_round, helpful.edge.peer_round, group._exchange.left_out = 40, 39, [1]
     group._request._in_vain.add(1)
     group.catch_up(20, joinable())
@@ -166,6 +177,7 @@ def test_who_did_not_send_the_state_is_asked_again_once_another_did() -> None:
 def test_one_who_is_asked_has_two_chances_to_send_the_state_and_another_is_asked_when_it_is_gone() -> None:
     """The first may be over there before the question arrives; the method can be joined in each tenth round."""
     group, (silent, helpful), asked = asking_group(["silent", "helpful"])
+    group._exchange.begin(20)
     silent.edge.peer_round, helpful.edge.peer_round, group._exchange.left_out = 40, 39, [1]
     for reached, expected in ((40, 1), (55, 1), (60, 1), (61, 1), (61, 2)):
         silent.edge.peer_round = reached

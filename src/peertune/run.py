@@ -46,6 +46,9 @@ def run(
 ) -> dict[str, Any]:
     """Carry out a recipe.
 
+    It sets PyTorch's threads as the recipe says (run.threads), on a GPU its deterministic algorithms, and keeps freed
+    memory for the next use; all of that stays when it is over.
+
     Args:
         config: the recipe; `config.run.out` is the folder everything is written to.
         base: folder of the recipe file, from which relative paths are tried second.
@@ -58,7 +61,7 @@ def run(
     Returns:
         The summary, as written to summary.json.
     Raises:
-        InputError: something given cannot be used; nothing was written.
+        InputError: something given cannot be used (`errors` has its kinds); nothing was written.
         RunError: the run had to stop; its last checkpoint is intact.
     """
     progress = progress or Silent()

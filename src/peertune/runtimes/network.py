@@ -70,6 +70,11 @@ class NetworkGroup:
 
         Waits while fewer than the quorum are there.
         """
+        then = self._caught_up(round, algorithm)
+        self._exchange.begin(then)
+        return then
+
+    def _caught_up(self, round: int, algorithm: Algorithm) -> int:
         self._exchange.attend()
         self._await_quorum(round)
         self._give_state(round, algorithm)
@@ -181,11 +186,15 @@ class NetworkExchange:
         self.hub: int | None = None
         """The server's index, where there is one: without it there are no rounds."""
 
-    def start(self, round: int, hop: Hop, out: Payload | None) -> None:
+    def begin(self, round: int) -> None:
+        """A round, in which nobody was missed as yet; it may have no hop at all."""
         if self._key[0] != round:
             self._key, self.left_out = (round, -1), []
-            for neighbor in self._node.neighbors.values():
-                neighbor.edge.round = round
+
+    def start(self, round: int, hop: Hop, out: Payload | None) -> None:
+        self.begin(round)
+        for neighbor in self._node.neighbors.values():
+            neighbor.edge.round = round
         self._key = (round, self._key[1] + 1)
         self._out = out
         if out is None:
