@@ -325,7 +325,7 @@ class Peertune(Contestant):
         choose_attention(self.model, section, self.device)
         self.queue = Queue()
         self.peer = Peer(index=0, model=LanguageModel(self.model, section), blocks=blocks, batches=self.queue, seed=0)
-        config = DecaConfig(lr=LR, alphas=BETAS, eps=EPS, layers_per_block=1, discrepancy="none")
+        config = DecaConfig(lr=LR, betas=BETAS, eps=EPS, layers_per_block=1, discrepancy="none")
         self.algorithm = Deca(self.peer, config, Topology("alone", 1, np.ones((1, 1))))
 
     def set_block(self, block: int) -> None:

@@ -108,7 +108,7 @@ def adapters(model: Any, repeats: int) -> dict[str, Any]:
 def step_and_mix(parameters: dict[str, nn.Parameter], moments: dict[str, Moments], is_loose: bool) -> None:
     masters = MasterWeights(parameters)
     clip_gradients(parameters, 1.0)
-    adam_step(masters, moments, lr=1e-3, alphas=(0.9, 0.999), corrections=(0.1, 0.001), eps=1e-8, weight_decay=0.0)
+    adam_step(masters, moments, lr=1e-3, betas=(0.9, 0.999), corrections=(0.1, 0.001), eps=1e-8, weight_decay=0.0)
     names = list(parameters)
     payload = {name: masters.snapshot(name) for name in names} if is_loose else masters.snapshots(names)
     inbox = Inbox(dict.fromkeys(range(PEERS), 1 / PEERS), dict.fromkeys(range(PEERS), payload))

@@ -170,7 +170,7 @@ def test_one_line_exit_2_nothing_written(
         (["run", "broken.toml"], "not valid TOML"),
         (["run", "empty.toml", "--set", "nonsense"], "section.key=value"),
         (["run", "empty.toml", "--set", "run.num_peers=[1"], "run.num_peers"),
-        (["run", "empty.toml", "--set", "algorithm.alphas=[0.9]"], "algorithm.alphas"),
+        (["run", "empty.toml", "--set", "algorithm.betas=[0.9]"], "algorithm.betas"),
         (["report", "."], "no run"),
         (["export", ".", "--to", "there"], "holds no run"),
         (["eval", "m", "--data", "d.jsonl", "--task", "text", "--set", "run.seed=1"], "expected a key of [data]"),

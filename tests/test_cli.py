@@ -56,12 +56,12 @@ def test_libraries_draw_no_bars_of_their_own(tmp_path: Path, micro_model: Path) 
 
 def test_set_values_are_toml_and_bare_words_are_strings(tmp_path: Path, micro_model: Path) -> None:
     write_toml(tree(tmp_path, micro_model), tmp_path / "recipe.toml")
-    sets = ["topology.kind=complete", "algorithm.alphas=[0.8, 0.99]", "run.seed=7", "algorithm.inner_steps=1"]
+    sets = ["topology.kind=complete", "algorithm.betas=[0.8, 0.99]", "run.seed=7", "algorithm.inner_steps=1"]
     arguments = [part for text in sets for part in ("--set", text)]
     assert main(["run", str(tmp_path / "recipe.toml"), *arguments]) == 0
     config = json.loads((tmp_path / "out" / "summary.json").read_text())["config"]
     assert config["topology"]["kind"] == "complete"
-    assert config["algorithm"]["alphas"] == [0.8, 0.99]
+    assert config["algorithm"]["betas"] == [0.8, 0.99]
     assert config["run"]["seed"] == 7
 
 

@@ -21,7 +21,7 @@ def reference(w: np.ndarray, c: DecaConfig) -> np.ndarray:
     """The formulas of arXiv 2606.03209 for all peers at once, in float64. Returns [N, 2 SIZE]."""
     n = len(w)
     theta = np.tile(start(), (n, 1))
-    (a1, a2), (b1, b2), lr, h_steps = c.alphas, c.betas, c.lr, c.gossip_every
+    (a1, a2), (b1, b2), lr, h_steps = c.betas, c.correction_betas, c.lr, c.gossip_every
     step = 0
     for _t in range(c.outer_rounds):
         for k in range(2):
@@ -72,7 +72,7 @@ def test_equals_the_numpy_reference(discrepancy: Any, gossip_every: int, bias_co
         gossip_every=gossip_every,
         discrepancy=discrepancy,
         bias_correction=bias_correction,
-        betas=(0.8, 0.95),
+        correction_betas=(0.8, 0.95),
     )
     topology = build_topology(TopologySection(kind="ring"), NUM_PEERS, 0)
     members = simulate(Deca, config, topology)

@@ -98,9 +98,7 @@ def test_adam_takes_the_same_step_wherever_tensors_lie() -> None:
         for step in (1, 2):
             corrections = 1 - 0.9**step, 1 - 0.999**step
             masters = MasterWeights(parameters)
-            adam_step(
-                masters, moments, lr=0.1, alphas=(0.9, 0.999), corrections=corrections, eps=1e-8, weight_decay=0.1
-            )
+            adam_step(masters, moments, lr=0.1, betas=(0.9, 0.999), corrections=corrections, eps=1e-8, weight_decay=0.1)
         found.append([p.detach() for p in parameters.values()] + [m.exp_avg_sq for m in moments.values()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert not torch.equal(found[0][0], separate(0)["0"])

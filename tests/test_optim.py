@@ -56,7 +56,7 @@ def take_step(masters: MasterWeights, moments: dict[str, Moments], step: int, lr
         masters,
         moments,
         lr=lr,
-        alphas=(0.9, 0.999),
+        betas=(0.9, 0.999),
         corrections=corrections,
         eps=1e-8,
         weight_decay=weight_decay,

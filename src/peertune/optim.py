@@ -69,12 +69,12 @@ def clip_gradients(parameters: Mapping[str, nn.Parameter], max_norm: float) -> T
 
 
 def adam_moments(
-    exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], grads: list[Tensor], alphas: tuple[float, float]
+    exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], grads: list[Tensor], betas: tuple[float, float]
 ) -> None:
     """m <- a1 m + (1 - a1) g, v <- a2 v + (1 - a2) g g (Kingma & Ba 2015, algorithm 1; DECA's half step r + 1/2)."""
-    torch._foreach_lerp_(exp_avgs, grads, 1 - alphas[0])
-    torch._foreach_mul_(exp_avg_sqs, alphas[1])
-    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - alphas[1])
+    torch._foreach_lerp_(exp_avgs, grads, 1 - betas[0])
+    torch._foreach_mul_(exp_avg_sqs, betas[1])
+    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - betas[1])
 
 
 def adam_denominators(exp_avg_sqs: list[Tensor], correction: float, eps: float) -> tuple[Tensor, ...]:
@@ -230,7 +230,7 @@ def adam_step(
     moments: Mapping[str, Moments],
     *,
     lr: float,
-    alphas: tuple[float, float],
+    betas: tuple[float, float],
     corrections: tuple[float, float],
     eps: float,
     weight_decay: float,
@@ -250,7 +250,7 @@ def adam_step(
         exp_avgs, exp_avg_sqs = [piece.exp_avg for piece in pieces], [piece.exp_avg_sq for piece in pieces]
         if not keep_moments:
             exp_avgs, exp_avg_sqs = ([t.clone() for t in tensors] for tensors in (exp_avgs, exp_avg_sqs))
-        adam_moments(exp_avgs, exp_avg_sqs, [piece.grad.float() for piece in pieces], alphas)
+        adam_moments(exp_avgs, exp_avg_sqs, [piece.grad.float() for piece in pieces], betas)
         thetas = [p.theta if p.low is None else join_bfloat16(p.theta, p.low) for p in pieces]
         matrices = [theta for theta, piece in zip(thetas, pieces, strict=True) if piece.is_matrix]
         if weight_decay and matrices:

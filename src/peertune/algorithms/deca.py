@@ -33,7 +33,7 @@ Discrepancy = Literal["paper", "descent", "descent_scaled", "none", "trivial"]
 
 
 class DecaConfig(BlockwiseConfig):
-    betas: Decays = (0.9, 0.999)
+    correction_betas: Decays = (0.9, 0.999)
     """b1, b2 of the moment correction. Not in the paper as we have it: ours, measured (docs/discrepancy.md)."""
     discrepancy: Discrepancy = "descent_scaled"
     """What corrects the moments; "none" is the ablation. Default: the best measured: docs/discrepancy.md."""
@@ -115,7 +115,7 @@ class Deca(Algorithm):
         Returns the gradient's L2 norm before clipping.
         """
         norm = clip_gradients(self.active, self.config.max_grad_norm)
-        (a1, a2), (c1, c2) = self.config.alphas, self.weights
+        (a1, a2), (c1, c2) = self.config.betas, self.weights
         half = (a1 * c1 + 1 - a1, a2 * c2 + 1 - a2)
         own = 1 - a1 ** (r + 1), 1 - a2 ** (r + 1)
         corrections = half if self.tracks_weights else own
@@ -129,7 +129,7 @@ class Deca(Algorithm):
                 self.masters,
                 moments,
                 lr=lr,
-                alphas=self.config.alphas,
+                betas=self.config.betas,
                 corrections=divisors,
                 eps=self.config.eps,
                 weight_decay=self.config.weight_decay,
@@ -189,7 +189,7 @@ class Deca(Algorithm):
         if not d:
             return
         assert isinstance(self.config, DecaConfig)
-        b1, b2 = self.config.betas
+        b1, b2 = self.config.correction_betas
         scale = 1.0
         if self.discrepancy == "paper":
             scale = -1.0
@@ -214,7 +214,7 @@ class Deca(Algorithm):
     def weigh_correction(self) -> None:
         """What a mix's correction makes of the total weights of what entered m and v."""
         assert isinstance(self.config, DecaConfig)
-        b1, b2 = self.config.betas
+        b1, b2 = self.config.correction_betas
         c1, c2 = self.weights
         self.weights = (b1 * c1 + 1 - b1, c2 if self.discrepancy == "descent_scaled" else b2 * c2 + 1 - b2)
 

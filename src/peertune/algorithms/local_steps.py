@@ -27,7 +27,7 @@ class LocalStepsConfig(AlgorithmConfig):
     """T: rounds of local steps and exchange. Default: Dec-LoRA's longest."""
     local_steps: Positive = 5
     """K: local steps of a round. Default: Dec-LoRA's."""
-    alphas: Decays = (0.9, 0.999)
+    betas: Decays = (0.9, 0.999)
     """Adam's decay rates a1, a2. Default: Adam's own."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """Adam's epsilon. Default: Adam's own."""
@@ -149,7 +149,7 @@ class LocalSteps(Algorithm):
 
     def step(self, lr: float) -> None:
         """AdamW on the gradients at hand."""
-        a1, a2 = self.config.alphas
+        a1, a2 = self.config.betas
         alike: dict[tuple[int, bool], dict[str, Moments]] = {}
         for name in self.active:
             kind = self.moments[name].num_steps + 1, self.feeds_moments(name)
@@ -159,7 +159,7 @@ class LocalSteps(Algorithm):
                 self.masters,
                 moments,
                 lr=lr,
-                alphas=self.config.alphas,
+                betas=self.config.betas,
                 corrections=(1 - a1**count, 1 - a2**count),
                 eps=self.config.eps,
                 weight_decay=self.config.weight_decay,

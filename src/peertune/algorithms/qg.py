@@ -40,5 +40,5 @@ class Qg(LocalSteps):
         for name, d in moved.items():
             moments = self.moments[name]
             unit = d / norm if norm > 0 else d
-            adam_moments([moments.exp_avg], [moments.exp_avg_sq], [unit], self.config.alphas)
+            adam_moments([moments.exp_avg], [moments.exp_avg_sq], [unit], self.config.betas)
             moments.num_steps += 1

@@ -24,7 +24,7 @@ class BlockwiseConfig(AlgorithmConfig):
     """Order of the blocks in a sweep; "random" is drawn anew for each. Default: DECA's k = 1..B."""
     gossip_every: Positive = 1
     """H: local steps of a round. Default: DECA's."""
-    alphas: Decays = (0.9, 0.999)
+    betas: Decays = (0.9, 0.999)
     """Adam's decay rates a1, a2. Default: DECA's."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """Adam's epsilon. Not in the paper as we have it: Adam's own."""

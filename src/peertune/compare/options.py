@@ -68,7 +68,7 @@ class Options:
 
 
 def split_outside_brackets(text: str, separator: str) -> list[str]:
-    """Parts of a text, but a separator within [brackets] or "quotes" is none: `deca:alphas=[0.9, 0.99],local`."""
+    """Parts of a text, but a separator within [brackets] or "quotes" is none: `deca:betas=[0.9, 0.99],local`."""
     parts, depth, quoted = [""], 0, False
     for letter in text:
         quoted ^= letter == '"'
