@@ -111,7 +111,7 @@ class Topology:
             pi = np.full(n, 1.0 / n)
         else:
             system = np.vstack([self.weights.T - np.eye(n), np.ones((1, n))])
-            pi = np.linalg.lstsq(system, np.append(np.zeros(n), 1.0))[0]
+            pi = np.linalg.lstsq(system, np.append(np.zeros(n), 1.0), rcond=None)[0]
         pi.setflags(write=False)
         return pi
 
