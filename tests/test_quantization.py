@@ -14,7 +14,7 @@ import tomli_w
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, BlipVisionConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, CLIPVisionConfig
 
 from peertune.algorithms import ALGORITHMS
 from peertune.config import ModelSection
@@ -384,7 +384,7 @@ def test_widths_that_the_library_gets_wrong_are_never_quantised(tmp_path: Path) 
 
 @needs_package
 def test_a_model_that_is_none_is_refused(tmp_path: Path) -> None:
-    BlipVisionConfig().save_pretrained(tmp_path)
+    CLIPVisionConfig().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="causal language model"):
         load_model(section(tmp_path), CPU)
 
