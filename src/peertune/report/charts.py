@@ -140,7 +140,7 @@ def log_axis(low: float, high: float) -> Axis:
         ticks = [10.0**e for e in range(first, last + 1, stride)]
         return Axis(low=10.0**first, high=10.0**last, ticks=tuple(ticks), log=True)
     ticks = sorted(m * 10.0**e for e in range(first, last + 1) for m in (1, 2, 5) if m == 1 or e < last)
-    below = max((t for t in ticks if t <= low * 1.0001), default=ticks[0])
+    below = max((t for t in ticks[:-1] if t <= low * 1.0001), default=ticks[0])
     above = min((t for t in ticks if t >= high * 0.9999 and t > below), default=ticks[-1])
     return Axis(low=below, high=above, ticks=tuple(t for t in ticks if below <= t <= above), log=True)
 
