@@ -65,7 +65,8 @@ class Bars:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bars.stop()
+        if not self._bars.disable:  # rich before 14.3 ends a disabled one with an empty line
+            self._bars.stop()
 
     def note(self, message: str) -> None:
         self._console.print(f"note: {message}", style="dim", markup=False, highlight=False, emoji=False, soft_wrap=True)
