@@ -43,6 +43,9 @@ class LanguageModel:
         self.core = core_of(module)
         """The transformers model itself."""
         self._decoder = _decoder_of(self.core, config.path)
+        # What transformers calls keys and values, from 5.24 on and before.
+        known = inspect.signature(self._decoder.forward).parameters
+        self._cache = "cache" if "cache" in known else "past_key_values"
         self.num_virtual = self._num_virtual()
         draws = draws_in_training(module)
         if draws and config.prefix_cache:
@@ -176,15 +179,15 @@ class LanguageModel:
             added = torch.zeros_like(mask, dtype=self.core.get_input_embeddings().weight.dtype)
             options["attention_mask"] = added.masked_fill_(~mask, torch.finfo(added.dtype).min)[:, None]
         if past is not None or not self.num_virtual:
-            out = self._decoder(input_ids=input_ids, past_key_values=past, **options)
-            return out.last_hidden_state, out.past_key_values if use_cache else None
+            out = self._decoder(input_ids=input_ids, **{self._cache: past}, **options)
+            return out.last_hidden_state, getattr(out, self._cache) if use_cache else None
         prompt = self.module.get_prompt(batch_size=len(input_ids))
         if not isinstance(prompt, Tensor):  # keys and values
-            out = self._decoder(input_ids=input_ids, past_key_values=prompt, **{**options, "use_cache": True})
-            return out.last_hidden_state, out.past_key_values if use_cache else None
+            out = self._decoder(input_ids=input_ids, **{**options, self._cache: prompt, "use_cache": True})
+            return out.last_hidden_state, getattr(out, self._cache) if use_cache else None
         tokens = self.core.get_input_embeddings()(input_ids)
         out = self._decoder(inputs_embeds=torch.cat([prompt.to(tokens.dtype), tokens], 1), **options)
-        return out.last_hidden_state[:, self.num_virtual :], out.past_key_values if use_cache else None
+        return out.last_hidden_state[:, self.num_virtual :], getattr(out, self._cache) if use_cache else None
 
     def all_logits(self, input_ids: Tensor) -> Tensor:
         """The model's own output [batch, length, vocabulary] for tokens [batch, length]."""
