@@ -47,8 +47,8 @@ class RunSection(Section):
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """CPU threads for PyTorch; 0 keeps PyTorch's choice. Results are bitwise repeatable for one thread count."""
     ranks_per_peer: Positive = 1
-    """Processes of torchrun that are one peer: they split its parameters (FSDP2) and its batches among them. Tried on
-    CPUs only."""
+    """Processes of torchrun that are one peer: they split its parameters (FSDP2) and its batches among them. Needs
+    PyTorch 2.13; tried on CPUs only."""
     parallel_peers: Annotated[int, Field(ge=1, le=1024)] = 1
     """Simulated peers that train at the same time on a CPU, a thread each; results are those of threads = 1."""
     batched_peers: Annotated[int, Field(ge=1, le=1024)] = 1

@@ -109,8 +109,8 @@ def check_shardable(module: nn.Module, trained: Collection[str]) -> None:
     """
     if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
         raise ConfigError(
-            f"run.ranks_per_peer: got torch {torch.__version__}, expected one whose FSDP2 knows"
-            " set_reduce_scatter_unused_params, such as 2.13; install that, or set run.ranks_per_peer = 1"
+            f"run.ranks_per_peer: got torch {torch.__version__}, expected 2.13 or newer, whose FSDP2 knows"
+            " set_reduce_scatter_unused_params; install that, or set run.ranks_per_peer = 1"
         )
     if draws_in_training(module) or draws_in_training(core_of(module)):
         raise ConfigError(
