@@ -173,7 +173,7 @@ def peer_lines(curves: Sequence[series.Column], mean_name: str, dots: bool = Fal
 
 def _brief(value: object) -> str:
     """A model or data source without the folders it lies in; the recipe has them."""
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, list | tuple):
         return ", ".join(_brief(v) for v in value)
     name = str(value).replace("\\", "/").rstrip("/")
     return name.rpartition("/")[2] if name.startswith(("/", ".", "~")) or name[1:2] == ":" else name
