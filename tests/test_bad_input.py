@@ -98,6 +98,13 @@ CASES = {
     ),
     "impossible value": Case(put("algorithm", lr=-1.0), ["algorithm.lr", "-1.0", "greater than 0"]),
     "outer rate beyond float32": Case(put("algorithm", name="diloco", server_lr=1e38), ["server_lr", "1e+38"]),
+    "rate of a server that only averages": Case(
+        put("algorithm", name="fedavg", server_lr=0.5), ["server_lr", "0.5", "left out", "average"]
+    ),
+    "key of another server optimiser": Case(
+        put("algorithm", name="diloco", server_tau=0.5), ["server_tau", "0.5", "left out", "nesterov"]
+    ),
+    "rate of SCAFFOLD's server": Case(put("algorithm", name="scaffold", server_lr=0.5), ["server_lr", "left out"]),
     "embedding's LoRA under a method of two factors": Case(
         put("algorithm", name="decaf", target_modules=["embed_tokens", "q_proj"]), ["target_modules", "lora_embedding"]
     ),

@@ -18,10 +18,11 @@ none: everybody sends to everybody and does the server's part for itself, with t
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from peertune.algorithms.local_steps import LocalSteps, LocalStepsConfig
@@ -31,6 +32,14 @@ from peertune.optim import adam_moments
 from peertune.peer import Peer
 from peertune.seeds import numpy_rng
 from peertune.topology import Topology
+
+USERS = {
+    "server_lr": ("adam", "nesterov"),
+    "server_betas": ("adam",),
+    "server_tau": ("adam",),
+    "server_momentum": ("nesterov",),
+}
+"""The server's optimisers that use a key."""
 
 
 class FedavgConfig(LocalStepsConfig):
@@ -53,6 +62,15 @@ class FedavgConfig(LocalStepsConfig):
     """What is added to sqrt(v) (adam). Default: FedAdam's."""
     server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """mu of the server's Nesterov momentum. Default: DiLoCo's."""
+
+    @field_validator(*USERS)
+    @classmethod
+    def _is_used(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse a key that the server's optimiser does not have: nothing would come of it."""
+        key, optimizer = str(info.field_name), info.data.get("server_optimizer")  # none where that is wrong itself
+        if optimizer is not None and optimizer not in USERS[key] and value != cls.model_fields[key].default:
+            raise PydanticCustomError("unused", f'it left out, as server_optimizer = "{optimizer}" does not use it')
+        return value
 
     @property
     def outer_lr(self) -> float:
