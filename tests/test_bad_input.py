@@ -105,6 +105,10 @@ CASES = {
         put("algorithm", name="diloco", server_tau=0.5), ["server_tau", "0.5", "left out", "nesterov"]
     ),
     "rate of SCAFFOLD's server": Case(put("algorithm", name="scaffold", server_lr=0.5), ["server_lr", "left out"]),
+    "adapter on a base that never learned": Case(
+        lambda r: (r["model"].update(init="random"), r["algorithm"].update(name="dec_lora")),
+        ["model.init", "random", "adapter", "lora", "pretrained"],
+    ),
     "embedding's LoRA under a method of two factors": Case(
         put("algorithm", name="decaf", target_modules=["embed_tokens", "q_proj"]), ["target_modules", "lora_embedding"]
     ),

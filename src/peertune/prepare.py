@@ -221,8 +221,14 @@ def prepare_model(config: RunConfig, device: torch.device, base: Path | None) ->
     """The base model with the adapter that the method trains, if any; the same on every peer.
 
     Raises:
-        ModelError, ConfigError: as `load_model` and `add_adapter`.
+        ModelError, ConfigError: as `load_model` and `add_adapter`; too few positions; an adapter on random weights.
     """
+    if config.model.init == "random" and config.algorithm.adapter != "none":
+        # The base would never learn, and whoever merges or loads the adapter later does not have it.
+        raise ConfigError(
+            f'model.init: got "random" with algorithm.adapter = {config.algorithm.adapter!r}, expected "pretrained"'
+            " below an adapter; change one of the two"
+        )
     module = load_model(config.model, device, base, seed=derive_seed(config.run.seed, "base"))
     positions = getattr(module.config, "max_position_embeddings", None) or math.inf
     virtual = config.algorithm.num_virtual_tokens if config.algorithm.adapter in ("prompt", "prefix") else 0
