@@ -208,6 +208,17 @@ def test_a_key_of_another_method_is_only_noted(
     assert "algorithm.discrepancy is not used by local" in capsys.readouterr().err
 
 
+def test_a_key_of_a_choice_that_is_not_made_is_noted() -> None:
+    """A rank without LoRA, edges under another kind of graph; but nothing of a recipe that is written out whole."""
+    unused = {"topology": {"kind": "ring", "edges": [[0, 1]]}, "algorithm": {"rank": 4}, "exchange": {"trim": 1}}
+    assert from_dict(unused, METHODS)[1] == [
+        "topology.edges is not used with topology.kind = 'ring' (but with 'edges')",
+        "algorithm.rank is not used with algorithm.adapter = 'none' (but with 'lora')",
+    ]
+    used = {"topology": {"kind": "edges", "edges": [[0, 1]]}, "algorithm": {"name": "dec_lora", "rank": 4}}
+    assert from_dict(from_dict(used, METHODS)[0].to_dict(), METHODS)[1] == []
+
+
 def test_a_site_may_hold_one_class_but_not_other_ones_than_its_test_file(tmp_path: Path, micro_model: Path) -> None:
     """It is one of several, and its file works in their simulation."""
     data = tree(tmp_path, micro_model)

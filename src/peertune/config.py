@@ -256,6 +256,21 @@ class RunConfig(Section):
 
 
 Methods = Mapping[str, type[AlgorithmConfig]]
+ONLY_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "model.train_embeddings": ("algorithm.adapter", ("none",)),
+    "data.partition.alpha": ("data.partition.kind", ("dirichlet", "quantity")),
+    "topology.p": ("topology.kind", ("erdos_renyi",)),
+    "topology.edges": ("topology.kind", ("edges",)),
+    "algorithm.rank": ("algorithm.adapter", ("lora",)),
+    "algorithm.lora_alpha": ("algorithm.adapter", ("lora",)),
+    "algorithm.lora_dropout": ("algorithm.adapter", ("lora",)),
+    "algorithm.target_modules": ("algorithm.adapter", ("lora",)),
+    "algorithm.bottleneck_size": ("algorithm.adapter", ("bottleneck",)),
+    "algorithm.num_virtual_tokens": ("algorithm.adapter", ("prompt", "prefix")),
+    "exchange.clip_factor": ("exchange.robust", ("clip",)),
+    "exchange.trim": ("exchange.robust", ("trimmed_mean",)),
+}
+"""Keys that mean something only where another key has one of some values."""
 
 
 def load_recipe(path: str | Path | None, overrides: Sequence[str], methods: Methods) -> tuple[RunConfig, list[str]]:
@@ -266,7 +281,7 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str], methods: Meth
         overrides: `section.key=value` texts; the value is TOML, a bare word a string. They win over the file.
         methods: name -> the class of its [algorithm] keys.
     Returns:
-        The recipe, and a line for each [algorithm] key that only another method uses.
+        The recipe, and a line for each key that nothing uses: of another method, or of a choice not made.
     Raises:
         ConfigError: the file cannot be read, a key does not exist, or a value has the wrong type or is impossible.
     """
@@ -304,7 +319,18 @@ def from_dict(tree: Mapping[str, Any], methods: Methods) -> tuple[RunConfig, lis
         raise ConfigError(_explain(error, (), RunConfig)) from None
     if "train" not in config.data.model_fields_set and "test" not in config.data.model_fields_set:
         config = config.model_copy(update={"data": config.data.model_copy(update={"test": "stdlib-test"})})
-    return config, notes
+    return config, notes + _unused(config)
+
+
+def _unused(config: RunConfig) -> list[str]:
+    """A line for each key of `ONLY_WITH` that is set although the other key is not."""
+    values = flatten(config.to_dict())
+    defaults = flatten(RunConfig(algorithm=type(config.algorithm)()).to_dict())
+    return [
+        f"{key} is not used with {other} = {values[other]!r} (but with {', '.join(map(repr, users))})"
+        for key, (other, users) in ONLY_WITH.items()
+        if values[key] != defaults[key] and values[other] not in users
+    ]
 
 
 def keys_of(section: type[Section], prefix: str = "") -> list[str]:

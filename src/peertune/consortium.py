@@ -60,7 +60,7 @@ def new_charter(
     """Write an unsigned charter for a recipe and its members.
 
     Args:
-        note: told what of the recipe is in no charter, and what sites have to do about it.
+        note: told which keys of the recipe nothing uses, what of it is in no charter, and what sites have to do then.
     Raises:
         InputError: the recipe, the members or the file cannot be used.
     """
@@ -68,7 +68,7 @@ def new_charter(
         raise CharterError(f"--to: {to} exists already; name a new file")
     if expires < (today := datetime.now(UTC).date()):
         raise CharterError(f"--expires: got {expires}, which is over, expected {today} or a later date")
-    config, _ = load_recipe(recipe, overrides, METHODS)
+    config, remarks = load_recipe(recipe, overrides, METHODS)
     method = ALGORITHMS[config.algorithm.name]
     if method.pools_data:
         raise CharterError(f"algorithm.name: got {config.algorithm.name!r}, which trains on all data in one place")
@@ -104,6 +104,8 @@ def new_charter(
         members=list(members),
     )
     write_charter(charter, to)
+    for remark in remarks:
+        note(remark)
     if config.model.trust_remote_code:
         note(
             "model.trust_remote_code is in no charter: each site decides for itself whether code beside the base may"
