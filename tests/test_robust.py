@@ -290,4 +290,9 @@ def test_methods_that_cannot_be_made_robust_are_refused_before_a_run(tmp_path: P
     config = recipe(tmp_path, micro_model, exchange={"robust": "clip"}, algorithm={"name": "rw_lora", "rank": 2})
     with pytest.raises(ConfigError, match="rw_lora takes no mean"):
         run(config)
+    # DECA's first block, in whose turn nothing is sent.
+    first = {"local_modules": ["embed_tokens", "layers.0.", "layers.1."]}
+    config = recipe(tmp_path, micro_model, exchange={"robust": "trimmed_mean"}, algorithm=first)
+    with pytest.raises(ConfigError, match="peer 0 hears only 2 others, expected 3"):
+        run(config)
     assert not (tmp_path / "out").exists()

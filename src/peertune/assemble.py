@@ -86,7 +86,9 @@ def make_algorithm(
 def check_exchange(config: RunConfig, algorithm: Algorithm) -> None:
     """Refuse what the recipe asks of messages where the method or its graph cannot have it. Raises ConfigError."""
     rule, name = config.exchange, config.algorithm.name
-    check_rule(rule, name, algorithm.averages, algorithm.hops(0))
+    # Not always the first round's: DECA has none in the turn of a block that is personal as a whole.
+    hops = next((hops for round in range(algorithm.num_rounds) if (hops := algorithm.hops(round))), ())
+    check_rule(rule, name, algorithm.averages, hops)
     check_codec(rule, name, algorithm.averages)
 
 
