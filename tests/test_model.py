@@ -381,6 +381,15 @@ def test_a_damaged_base_is_refused(tmp_path: Any) -> None:
         load_model(ModelSection(path=str(tmp_path), max_length=65), torch.device("cpu"))
 
 
+def test_attention_that_an_architecture_does_not_have_is_refused(tmp_path: Any) -> None:
+    """Gemma 2 caps its attention's scores, which PyTorch's kernels cannot."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 4, "vocab_size": 61}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma2", **sizes)).save_pretrained(tmp_path)
+    config = ModelSection(path=str(tmp_path), max_length=8, attention="sdpa")
+    with pytest.raises(ModelError, match=r'^model\.attention: got "sdpa".*expected "auto" or "eager"'):
+        load_model(config, torch.device("cpu"))
+
+
 @pytest.mark.parametrize(
     ("key", "value", "draws"),
     [("attention_dropout", 0.1, True), ("router_jitter_noise", 0.01, True), ("router_jitter_noise", 0.0, False)],

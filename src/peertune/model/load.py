@@ -159,14 +159,17 @@ def _from_pretrained(kind: Any, config: ModelSection, base: Path | None, **optio
     try:
         return kind.from_pretrained(source, trust_remote_code=config.trust_remote_code, **options)
     except Exception as error:  # transformers raises many kinds for a bad folder or a missing hub entry
+        if "attn_implementation" in str(error):
+            raise ModelError(
+                f'model.attention: got "{config.attention}", which the architecture of {config.path!r} does not have,'
+                ' expected "auto" or "eager"; set one of them'
+            ) from error
         what = {"AutoTokenizer": "tokenizer", "AutoConfig": "model's config.json"}.get(
             kind.__name__, "causal language model"
         )
         reason = _reason(error)
         if "trust_remote_code" in str(error):
             reason = "it comes with code of its own; set model.trust_remote_code = true to let that run"
-        if "attn_implementation" in reason:
-            reason = f"model.attention = {config.attention!r} is not to be had for it: {reason}"
         place = "this folder" if Path(source).is_dir() else "no such local folder, and the hub did not give it"
         if (Path(source) / "events.jsonl").exists():
             reason = f"it is a run's; its model, once it is finished, is {Path(source) / 'model'}"
