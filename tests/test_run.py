@@ -277,6 +277,20 @@ def test_a_damaged_checkpoint_is_refused(
         run(recipe(tmp_path, micro_model), resume=True)
 
 
+@pytest.mark.parametrize("left", [None, b"", b'\xff\n{"event": "round", "round": 0}\n[]\n'])
+def test_a_run_whose_log_was_lost_goes_on(
+    left: bytes | None, tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a power cut: a checkpoint is on the disk when it is done, lines of the log some time later."""
+    interrupt(tmp_path, micro_model, monkeypatch)
+    log = tmp_path / "out" / "events.jsonl"
+    log.unlink()
+    if left is not None:
+        log.write_bytes(left)
+    run(recipe(tmp_path, micro_model), resume=True)
+    assert len(events(tmp_path / "out", "start")) == 1 and (tmp_path / "out" / "report.html").exists()
+
+
 def test_changed_data_is_noticed(tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt(tmp_path, micro_model, monkeypatch)
     config = recipe(tmp_path, micro_model)

@@ -146,6 +146,10 @@ def test_what_was_trained_on_may_not_change(what: str, members: Callable[[], Mem
         state_of(member, **{what: "another"}).take_up(member, 2, {}, plain, tmp_path)
 
 
+NO_EVENTS = [b"\0" * 8, b"\xff\xfe", b"[1]", b"null", b'{"event": "round", "round": "1"}', b'{"round": 1}']
+"""What a damaged disk may make of lines."""
+
+
 def test_events_of_what_is_done_again_are_dropped(tmp_path: Path) -> None:
     """Those of a round stand before the checkpoint after it; what a finished run told of its end is told anew."""
     folder = RunFolder(tmp_path)
@@ -159,12 +163,12 @@ def test_events_of_what_is_done_again_are_dropped(tmp_path: Path) -> None:
     ]  # fmt: skip
     for name, fields in [*kept, *again]:
         folder.event(name, **fields)
-    with folder.events.open("a") as file:
-        file.write('{"event": "rou')
-    folder.rewind(2)
+    with folder.events.open("ab") as file:
+        file.write(b"".join(line + b"\n" for line in NO_EVENTS) + b'{"event": "rou')
+    assert folder.rewind(2)
     lines = [json.loads(line) for line in folder.events.read_text().splitlines()]
     assert [(line.pop("event"), line) for line in lines if line.pop("time")] == kept
-    folder.rewind(0)
+    assert not folder.rewind(0)
     assert folder.events.read_text() == ""
 
 

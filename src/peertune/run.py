@@ -142,12 +142,12 @@ class Run(RunSetup):
                 "site": None if self.site is None else self.site.index, "labels": list(self.data.label_names),
             }  # fmt: skip
             self.folder.create(recipe)
-            self.folder.rewind(0)
+        if not self.folder.rewind(done):  # also where the log was lost, as one is that no disk had yet at a power cut
             self.folder.event("start", **start_event(self.config, self.method, self.data, self.notes, self.agrees))
+        if done == 0:
             self.state.before = self.evaluate(self.average.model, by_client=True)
             self.folder.event("eval", round=0, average_model=self.state.before.overall, peers=None)
         else:
-            self.folder.rewind(done)
             self.folder.event("resume", round=done)
 
     def _round(self, round: int) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 from peertune.config import flatten
 from peertune.errors import CheckpointError, StorageError
 from peertune.lock import FolderLock
+from peertune.logfields import parse_line, whole
 from peertune.model.adapters import bottleneck_code, core_of, merge_adapter, peft_is_quiet
 from peertune.storage import (
     append_line,
@@ -112,23 +113,25 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.recipe, json.dumps(recipe, indent=1))
 
-    def rewind(self, round: int) -> None:
-        """Drop the events of what will be done again: all but those of the first `round` rounds."""
+    def rewind(self, round: int) -> bool:
+        """Drop the events of what will be done again, all but those of the first `round` rounds, and what is no event.
+
+        Returns:
+            Whether the run's start is still among them.
+        """
         if not self.is_written or not self.events.exists():
-            return
-        kept = []
-        for line in self.events.read_text(encoding="utf-8").splitlines():
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue  # the half-written last line of a run that was killed
-            kind, at = event.get("event"), event.get("round", 0)
-            final = kind in ("agreement", "end") or (kind == "eval" and event.get("peers") is not None)
-            if final or (kind == "round" and at >= round) or (kind != "round" and at > round):
-                continue
-            kept.append(line + "\n")
+            return False
+        kept: list[Mapping[str, Any]] = []
         with storage_errors(self.path):
-            write_atomically(self.events, "".join(kept) if round > 0 else "")
+            for line in self.events.read_bytes().splitlines():
+                event = parse_line(line) or {}  # half of one, of a run that was killed, or what a disk made of it
+                kind, at = event.get("event"), whole(event.get("round", 0))
+                final = kind in ("agreement", "end") or (kind == "eval" and event.get("peers") is not None)
+                if kind is None or at is None or at > round or (kind == "round" and at == round) or final or not round:
+                    continue
+                kept.append(event)
+            write_atomically(self.events, "".join(json.dumps(event) + "\n" for event in kept))
+        return any(event["event"] == "start" for event in kept)
 
     def event(self, event: str, **fields: Any) -> None:
         """Append one event. Raises StorageError, where `refused` is None."""
