@@ -54,11 +54,12 @@ from peertune.charter import (
 from peertune.checkpoint import CheckpointStore
 from peertune.cli import main
 from peertune.config import from_dict
-from peertune.consortium import leave
+from peertune.consortium import join, leave
 from peertune.ejection import Ejection, ejected, ejection_path, needed, sign_ejection
-from peertune.errors import CharterError, CheckpointError, IdentityError, TurnedAwayError
+from peertune.errors import CharterError, CheckpointError, IdentityError, Left, TurnedAwayError
 from peertune.exchange import Hop
 from peertune.identity import ALWAYS, Identity, load_identity, make_identity
+from peertune.progress import Silent
 from peertune.run import run
 from peertune.runtimes import edge
 from peertune.runtimes import node as node_module
@@ -403,6 +404,28 @@ def test_a_site_leaves_in_good_order_and_comes_back(
     with pytest.raises(CheckpointError, match="this run is finished"):
         leave(tmp_path / "east" / "run")
     assert_agreed(consortium)
+
+
+@pytest.mark.parametrize("comes_late", [False, True])
+def test_a_request_to_leave_is_gone_with_the_process_that_it_was_for(
+    comes_late: bool, tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that comes while the last round, the agreement or the export goes on."""
+    consortium, out = Consortium(tmp_path, micro_model, {}), tmp_path / "out"
+
+    def asked_to_leave(*_: Any, **__: Any) -> dict[str, Any]:
+        out.mkdir()
+        (out / "leave").touch()
+        if not comes_late:
+            raise Left("left after round 1")
+        return {}
+
+    monkeypatch.setattr("peertune.consortium.run", asked_to_leave)
+    key, data = tmp_path / "east" / "key", str(consortium.data[1])
+    options = SiteOptions(charter=consortium.charter, identity=key, out=out, train=data, model=str(micro_model))
+    with suppress(Left):
+        join(options, Silent())
+    assert list(out.iterdir()) == []
 
 
 def test_below_the_quorum_the_run_waits_until_enough_are_back(tmp_path: Path, micro_model: Path) -> None:

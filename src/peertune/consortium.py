@@ -195,6 +195,8 @@ def join(options: SiteOptions, progress: Progress) -> dict[str, Any]:
         left = True
         raise
     finally:
+        if done or left:
+            requests.leave.unlink(missing_ok=True)  # done, or too late
         node.stop(charter.grace_s if done else 0.0, leaves=left)
 
 
