@@ -287,6 +287,29 @@ def test_one_who_sends_nan_is_told_so(make: Callable[..., Pair]) -> None:
     assert told.isprintable() and len(told) <= neighbor.MAX_REASON
 
 
+def test_a_beat_overtakes_no_offer(make: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says that there are no others of earlier rounds; here the two come up at the same moment."""
+    here, said = make(600.0).nodes[0], list[int]()
+    neighbor_of = here.neighbors[1]
+    monkeypatch.setattr(neighbor, "BEAT_S", 0.0)
+
+    async def write(frame: bytes) -> None:
+        said.append(frame[0])
+
+    async def say() -> None:
+        queue: asyncio.Queue[Iterable[bytes]] = asyncio.Queue()
+        writer = asyncio.create_task(neighbor_of._write(write, queue))
+        await asyncio.sleep(0)  # it waits, and has done so for long enough
+        queue.put_nowait(neighbor_of.edge.post((3, 0), {"x": torch.ones(3)}))
+        neighbor_of.begin(4)
+        while Kind.BEAT not in said:
+            await asyncio.sleep(0)
+        writer.cancel()
+
+    here.call(say())
+    assert said[:2] == [Kind.OFFER, Kind.BEAT]
+
+
 def test_a_stream_that_ends_in_the_middle_of_a_write_is_no_failure(make: Callable[..., Pair]) -> None:
     """gRPC says so with errors of many kinds; one of this site's own is told."""
     pair = make(600.0)

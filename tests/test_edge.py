@@ -154,6 +154,34 @@ def test_a_message_nobody_keeps_any_more_is_given_up() -> None:
         assert pair.got[1] == {(3, 0): None}
 
 
+@pytest.mark.parametrize("expected_first", [True, False])
+def test_what_a_neighbor_who_is_beyond_the_round_does_not_offer_is_given_up(expected_first: bool) -> None:
+    """It may have nothing for this site in its own round, and wait for one who waits for this site."""
+    pair = Pair()
+    pair.connect()
+    pair.ends[0].round = 4
+    for step in (0, 1):
+        if expected_first == (step == 0):
+            for round in (3, 4):
+                pair.expect(1, (round, 0), make_payload())
+        else:
+            pair.say(0, [pair.ends[0].beat()])
+        pair.run()
+    assert pair.got[1] == {(3, 0): None}
+
+
+def test_what_is_kept_for_one_whose_stream_broke_is_not_given_up() -> None:
+    pair = Pair()
+    pair.post(0, (3, 0), make_payload())
+    pair.ends[0].round = 4
+    pair.connect()
+    pair.run()
+    pair.connect()  # what it kept on the old stream is forgotten, and so is how far it was
+    pair.expect(1, (3, 0), make_payload(9))
+    pair.run()
+    assert same(pair.got[1][3, 0], make_payload())
+
+
 def test_old_messages_make_room_for_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "KEPT_BYTES", 250)
     pair = Pair()

@@ -73,8 +73,8 @@ def test_a_message_in_time_ends_an_absence() -> None:
         done(like)
 
     neighbor = SimpleNamespace(
-        edge=SimpleNamespace(peer_round=4, round=4), index=1, name="east", is_connected=True, is_ejected=False,
-        was_seen=True, post=lambda *_: None, expect=expect,
+        edge=SimpleNamespace(peer_round=4), index=1, name="east", is_connected=True, is_ejected=False,
+        was_seen=True, begin=(begun := []).append, post=lambda *_: None, expect=expect,
     )  # fmt: skip
     node: Any = SimpleNamespace(
         neighbors={1: neighbor}, index=0, has_quorum=True, has_quorum_without_the_lost=True, turned_away="",
@@ -84,7 +84,7 @@ def test_a_message_in_time_ends_an_absence() -> None:
     exchange, hop = NetworkExchange(node), Hop("gossip", {(i, j): 0.5 for i in range(2) for j in range(2)})
     exchange.late_weight[1], exchange.left_out = 0.9, [1]
     exchange.start(5, hop, out := {"w": torch.ones(2)})
-    assert exchange.left_out == [] and neighbor.edge.round == 5
+    assert exchange.left_out == [] and begun == [5]
     inbox = exchange.finish(5, hop, lambda: out)
     assert inbox is not None and inbox.weights == {0: 0.5, 1: 0.5} and exchange.late_weight[1] == 0.0
 

@@ -12,8 +12,8 @@ stream at any moment:
     MISSED key                          the sender's round went on without it
     SAVED round                         whoever says this has a checkpoint of that round: it will never again ask for a
                                         message of an earlier one
-    BEAT  round, ages, steps            nothing else to say; and how long ago each member was heard of, and how often it
-                                        got on (see presence)
+    BEAT  round, ages, steps            nothing else to say: no message of an earlier round is kept but those offered;
+                                        and how long ago each member was heard of, and how often it got on (presence)
     ASK                                 this site is behind: it wants the state of one who is not
     DONE                                this site has finished the run
     LEAVE                               this site goes, and need not be waited for until it is back
@@ -146,8 +146,11 @@ class Edge:
         self.boot, self.peer_boot = os.urandom(8), b""
         self._processes = Processes()
         self.round = 0
+        """The round that this site is in; its messages of all earlier ones were posted before this was set."""
         self.is_finished = self.peer_is_finished = False
         self.peer_round = 0
+        self.peer_passed = 0
+        """The round that the neighbour is in by the stream that is open: what it keeps of earlier ones is offered."""
         self.peer_is_away = False
         """Whether the rounds go on without the neighbour, and what it has not fetched may be dropped."""
         self.peer_has_left = False
@@ -172,6 +175,7 @@ class Edge:
         """A new stream begins: forget what was said on the old one, and say it anew."""
         self.offers.clear()
         self._fetched.clear()
+        self.peer_passed = 0
         frames = [_pack(Kind.HELLO, self.boot), *self.checkpointed(self.saved)]
         frames += [_pack(Kind.MISSED, *key) for key in self.missed]
         frames += [_pack(Kind.OFFER, *key, message.size, message.hash) for key, message in self.outbox.items()]
@@ -206,7 +210,7 @@ class Edge:
         """Ask for a message of given names and shapes; `done` is told when it is there."""
         self.inbox[key] = incoming = Incoming(like, done)
         newer = any(other > key and other[1] != STATE for other in self.offers)
-        if key not in self.offers and (newer or self.peer_is_finished):
+        if key not in self.offers and (newer or key[0] < self.peer_passed or self.peer_is_finished):
             self.give_up(key)  # offers come in order: it is not kept any more
             return []
         if key in self.offers:
@@ -349,7 +353,10 @@ class Edge:
                 self._listener.told(told[:count], told[count:])
             except (ValueError, struct.error) as error:
                 raise ProtocolError(f"sent a beat that is none: {error}") from None
-            self.peer_round = max(self.peer_round, fields[0])
+            self.peer_round, self.peer_passed = max(self.peer_round, fields[0]), fields[0]
+            # Else those who exchange with others in each round could wait for each other in a circle.
+            for key in [key for key in self.inbox if key[0] < fields[0] and key not in self.offers and key[1] != STATE]:
+                self.give_up(key)
         elif kind is Kind.ASK:
             self.peer_asks = True
         elif kind is Kind.LEAVE:

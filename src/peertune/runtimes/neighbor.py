@@ -4,7 +4,7 @@
 is passed to it, a silent stream is ended after `stall_s`, and what happened is written to the log.
 
 The thread that trains calls in from outside with `Node.soon`. Directly it only reads single values, and settles whom it
-waits for: `mark_away`, `welcome`, `edge.round`.
+waits for: `mark_away`, `welcome`.
 """
 
 from __future__ import annotations
@@ -157,6 +157,10 @@ class Neighbor(Listener):
         """It gets the state of a round's beginning and is waited for again: else it would fall behind anew."""
         self.edge.peer_asks, self.edge.peer_round, self.edge.peer_is_away = False, round, False
 
+    def begin(self, round: int) -> None:
+        """This site's next round: all messages of those before it are posted."""
+        self.edge.round = round
+
     def post(self, key: Key, payload: Payload) -> None:
         self.edge.peer_is_away |= self.is_out_of_reach
         self.say(self.edge.post(key, payload))
@@ -175,7 +179,7 @@ class Neighbor(Listener):
 
     def skip_to(self, round: int) -> None:
         self.edge.skip_to(round)
-        self.edge.round = round
+        self.begin(round)
         self.say([self.edge.beat()])
 
     async def talk(self, read: Callable[[], Awaitable[Any]], write: Callable[[bytes], Awaitable[None]]) -> None:
@@ -244,7 +248,8 @@ class Neighbor(Listener):
                     async with asyncio.timeout(BEAT_S):  # wait_for may lose a cancellation that comes with a frame
                         frames = await queue.get()
                 except TimeoutError:
-                    frames = [self.edge.beat()]
+                    queue.put_nowait([self.edge.beat()])  # not before an offer that has just been posted
+                    continue
                 for frame in self._until_the_last_word(frames):
                     began = time.monotonic()
                     try:

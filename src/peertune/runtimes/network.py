@@ -193,8 +193,9 @@ class NetworkExchange:
 
     def start(self, round: int, hop: Hop, out: Payload | None) -> None:
         self.begin(round)
-        for neighbor in self._node.neighbors.values():
-            neighbor.edge.round = round
+        if self._key[1] < 0:
+            for neighbor in self._node.neighbors.values():
+                self._node.soon(partial(neighbor.begin, round))
         self._key = (round, self._key[1] + 1)
         self._out = out
         if out is None:
