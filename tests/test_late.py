@@ -407,3 +407,21 @@ def test_the_final_agreement_is_waited_for_as_long_as_somebody_gets_on(
     waiting.neighbor.mark_away = lambda round: False  # it is within reach all the time
     assert waiting.comes(100.0, 0.0) == comes
     assert waiting.now == pytest.approx(1000.0 if comes else 100.0 + until_s // 30 * 30, abs=2)
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+def test_at_the_start_one_is_waited_for_unless_it_was_there_and_is_gone(
+    is_told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A site that was started anew, with nothing on its disk, learns from the others that the run has begun."""
+
+    def tick(waiting: Waiting) -> None:
+        if waiting.now == 50.0 and is_told:
+            waiting.presence.told([0.0, 5.0], [0, 0], waiting.now)
+        if waiting.now == 500.0:
+            waiting.arrival.set_result({})
+
+    waiting = Waiting(monkeypatch, tick)
+    waiting.exchange._has_begun = waiting.neighbor.was_seen = waiting.neighbor.is_connected = False
+    assert waiting.comes(math.inf, 0.0) is not is_told
+    assert waiting.now == (54.0 if is_told else 500.0)

@@ -41,6 +41,20 @@ def test_word_of_all_goes_down_the_row_and_stops_where_one_falls_silent() -> Non
     assert sites[0].present(25.0) == [0, 1, 2, 3, 4], "it is back"
 
 
+def test_one_who_was_there_and_is_absent_is_gone_and_one_who_never_came_is_not() -> None:
+    sites = row(4)
+    beat(sites, 0.0, silent=3)
+    beat(sites, 1.0, silent=3)
+    assert [sites[0].is_gone(member, 10.0) for member in range(4)] == [False] * 4
+    for second in range(2, 20):
+        beat(sites[:2], float(second))
+    sites[0] = Presence(4, 0, GRACE)  # another process, which has only heard of it
+    beat(sites[:2], 20.0)
+    assert [sites[0].is_gone(member, 20.0) for member in range(4)] == [False, False, True, False]
+    sites[0].finished(2)
+    assert not sites[0].is_gone(2, 99.0)
+
+
 def test_one_who_has_finished_is_not_missed() -> None:
     sites = row(3)
     beat(sites, 0.0)

@@ -336,7 +336,8 @@ class NetworkExchange:
     def _begins(self, neighbor: Neighbor) -> bool:
         """Whether the run has not begun, for all this site knows, and waits until everyone is there."""
         others = self._node.neighbors.values()
-        return not self._has_begun and not neighbor.was_seen and all(other.edge.peer_round <= 1 for other in others)
+        was_there = neighbor.was_seen or self._node.presence.is_gone(neighbor.index, time.monotonic())
+        return not self._has_begun and not was_there and all(other.edge.peer_round <= 1 for other in others)
 
     def saved(self, round: int) -> None:
         for neighbor in self._node.neighbors.values():

@@ -90,6 +90,10 @@ class Presence:
         seen = self._seen[member]
         return member not in self.ejected and now - seen <= self.grace_s / 2 and seen >= heard_here + MARGIN_S
 
+    def is_gone(self, member: int, now: float) -> bool:
+        """Whether a member was there, as those tell who are, and is absent; of one who never came nobody tells."""
+        return self.grace_s < now - self._seen[member] < math.inf
+
     def present(self, now: float) -> list[int]:
         """Members who are there, or have done their part; this site included."""
         return [
