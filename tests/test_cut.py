@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from peertune.runtimes import edge, neighbor, network, node
 from peertune.runtimes.edge import Kind
 from peertune.runtimes.network import NetworkExchange
 from peertune.runtimes.node import Node
+from peertune.runtimes.presence import Presence
 from tests.test_consortium import make_charter, wait_for
 
 CUT_S = 360.0
@@ -244,6 +246,32 @@ def test_the_final_agreement_waits_for_a_message_that_takes_long(
     assert sorted(pair.ended(rounds[1:])[0].payloads) == [0, 1], "100 s for 16 bytes"
     pair.nodes[1].soon(lambda: pair.nodes[1].neighbors[0].say(got.finished()))
     stopped.result(timeout=60)
+
+
+def test_one_who_is_back_within_the_grace_finds_those_who_have_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others have finished at second 0, and linger for a grace of ten."""
+    now = 0.0
+    monkeypatch.setattr(neighbor, "time", SimpleNamespace(monotonic=lambda: now))
+    charter: Any = SimpleNamespace(members=[SimpleNamespace(name=name) for name in "ab"], grace_s=10.0, stall_s=4.0)
+    there = neighbor.Neighbor(1, charter, Presence(2, 0, 10.0), lambda *_, **__: None)
+
+    def is_needed_until() -> float:
+        nonlocal now
+        while there.needs(0.0, 10.0):
+            now += 1.0
+        return now
+
+    there.is_connected = True
+    assert is_needed_until() == 10.0, "it never went"
+    now, there.is_connected, there.last_heard = 8.0, False, 8.0
+    assert is_needed_until() == 19.0, "it does not come back"
+    now, there.is_connected, there.connected_at = 17.0, True, 17.0
+    assert is_needed_until() == 27.0, "it is back, and asks for nothing"
+    there.edge.post((0, 0), {"x": torch.ones(3)})
+    now, there.last_sent = 26.0, 26.0
+    assert is_needed_until() == 30.0, "it fetched something, and got stuck"
+    now = there.connected_at = 99.0
+    assert is_needed_until() == 100.0, "it comes and goes"
 
 
 def test_two_who_wait_for_each_other_in_the_final_agreement_give_up(make: Callable[..., Pair]) -> None:

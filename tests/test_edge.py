@@ -137,9 +137,12 @@ def test_messages_are_kept_until_the_neighbor_has_a_checkpoint_beyond_them() -> 
     pair.ends[1].checkpointed(1)
     pair.connect()
     for round in (1, 2):
+        pair.run()
+        assert pair.ends[0].has_undelivered, "what the old process had says nothing of the new one"
         pair.expect(1, (round, 0), make_payload())
         pair.run()
         assert same(pair.got[1][round, 0], make_payload(round))
+    assert not pair.ends[0].has_undelivered
 
 
 def test_a_message_nobody_keeps_any_more_is_given_up() -> None:

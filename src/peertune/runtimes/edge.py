@@ -330,6 +330,7 @@ class Edge:
                 for incoming in self.inbox.values():
                     incoming.offset = 0
                 self.peer_round, self.peer_is_finished = 0, False
+                self.delivered.clear()
                 self.no_state()
             self.peer_boot, self.peer_has_left = fields[0], False
         elif kind is Kind.GOT:

@@ -30,6 +30,8 @@ BEAT_S = 1.0
 """Seconds after which a silent connection says that it is alive."""
 REFUSAL_S = 2.0
 """Seconds in which one who was refused takes that in, and ends the stream; then it is ended here."""
+LINGERS = 10
+"""One who is lost and back again and again is lingered for so many times as long as one who stays, at most."""
 MAX_REASON = 200
 """Characters of what another says of why it ends a stream."""
 
@@ -41,8 +43,8 @@ class Neighbor(Listener):
         self.index, self.name, self.charter, self.presence = index, charter.members[index].name, charter, presence
         self.edge, self.log = Edge(self), log
         self.last_heard = self.last_heard_on_stream = time.monotonic()
-        self.last_sent = -math.inf
-        """When a part of a message last went out."""
+        self.last_sent = self.connected_at = -math.inf
+        """When a part of a message last went out, and when the neighbour was last back."""
         self.is_connected = self.was_seen = self.is_ejected = False
         self.turns_away = ""
         """Why the neighbour takes nothing from this site any more; empty: it does."""
@@ -139,13 +141,15 @@ class Neighbor(Listener):
     def needs(self, since: float, linger_s: float) -> bool:
         """Whether it may still want something of a site that has finished the run.
 
-        It has so many seconds to ask; what it is fetching goes on for as long as any of it goes out.
+        It has so many seconds to ask, once more where it was lost meanwhile and is back within the grace; what it is
+        fetching goes on for as long as any of it goes out.
         """
         if self.edge.peer_is_finished or self.is_out_of_reach:
             return False
+        now = time.monotonic()
+        asks_since = min(max(since, self.connected_at if self.is_connected else now), since + (LINGERS - 1) * linger_s)
         is_fetching = self.is_connected and self.edge.has_undelivered
-        until = self.last_sent + self.charter.stall_s if is_fetching else -math.inf
-        return time.monotonic() < max(since + linger_s, until)
+        return now < max(asks_since + linger_s, self.last_sent + self.charter.stall_s if is_fetching else -math.inf)
 
     def mark_away(self, round: int) -> bool:
         """Settle whether to go on with a round without it: out of reach for the grace, or still behind after that."""
@@ -200,6 +204,7 @@ class Neighbor(Listener):
                 self.last_heard = self.last_heard_on_stream = time.monotonic()
                 if not self.is_connected:  # only now: a refused stream opens too
                     self.is_connected, self.was_seen, self.turns_away = True, True, ""
+                    self.connected_at = self.last_heard
                     self.log("connected", peer=self.name)
                 self.presence.heard(self.index, self.last_heard)
                 try:
