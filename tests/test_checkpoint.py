@@ -77,6 +77,21 @@ def test_generations_kept_share_nothing_so_damage_in_one_leaves_the_other(tmp_pa
     assert is_whole(store, 3)
 
 
+@pytest.mark.parametrize("damage", [("2", "3"), ('"at"', '"et"')])
+def test_damage_in_what_is_no_tensor_is_noticed_too(damage: tuple[str, str], tmp_path: Path) -> None:
+    store, file = CheckpointStore(tmp_path, 1), tmp_path / "peer-000" / "round-00000012" / "state.json"
+    plain = {"at": 2.5, "of": [1e-9, None, {"7": [float("inf"), "\u00e9"]}]}
+    store.save(0, 12, files(12), plain)
+    assert store.load(0, 12)[1] == plain
+    text = file.read_text()
+    start = text.index('"state"')
+    file.write_text(text[:start] + text[start:].replace(*damage, 1))
+    with pytest.raises(CheckpointError, match=r"round-00000012: damaged: .*; delete this folder to use an older one"):
+        store.load(0, 12)
+    file.write_text(json.dumps({key: value for key, value in json.loads(text).items() if key != "hash"}))
+    assert store.load(0, 12)[1] == plain, "as an earlier version wrote it"
+
+
 def test_damage_is_not_handed_on_by_one_who_goes_on_from_the_older_generation(tmp_path: Path) -> None:
     save(CheckpointStore(tmp_path, 1), 1, 2, 3, 4)
     damage(tmp_path / "peer-000" / "round-00000004" / "kept.safetensors")

@@ -77,7 +77,7 @@ class CheckpointStore:
                 if hashes[name] != known.get(name) or not _link(home / f"round-{goes:08d}" / path.name, path):
                     save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, path)
             state = {"peer": peer, "round": round, "files": hashes, "state": plain}
-            (aside / "state.json").write_text(json.dumps(state), encoding="utf-8")
+            (aside / "state.json").write_text(json.dumps({**state, "hash": _hash(state)}), encoding="utf-8")
             share_weights(aside, aside / "state.json")
             for path in (*aside.iterdir(), aside):
                 _sync(path)
@@ -151,6 +151,8 @@ class CheckpointStore:
                 raise CheckpointError(
                     f"{folder}: holds peer {state['peer']}, round {state['round']}; expected peer {peer}, round {round}"
                 )
+            if state.pop("hash", None) not in (None, _hash(state)):  # earlier versions wrote none
+                raise ValueError("state.json is not what was written")
             hashes = dict(state["files"])
             tensors: dict[str, Tensor] = {}
             with _threads() as pool:
@@ -177,6 +179,11 @@ def newest_common(rounds: Sequence[Sequence[int] | None]) -> int | None:
 def _threads() -> ThreadPoolExecutor:
     """For hashes, which Python works out on several threads at once."""
     return ThreadPoolExecutor(torch.get_num_threads(), "checkpoint")
+
+
+def _hash(state: Mapping[str, Any]) -> str:
+    """Of what is written as JSON, and of the same when it has been read."""
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
 
 def _sha256(tensors: Mapping[str, Tensor]) -> str:
