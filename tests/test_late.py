@@ -99,6 +99,14 @@ def test_a_round_without_a_hop_went_without_nobody() -> None:
     assert group.catch_up(4, method) == 4 and exchange.left_out == []
 
 
+def test_whom_the_last_round_went_without_is_known_to_a_resumed_site() -> None:
+    """Should it have been the last before the agreement, which then says whom it trusts all the same."""
+    exchange, resumed = (NetworkExchange(SimpleNamespace(index=0)) for _ in range(2))  # type: ignore[arg-type]
+    exchange.left_out, exchange.rounds_without[2] = [2], 7
+    resumed.load_state_dict(json.loads(json.dumps(exchange.state_dict())))
+    assert (resumed.left_out, resumed.rounds_without) == ([2], {2: 7})
+
+
 def test_late_messages_from_before_a_join_are_not_used() -> None:
     """What another site made of its rounds came in their place."""
     log: list[dict[str, Any]] = []

@@ -344,11 +344,12 @@ class NetworkExchange:
             self._node.soon(partial(neighbor.checkpointed, round))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sent": self.sent.state_dict(), "rounds_without": list(self.rounds_without.items())}
+        without = list(self.rounds_without.items())
+        return {"sent": self.sent.state_dict(), "rounds_without": without, "left_out": list(self.left_out)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.sent.load_state_dict(state["sent"])
-        self.rounds_without = Counter(dict(state["rounds_without"]))
+        self.rounds_without, self.left_out = Counter(dict(state["rounds_without"])), state["left_out"]
         self._has_begun = True
 
 
