@@ -147,6 +147,12 @@ def test_a_lone_neighbor_is_not_believed_and_a_lone_answer_is(rule: ExchangeSect
     assert torch.equal(robust_inbox(rule, 0, answer).mean("w"), pair.payloads[1]["w"])
 
 
+@pytest.mark.parametrize("rule", [CLIP, TRIM], ids=["clip", "trimmed_mean"])
+def test_one_who_hears_nobody_keeps_its_own(rule: ExchangeSection) -> None:
+    alone = make_inbox(3, [0])
+    torch.testing.assert_close(robust_inbox(rule, 0, alone).mean("w"), alone.payloads[0]["w"])
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_with_few_messages_a_server_trims_what_it_can_and_a_peer_keeps_its_own(count: int) -> None:
     """As many members are away as the recipe's trim does not reckon with."""

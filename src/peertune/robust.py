@@ -152,7 +152,7 @@ class TrimmedInbox(RobustInbox):
         """
         flat = [self.payloads[j][name].reshape(-1) for j in self.others]
         own = self.payloads[self.peer][name].float().reshape(-1) if self.sends else None
-        found = torch.empty_like(flat[0], dtype=torch.float32)
+        found = torch.empty_like(flat[0] if own is None else own, dtype=torch.float32)
         for start in range(0, len(found), PIECE):
             pieces = [_ordered(each[start : start + PIECE]) for each in flat]
             found[start : start + PIECE] = self._trimmed(pieces, None if own is None else own[start : start + PIECE])
