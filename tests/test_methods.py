@@ -146,7 +146,7 @@ def test_none_comes_back_where_corrections_of_all_make_one_sum(method: type[Loca
 
 @pytest.mark.parametrize("optimizer", ["average", "adam", "nesterov"])
 def test_fedavg_is_the_numpy_reference(optimizer: Any) -> None:
-    config = FedavgConfig(**SHORT, server_optimizer=optimizer, server_lr=0.7 if optimizer == "nesterov" else 0.05)
+    config = FedavgConfig(**SHORT, server_optimizer=optimizer, server_lr={"adam": 0.05, "nesterov": 0.7}.get(optimizer))
     share = np.array(COUNTS) / sum(COUNTS)
     x = start()
     m = buffer = np.zeros_like(x)
