@@ -35,7 +35,7 @@ from peertune.consortium import new_charter
 from peertune.data.stdlib import load_stdlib
 from peertune.identity import load_identity, make_identity
 from peertune.runtimes import edge
-from peertune.runtimes.message import Outgoing
+from peertune.runtimes.edge_frames import Key, Kind
 
 FORK = multiprocessing.get_context("fork")
 PHASES = ("training", "sending", "receiving", "checkpoint")
@@ -70,8 +70,8 @@ class Fault:
         elif self.phase == "sending":
             chunks = edge.Edge._chunks
 
-            def send(one: edge.Edge, key: edge.Key, message: Outgoing, offset: int) -> Iterator[bytes]:
-                for frame in chunks(one, key, message, offset):
+            def send(one: edge.Edge, key: Key, offset: int) -> Iterator[bytes]:
+                for frame in chunks(one, key, offset):
                     reached(key[0])
                     yield frame
 
@@ -80,7 +80,7 @@ class Fault:
             receive = edge.Edge.receive
 
             def take(one: edge.Edge, frame: bytes) -> Any:
-                if frame[:1] == bytes([edge.Kind.CHUNK]):
+                if frame[:1] == bytes([Kind.CHUNK]):
                     reached(one.round)
                 return receive(one, frame)
 

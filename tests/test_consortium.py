@@ -61,8 +61,8 @@ from peertune.exchange import Hop
 from peertune.identity import ALWAYS, Identity, load_identity, make_identity
 from peertune.progress import Silent
 from peertune.run import run
-from peertune.runtimes import edge
 from peertune.runtimes import node as node_module
+from peertune.runtimes import outbox
 from peertune.runtimes.neighbor import Neighbor
 from peertune.runtimes.network import NetworkExchange, without
 from peertune.runtimes.node import Node
@@ -357,12 +357,12 @@ def test_a_site_that_lost_its_folder_comes_back_and_all_agree(tmp_path: Path, mi
     assert_agreed(consortium)
 
 
-@pytest.mark.parametrize("kept_bytes", [1, edge.KEPT_BYTES])
+@pytest.mark.parametrize("kept_bytes", [1, outbox.KEPT_BYTES])
 def test_a_site_far_behind_takes_up_the_run_from_a_neighbor(
     kept_bytes: int, tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is slow, whether what it missed was kept or not: it joins at the beginning of a block's turn."""
-    monkeypatch.setattr(edge, "KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(outbox, "KEPT_BYTES", kept_bytes)
     consortium, processes = lose_east(tmp_path, micro_model)
     processes["east"] = consortium.site("east", delay=0.05)  # the others must not have ended before it judges
     consortium.ended(processes)

@@ -17,8 +17,8 @@ import torch
 from peertune.errors import PeerLostError
 from peertune.exchange import Hop, Inbox
 from peertune.identity import load_identity
-from peertune.runtimes import edge, neighbor, network, node
-from peertune.runtimes.edge import Kind
+from peertune.runtimes import message, neighbor, network, node
+from peertune.runtimes.edge_frames import Kind
 from peertune.runtimes.network import NetworkExchange
 from peertune.runtimes.node import Node
 from peertune.runtimes.presence import Presence
@@ -221,7 +221,7 @@ def test_the_final_agreement_waits_for_a_message_that_takes_long(
     make: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the one who has all it needs stays until the other has, too, however slowly that goes."""
-    monkeypatch.setattr(edge, "CHUNK_SIZE", 4)
+    monkeypatch.setattr(message, "CHUNK_SIZE", 4)
     pair = make(10.0)
     pair.connect()
     assert pair.heard(0) == [[0, 1], [0, 1]]
@@ -370,7 +370,7 @@ def test_how_long_a_part_took_is_told_also_where_the_stream_ends_over_it(
 ) -> None:
     pair, took = make(600.0), list[float]()
     here = pair.nodes[0].neighbors[1]
-    monkeypatch.setattr(here.edge, "paced", took.append)
+    monkeypatch.setattr(here.edge.outbox, "paced", took.append)
 
     async def write(frame: bytes) -> None:
         pair.clock.ahead += 29.0

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from peertune.exchange import Payload
 from peertune.runtimes import edge as module
-from peertune.runtimes.edge import FRAMES, Edge, Key, Kind, Listener
+from peertune.runtimes import message, outbox
+from peertune.runtimes.edge import Edge, Listener
+from peertune.runtimes.edge_frames import FRAMES, MAX_FRAME, STATE, Key, Kind
 from peertune.runtimes.frames import ProtocolError
-from peertune.runtimes.message import SMALL_CHUNK, hash_of
+from peertune.runtimes.message import CHUNK_SIZE, SMALL_CHUNK, hash_of
 from peertune.runtimes.presence import Presence
 
 
@@ -70,7 +72,7 @@ def test_a_message_arrives_whole(expected_first: bool) -> None:
         step()
         pair.run()
     assert same(pair.got[1][0, 0], payload)
-    assert pair.ends[0].delivered == {(0, 0)}
+    assert pair.ends[0].outbox.delivered == {(0, 0)}
 
 
 @given(cuts=st.lists(st.integers(0, 9), max_size=12))
@@ -78,7 +80,7 @@ def test_messages_survive_any_breaks_of_the_stream(cuts: list[int]) -> None:
     """Both ways, three rounds, chunks of 16 bytes; the stream breaks after some frames, again and again."""
     sent = {(end, round): make_payload(10 * end + round) for end in (0, 1) for round in range(3)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "CHUNK_SIZE", 16)
+        patch.setattr(message, "CHUNK_SIZE", 16)
         pair = Pair()
         for round in range(3):
             for end in (0, 1):
@@ -94,7 +96,7 @@ def test_messages_survive_any_breaks_of_the_stream(cuts: list[int]) -> None:
 
 
 def test_a_transfer_goes_on_where_it_broke(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK_SIZE", 16)
+    monkeypatch.setattr(message, "CHUNK_SIZE", 16)
     pair = Pair()
     pair.post(0, (0, 0), make_payload())
     pair.expect(1, (0, 0), make_payload())
@@ -109,7 +111,7 @@ def test_a_transfer_goes_on_where_it_broke(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_restarted_neighbor_is_asked_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of the old process's message is put together with the new one's."""
-    monkeypatch.setattr(module, "CHUNK_SIZE", 16)
+    monkeypatch.setattr(message, "CHUNK_SIZE", 16)
     pair = Pair()
     pair.post(0, (0, 0), make_payload(1))
     pair.expect(1, (0, 0), make_payload())
@@ -132,17 +134,17 @@ def test_messages_are_kept_until_the_neighbor_has_a_checkpoint_beyond_them() -> 
         pair.run()
     pair.say(1, pair.ends[1].checkpointed(1))
     pair.run()
-    assert list(pair.ends[0].outbox) == [(1, 0), (2, 0)]
+    assert list(pair.ends[0].outbox.messages) == [(1, 0), (2, 0)]
     pair.ends[1], pair.got[1] = Edge(), {}
     pair.ends[1].checkpointed(1)
     pair.connect()
     for round in (1, 2):
         pair.run()
-        assert pair.ends[0].has_undelivered, "what the old process had says nothing of the new one"
+        assert pair.ends[0].outbox.has_undelivered, "what the old process had says nothing of the new one"
         pair.expect(1, (round, 0), make_payload())
         pair.run()
         assert same(pair.got[1][round, 0], make_payload(round))
-    assert not pair.ends[0].has_undelivered
+    assert not pair.ends[0].outbox.has_undelivered
 
 
 def test_a_message_nobody_keeps_any_more_is_given_up() -> None:
@@ -186,47 +188,47 @@ def test_what_is_kept_for_one_whose_stream_broke_is_not_given_up() -> None:
 
 
 def test_old_messages_make_room_for_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "KEPT_BYTES", 250)
+    monkeypatch.setattr(outbox, "KEPT_BYTES", 250)
     pair = Pair()
     for number in range(5):
         pair.post(0, (7, number), make_payload(number))  # 88 bytes
-    assert len(pair.ends[0].outbox) == 5, "what it has not had yet is kept while it is there"
+    assert len(pair.ends[0].outbox.messages) == 5, "what it has not had yet is kept while it is there"
     pair.post(0, (9, 0), make_payload(5))
-    assert list(pair.ends[0].outbox) == [(7, 4), (9, 0)], "or even if it never gets on: nobody may wait for it"
+    assert list(pair.ends[0].outbox.messages) == [(7, 4), (9, 0)], "or even if it never gets on: nobody may wait for it"
     pair.post(0, (9, 1), make_payload(6, size=100))
-    assert list(pair.ends[0].outbox) == [(9, 0), (9, 1)]
+    assert list(pair.ends[0].outbox.messages) == [(9, 0), (9, 1)]
     pair.ends[0].peer_is_away = True
     pair.post(0, (9, 2), make_payload(7, size=100))
-    assert list(pair.ends[0].outbox) == [(9, 2)]
+    assert list(pair.ends[0].outbox.messages) == [(9, 2)]
 
 
 def test_a_neighbor_that_is_there_and_fetches_nothing_takes_no_more_memory_either(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "KEPT_BYTES", 250)
+    monkeypatch.setattr(outbox, "KEPT_BYTES", 250)
     pair = Pair()
     pair.ends[0].peer_round = 9  # so it did without what is older
     for round in range(10):
         pair.post(0, (round, 0), make_payload(round))
-    assert list(pair.ends[0].outbox) == [(8, 0), (9, 0)]
+    assert list(pair.ends[0].outbox.messages) == [(8, 0), (9, 0)]
     for round in range(10):
-        pair.post(0, (round, module.STATE), make_payload(round))
-    assert [key for key in pair.ends[0].outbox if key[1] == module.STATE] == [(9, module.STATE)]
+        pair.post(0, (round, STATE), make_payload(round))
+    assert [key for key in pair.ends[0].outbox.messages if key[1] == STATE] == [(9, STATE)]
 
 
 def test_messages_that_were_delivered_make_room_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "KEPT_BYTES", 250)
+    monkeypatch.setattr(outbox, "KEPT_BYTES", 250)
     pair = Pair()
     pair.connect()
     for round in range(4):
         pair.post(0, (round, 0), make_payload(round))
         pair.expect(1, (round, 0), make_payload())
         pair.run()
-    assert list(pair.ends[0].outbox) == [(2, 0), (3, 0)]
+    assert list(pair.ends[0].outbox.messages) == [(2, 0), (3, 0)]
 
 
 def test_a_message_dropped_after_it_was_offered_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "KEPT_BYTES", 1)
+    monkeypatch.setattr(outbox, "KEPT_BYTES", 1)
     pair = Pair()
     pair.connect()
     pair.post(0, (0, 0), make_payload())
@@ -251,11 +253,11 @@ def test_one_who_is_behind_gets_the_state_and_goes_on_from_there() -> None:
     pair.connect()  # the question survives a new stream
     pair.run()
     assert pair.ends[0].peer_asks
-    pair.post(0, (8, module.STATE), make_payload(80))
+    pair.post(0, (8, STATE), make_payload(80))
     pair.run()
     ((round, found),) = arrived
     assert round == 8 and same(found, make_payload(80))
-    assert (8, module.STATE) not in pair.ends[0].outbox
+    assert (8, STATE) not in pair.ends[0].outbox.messages
     pair.ends[1].skip_to(8)
     assert pair.got[1] == {(2, 0): None}
     pair.expect(1, (8, 0), make_payload())
@@ -268,7 +270,7 @@ def test_one_who_skips_rounds_sends_and_takes_nothing_of_them() -> None:
     pair, notes = apart(3, missing=[0])
     pair.expect(0, (7, 0), make_payload())
     pair.ends[0].skip_to(8)
-    assert pair.got[0][7, 0] is None and not pair.ends[0].outbox
+    assert pair.got[0][7, 0] is None and not pair.ends[0].outbox.messages
     pair.post(1, (8, 0), make_payload(8))
     pair.connect()
     pair.run()
@@ -299,11 +301,11 @@ def test_a_state_can_be_had_twice_in_one_round() -> None:
     arrived: list[Payload | None] = []
     for seed in (1, 2):
         pair.say(1, pair.ends[1].ask(make_payload(), lambda round, found: arrived.append(found)))
-        pair.post(0, (8, module.STATE), make_payload(seed))
-        assert pair.ends[0].has_undelivered
+        pair.post(0, (8, STATE), make_payload(seed))
+        assert pair.ends[0].outbox.has_undelivered
         pair.run()
     assert same(arrived[0], make_payload(1)) and same(arrived[1], make_payload(2))
-    assert not pair.ends[0].has_undelivered
+    assert not pair.ends[0].outbox.has_undelivered
 
 
 def test_a_state_that_is_refused_closes_no_round() -> None:
@@ -313,7 +315,7 @@ def test_a_state_that_is_refused_closes_no_round() -> None:
     pair.run()
     told: list[Payload | None] = []
     pair.say(1, pair.ends[1].ask(make_payload(), lambda round, found: told.append(found)))
-    pair.post(0, (8, module.STATE), {"x": torch.zeros(22)})
+    pair.post(0, (8, STATE), {"x": torch.zeros(22)})
     with pytest.raises(ProtocolError, match="announced a message of"):
         pair.run()
     assert told == [None]
@@ -330,7 +332,7 @@ def test_a_state_on_its_way_says_nothing_of_what_else_is_kept() -> None:
     pair.connect()
     pair.run()
     pair.say(1, pair.ends[1].ask(make_payload(), lambda round, found: None))
-    pair.ends[1].receive(pair.ends[0].post((8, module.STATE), make_payload())[0])  # type: ignore[index]
+    pair.ends[1].receive(pair.ends[0].post((8, STATE), make_payload())[0])  # type: ignore[index]
     pair.expect(1, (7, 0), make_payload())
     assert (7, 0) not in pair.got[1]
     pair.post(0, (7, 0), make_payload(7))
@@ -341,9 +343,9 @@ def test_a_state_on_its_way_says_nothing_of_what_else_is_kept() -> None:
 def test_a_state_nobody_asked_for_takes_no_memory() -> None:
     pair = Pair()
     pair.connect()
-    pair.post(0, (3, module.STATE), make_payload())
+    pair.post(0, (3, STATE), make_payload())
     pair.run()
-    assert not pair.ends[1].inbox and not pair.ends[1].offers and not pair.ends[0].outbox
+    assert not pair.ends[1].inbox and not pair.ends[1].offers and not pair.ends[0].outbox.messages
 
 
 def test_one_who_leaves_is_away_until_it_is_back() -> None:
@@ -402,7 +404,7 @@ def test_what_comes_too_late_is_dropped() -> None:
     pair.ends[1].give_up((0, 0))
     pair.post(0, (0, 0), make_payload())
     pair.run()
-    assert pair.got[1] == {(0, 0): None} and pair.ends[0].delivered == {(0, 0)}
+    assert pair.got[1] == {(0, 0): None} and pair.ends[0].outbox.delivered == {(0, 0)}
 
 
 class Notes(Listener):
@@ -443,7 +445,7 @@ def apart(rounds: int, missing: Sequence[int]) -> tuple[Pair, list[Notes]]:
 def test_what_one_end_went_without_still_comes_and_the_other_learns_of_it(
     cuts: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "CHUNK_SIZE", 16)
+    monkeypatch.setattr(message, "CHUNK_SIZE", 16)
     pair, notes = apart(3, missing=[0])
     assert pair.got[0][1, 0] is None
     for cut in cuts:
@@ -475,7 +477,7 @@ def test_what_the_neighbor_turns_out_to_have_missed_as_well_is_fetched_no_furthe
     for frame in pair.ends[1].connected():
         list(pair.ends[0].receive(frame))
     assert (1, 0) in pair.ends[0].inbox
-    pair.ends[0].receive(module._pack(Kind.MISSED, 1, 0))
+    pair.ends[0].receive(FRAMES.pack(Kind.MISSED, 1, 0))
     assert not pair.ends[0].inbox and not notes[0].late and notes[0].missed == [(1, 0)]
 
 
@@ -489,9 +491,9 @@ def test_what_a_neighbor_may_say_of_messages_is_bounded(
     monkeypatch.setattr(module, "MAX_OFFERS", 3)
     edge = Edge()
     for round in range(3):
-        assert edge.receive(module._pack(kind, round, 0, *fields)) == []
+        assert edge.receive(FRAMES.pack(kind, round, 0, *fields)) == []
     with pytest.raises(ProtocolError, match=message):
-        edge.receive(module._pack(kind, 3, 0, *fields))
+        edge.receive(FRAMES.pack(kind, 3, 0, *fields))
 
 
 def test_what_was_missed_is_kept_by_the_neighbor_beyond_this_sites_checkpoints() -> None:
@@ -503,7 +505,7 @@ def test_what_was_missed_is_kept_by_the_neighbor_beyond_this_sites_checkpoints()
     assert pair.ends[1].peer_missed == {(1, 0), (2, 0)}
     pair.say(0, pair.ends[0].checkpointed(3))
     pair.run()
-    assert not pair.ends[1].outbox and not pair.ends[1].peer_missed
+    assert not pair.ends[1].outbox.messages and not pair.ends[1].peer_missed
 
 
 def test_what_corrects_nothing_is_told_as_missed_and_dropped() -> None:
@@ -513,7 +515,7 @@ def test_what_corrects_nothing_is_told_as_missed_and_dropped() -> None:
     pair.post(1, (1, 0), make_payload(11))
     pair.run()
     assert notes[1].missed == [(1, 0)] and not notes[0].late and not pair.ends[0].late
-    assert pair.ends[1].delivered == {(0, 0), (1, 0)}
+    assert pair.ends[1].outbox.delivered == {(0, 0), (1, 0)}
 
 
 def test_what_is_told_of_as_missed_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -524,7 +526,7 @@ def test_what_is_told_of_as_missed_is_bounded(monkeypatch: pytest.MonkeyPatch) -
 
 def test_what_the_neighbor_keeps_no_more_is_not_waited_for() -> None:
     pair, notes = apart(3, missing=[0])
-    pair.ends[1].outbox.pop((1, 0))
+    pair.ends[1].outbox.messages.pop((1, 0))
     pair.connect()
     pair.run()
     assert notes[0].late.keys() == {(2, 0)} and not pair.ends[0].late
@@ -579,7 +581,7 @@ def test_a_refused_message_is_given_up_and_not_asked_for_again(expected_first: b
     assert pair.got[1] == {(0, 0): None}
     pair.connect()
     pair.run()
-    assert pair.ends[0].delivered == {(0, 0)}
+    assert pair.ends[0].outbox.delivered == {(0, 0)}
 
 
 def test_of_one_who_was_refused_no_earlier_offer_is_believed() -> None:
@@ -612,7 +614,7 @@ def test_a_message_goes_out_once_on_a_stream() -> None:
     pair = Pair()
     pair.connect()
     pair.post(0, (0, 0), make_payload())
-    want = module._pack(Kind.WANT, 0, 0, 0)
+    want = FRAMES.pack(Kind.WANT, 0, 0, 0)
     list(pair.ends[0].receive(want))
     with pytest.raises(ProtocolError, match="a message of round 0 a second time on one stream"):
         pair.ends[0].receive(want)
@@ -657,8 +659,8 @@ def test_nan_infinity_and_numbers_without_a_square_are_refused(value: float, dty
 
 
 def test_damaged_and_misplaced_chunks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK_SIZE", 16)
-    for change, message in (
+    monkeypatch.setattr(message, "CHUNK_SIZE", 16)
+    for change, reason in (
         (lambda frame: frame[:-1] + bytes([frame[-1] ^ 1]), "do not match their hash"),
         (lambda frame: frame[:9] + struct.pack("<Q", 32) + frame[17:], "expected 16 at 0"),
         (lambda frame: frame[:-1], "sent 15 bytes"),
@@ -669,7 +671,7 @@ def test_damaged_and_misplaced_chunks_are_refused(monkeypatch: pytest.MonkeyPatc
         receiver.expect((0, 0), make_payload(), lambda found: None)
         (want,) = receiver.receive(offer)
         chunk = next(iter(sender.receive(want)))
-        with pytest.raises(ProtocolError, match=message):
+        with pytest.raises(ProtocolError, match=reason):
             receiver.receive(change(chunk))
 
 
@@ -685,9 +687,9 @@ def test_parts_are_small_where_they_take_long_to_get_out() -> None:
         (want,) = receiver.receive(offer)
         for frame, took in zip(sender.receive(want), seconds, strict=False):
             sizes.append((len(frame) - FRAMES.size(Kind.CHUNK)) // SMALL_CHUNK)
-            assert len(frame) <= module.MAX_FRAME
+            assert len(frame) <= MAX_FRAME
             receiver.receive(frame)
-            sender.paced(took)
+            sender.outbox.paced(took)
     assert sizes == [1, 2, 4, 8, 16, 16, 16, 16, 1, 1, 1, 1, 1, 2, 4, 8, 16, 16, 16, 16, 16, 5]
     assert len(got) == 1 and same(got[0], payload)
 
@@ -697,7 +699,7 @@ def test_parts_are_not_as_small_as_a_member_likes() -> None:
     (offer,) = sender.post((0, 0), make_payload(size=100_000))
     receiver.expect((0, 0), make_payload(size=100_000), lambda found: None)
     list(receiver.receive(offer))
-    for size in (4, SMALL_CHUNK - 4, SMALL_CHUNK + 4, 2 * module.CHUNK_SIZE):
+    for size in (4, SMALL_CHUNK - 4, SMALL_CHUNK + 4, 2 * CHUNK_SIZE):
         data = bytes(size)
         frame = struct.pack("<BIIQ16s", Kind.CHUNK, 0, 0, 0, hash_of(data)) + data
         with pytest.raises(ProtocolError, match=f"sent {size} bytes at 0"):

@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from peertune.charter import Charter
 from peertune.exchange import Hop, Payload
 from peertune.identity import Identity, load_identity
-from peertune.runtimes import edge as module
+from peertune.runtimes import message
 from peertune.runtimes import node as node_module
-from peertune.runtimes.edge import FRAMES, STATE, Edge, Key, Kind, Listener
+from peertune.runtimes.edge import Edge, Listener
+from peertune.runtimes.edge_frames import FRAMES, MAX_FRAME, STATE, Key, Kind
 from peertune.runtimes.frames import ProtocolError
-from peertune.runtimes.message import HASH_SIZE, hash_of, shapes_hash
+from peertune.runtimes.message import HASH_SIZE, Incoming, hash_of, shapes_hash
 from peertune.runtimes.network import NetworkExchange
 from peertune.runtimes.node import Node
 from tests.test_consortium import free_ports, make_charter
@@ -88,7 +89,7 @@ def conversation(payload: Payload, keys: Iterable[Key] = ((0, 0), (1, 0))) -> li
 def mutated(draw: st.DrawFn) -> list[bytes]:
     """A real conversation with frames damaged, dropped, doubled and out of order."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "CHUNK_SIZE", 16)
+        patch.setattr(message, "CHUNK_SIZE", 16)
         frames = conversation(make_payload(3))
     for _ in range(draw(st.integers(1, 6))):
         if not frames:
@@ -129,7 +130,7 @@ def attack(frames: Iterable[bytes], asks: bool) -> tuple[Edge, list[tuple[str, P
     for frame in frames:
         try:
             for answer in edge.receive(frame):
-                assert len(answer) <= module.MAX_FRAME
+                assert len(answer) <= MAX_FRAME
         except ProtocolError:
             list(edge.connected())
     return edge, got
@@ -154,14 +155,14 @@ def still_delivers(edge: Edge) -> None:
 def room(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The sizes of all memory that edges took for messages: never more than what was expected."""
     taken: list[int] = []
-    make_room = module.Incoming.make_room
+    make_room = Incoming.make_room
 
     def watched(self: Any) -> None:
         taken.append(self.size)
         assert self.size in (MESSAGE, 4 * SIZE), "took memory on a stranger's word"
         make_room(self)
 
-    monkeypatch.setattr(module.Incoming, "make_room", watched)
+    monkeypatch.setattr(Incoming, "make_room", watched)
     return taken
 
 
@@ -184,7 +185,7 @@ def test_an_edge_outlives_valid_frames_in_any_order(frames: list[bytes], asks: b
 @given(frames=mutated(), asks=st.booleans())
 def test_of_a_damaged_conversation_only_whole_messages_are_delivered(frames: list[bytes], asks: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "CHUNK_SIZE", 16)
+        patch.setattr(message, "CHUNK_SIZE", 16)
         edge, got = attack(frames, asks)
         for what, found in got:
             assert found is None or what == "state" or same(found, make_payload(3))
@@ -203,7 +204,7 @@ class Late(Listener):
 @given(frames=mutated())
 def test_what_comes_late_of_a_damaged_conversation_is_whole(frames: list[bytes]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "CHUNK_SIZE", 16)
+        patch.setattr(message, "CHUNK_SIZE", 16)
         late = Late()
         edge = Edge(late)
         for round in (0, 1):

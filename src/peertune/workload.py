@@ -17,7 +17,7 @@ from peertune.codec import is_coded
 from peertune.config import RunConfig
 from peertune.exchange import Inbox
 from peertune.model.quantization import num_weights
-from peertune.runtimes.edge import KEPT_BYTES
+from peertune.runtimes.outbox import KEPT_BYTES
 from peertune.wire import payload_size
 
 SHORT = {"local_steps": 1, "local_epochs": 0, "gossip_every": 1, "inner_steps": 1}

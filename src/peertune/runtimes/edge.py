@@ -1,27 +1,8 @@
 """One neighbour, as a site sees him: what is on its way to him and from him. No clock, no thread, no network.
 
-Both ends of an edge run the same protocol, in frames over whatever stream connects them, and may lose and regain that
-stream at any moment:
-
-    HELLO boot                          a stream begins; boot tells whether the sender is still the same process
-    OFFER key, size, hash of header     a message is ready
-    WANT  key, offset                   the receiver knows its shapes, has made room, and holds `offset` bytes already
-    CHUNK key, offset, hash, bytes      of it, SMALL_CHUNK to CHUNK_SIZE; less at its end
-    GOT   key                           all of it has arrived, or is needed no more
-    GONE  key                           it was offered, but is kept no more
-    MISSED key                          the sender's round went on without it
-    SAVED round                         whoever says this has a checkpoint of that round: it will never again ask for a
-                                        message of an earlier one
-    BEAT  round, ages, steps            nothing else to say: no message of an earlier round is kept but those offered;
-                                        and how long ago each member was heard of, and how often it got on (presence)
-    ASK                                 this site is behind: it wants the state of one who is not
-    DONE                                this site has finished the run
-    LEAVE                               this site goes, and need not be waited for until it is back
-    REFUSED reason                      the receiver has sent what it must not; the last frame of a stream
-
-A key is (round, number of the hop in it). Messages are kept until the neighbour has a checkpoint beyond them, so one
-who was killed and came back asks for them again and computes bitwise what he computed before. They are kept up to
-`KEPT_BYTES`; one who stayed away for longer asks for the state, which is a message of the key (round, STATE).
+Both ends of an edge run the same protocol, in frames (edge_frames) over whatever stream connects them, and may lose and
+regain that stream at any moment. What is ready for the neighbour lies in an outbox until he has a checkpoint beyond it;
+one who stayed away for longer than that keeps asks for the state.
 
 A message that a round went on without is still fetched when it is offered later, unless the neighbour went on without
 this site's message of that key as well: then neither of the two has heard the other, and nothing is to be put right.
@@ -32,53 +13,24 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from enum import IntEnum
 from functools import partial
 
 from peertune.exchange import Payload
-from peertune.runtimes.frames import Frames, ProtocolError
-from peertune.runtimes.message import CHUNK_SIZE, HASH_SIZE, LARGEST, SMALL_CHUNK, Incoming, Outgoing, hash_of
+from peertune.runtimes import message
+from peertune.runtimes.edge_frames import FRAMES, STATE, Key, Kind
+from peertune.runtimes.frames import ProtocolError
+from peertune.runtimes.message import LARGEST, SMALL_CHUNK, Incoming, hash_of
+from peertune.runtimes.outbox import KEPT_BYTES, Outbox
 from peertune.runtimes.processes import Processes
 from peertune.wire import payload_size
 
-Key = tuple[int, int]
-KEPT_BYTES = 1 << 30
-"""Bytes kept for one neighbour of messages that it has had, or, while it is away, of any but the newest."""
-STATE = (1 << 32) - 1
-"""The number of the hop in the key of a state."""
 MAX_OFFERS = 1 << 16
 """Messages a neighbour may announce ahead of us."""
 MAX_MISSED = 1024
 """Of so many, the newest, a neighbour is told that they were missed."""
 
 
-class Kind(IntEnum):
-    HELLO, OFFER, WANT, CHUNK, GOT, GONE, SAVED, BEAT, ASK, DONE, LEAVE, MISSED, REFUSED = range(1, 14)
-
-
-FRAMES = Frames(
-    Kind,
-    {
-        Kind.HELLO: "8s",
-        Kind.OFFER: f"IIQ{HASH_SIZE}s",
-        Kind.WANT: "IIQ",
-        Kind.CHUNK: f"IIQ{HASH_SIZE}s",
-        Kind.GOT: "II",
-        Kind.GONE: "II",
-        Kind.SAVED: "I",
-        Kind.BEAT: "I",
-        Kind.ASK: "",
-        Kind.DONE: "",
-        Kind.LEAVE: "",
-        Kind.MISSED: "II",
-        Kind.REFUSED: "",
-    },
-    open_ended=(Kind.CHUNK, Kind.BEAT, Kind.REFUSED),
-)
 _pack = FRAMES.pack
-SLOW_S = 2.0
-"""Seconds beyond which a chunk takes long to get out."""
-MAX_FRAME = CHUNK_SIZE + FRAMES.size(Kind.CHUNK)
 
 
 class Listener:
@@ -136,7 +88,7 @@ class Edge:
 
     def __init__(self, listener: Listener | None = None) -> None:
         self._listener = listener or Listener()
-        self.outbox: dict[Key, Outgoing] = {}
+        self.outbox = Outbox()
         self.inbox: dict[Key, Incoming] = {}
         self.offers: dict[Key, tuple[int, bytes]] = {}
         self.closed: Key = (-1, 0)
@@ -157,11 +109,6 @@ class Edge:
         """Whether it said that it goes, and is not back."""
         self.peer_asks = False
         """Whether the neighbour is behind, and wants the state."""
-        self._chunk_size = SMALL_CHUNK
-        self._fetched: set[Key] = set()
-        """Messages that the neighbour has asked for on the stream that is open."""
-        self.delivered: set[Key] = set()
-        """Messages of the outbox that the neighbour has."""
         self.late: dict[Key, Payload] = {}
         """By key of a message that this site went on without and still wants, its own of the same key; on the host."""
         self.missed: list[Key] = []
@@ -174,11 +121,11 @@ class Edge:
     def connected(self) -> Iterator[bytes]:
         """A new stream begins: forget what was said on the old one, and say it anew."""
         self.offers.clear()
-        self._fetched.clear()
+        self.outbox.begin_stream()
         self.peer_passed = 0
         frames = [_pack(Kind.HELLO, self.boot), *self.checkpointed(self.saved)]
         frames += [_pack(Kind.MISSED, *key) for key in self.missed]
-        frames += [_pack(Kind.OFFER, *key, message.size, message.hash) for key, message in self.outbox.items()]
+        frames += [_pack(Kind.OFFER, *key, ready.size, ready.hash) for key, ready in self.outbox.messages.items()]
         frames += [self.beat()] + [_pack(Kind.ASK)] * (self._joining is not None)
         return iter([*frames, *([_pack(Kind.DONE)] if self.is_finished else [])])
 
@@ -189,22 +136,12 @@ class Edge:
 
     def post(self, key: Key, payload: Payload) -> Iterable[bytes]:
         """Make a message ready for the neighbour."""
-        if key[1] == STATE:  # an older one serves nobody any more
-            for old in [old for old in self.outbox if old[1] == STATE]:
-                self._drop(old)
-        self.outbox[key] = message = Outgoing(payload)
+        # In a graph whose edges go one way nobody waits for a neighbour who gets no further.
+        newest = max(key[0], self.peer_round)
+        ready = self.outbox.add(key, payload, may_go=lambda old: self.peer_is_away or old[0] < newest - 1)
         if key in self.peer_missed:
             self._listener.was_missed(key)
-        droppable = [
-            old
-            for old in self.outbox
-            if old != key
-            # In a graph whose edges go one way nobody waits for a neighbour who gets no further.
-            and (self.peer_is_away or old in self.delivered or old[0] < max(key[0], self.peer_round) - 1)
-        ]
-        while droppable and sum(kept.size for kept in self.outbox.values()) > KEPT_BYTES:
-            self._drop(droppable.pop(0))
-        return [_pack(Kind.OFFER, *key, message.size, message.hash)]
+        return [_pack(Kind.OFFER, *key, ready.size, ready.hash)]
 
     def expect(self, key: Key, like: Payload, done: Callable[[Payload | None], None]) -> Iterable[bytes]:
         """Ask for a message of given names and shapes; `done` is told when it is there."""
@@ -264,15 +201,9 @@ class Edge:
         """Go on from the beginning of a round: nothing of earlier ones is sent or expected any more."""
         for key in [key for key in self.inbox if key[0] < round]:
             self.give_up(key)
-        for key in [key for key in self.outbox if key[0] < round]:
-            self._drop(key)
+        self.outbox.drop_before(round)
         self.closed = max(self.closed, (round - 1, STATE))
         self.late.clear()  # this site now holds what another one made of its rounds
-
-    def _drop(self, key: Key) -> None:
-        del self.outbox[key]
-        self.delivered.discard(key)
-        self._fetched.discard(key)
 
     def checkpointed(self, round: int) -> Iterable[bytes]:
         """This site has a checkpoint of that round."""
@@ -283,11 +214,6 @@ class Edge:
         """This site has all it needs."""
         self.is_finished = True
         return [_pack(Kind.DONE)]
-
-    @property
-    def has_undelivered(self) -> bool:
-        """Whether the neighbour has not had all that was made ready for it."""
-        return not self.outbox.keys() <= self.delivered
 
     def leaving(self) -> Iterable[bytes]:
         """This site goes before the run's end."""
@@ -330,22 +256,18 @@ class Edge:
                 for incoming in self.inbox.values():
                     incoming.offset = 0
                 self.peer_round, self.peer_is_finished = 0, False
-                self.delivered.clear()
+                self.outbox.begin_process()
                 self.no_state()
             self.peer_boot, self.peer_has_left = fields[0], False
         elif kind is Kind.GOT:
-            if (fields[0], fields[1]) in self.outbox:
-                self.delivered.add((fields[0], fields[1]))
-                if fields[1] == STATE:
-                    self._drop((fields[0], fields[1]))
+            self.outbox.got((fields[0], fields[1]))
         elif kind is Kind.GONE:
             if (fields[0], fields[1]) in self.inbox:  # else it would close rounds that nobody has asked for yet
                 self.give_up((fields[0], fields[1]))
         elif kind is Kind.MISSED:
             self._was_missed((fields[0], fields[1]))
         elif kind is Kind.SAVED:
-            for key in [key for key in self.outbox if key[0] < fields[0]]:
-                self._drop(key)
+            self.outbox.drop_before(fields[0])
             self.peer_missed = {key for key in self.peer_missed if key[0] >= fields[0]}
         elif kind is Kind.BEAT:
             count = len(rest) // struct.calcsize("<fQ")
@@ -405,7 +327,7 @@ class Edge:
             raise ProtocolError(f"went on without more than {MAX_OFFERS} messages")
         self.peer_missed.add(key)
         self.missed_until = max(self.missed_until, key[0])
-        if key in self.outbox:
+        if key in self.outbox.messages:
             self._listener.was_missed(key)
         self.late.pop(key, None)
         if key in self.inbox and key <= self.closed:
@@ -427,31 +349,16 @@ class Edge:
         return [_pack(Kind.WANT, *key, incoming.offset)]
 
     def _wanted(self, key: Key, offset: int) -> Iterable[bytes]:
-        message = self.outbox.get(key)
-        if message is None:
+        size = self.outbox.ask(key, offset)
+        if size is None:
             return [_pack(Kind.GONE, *key)]
-        if offset > message.size or offset % min(SMALL_CHUNK, CHUNK_SIZE):
-            raise ProtocolError(f"asked for byte {offset} of a message of {message.size}")
-        if key in self._fetched:
-            raise ProtocolError(f"asked for a message of round {key[0]} a second time on one stream")
-        self._fetched.add(key)
-        self._listener.fetched(key, message.size - offset)
-        return self._chunks(key, message, offset)
+        self._listener.fetched(key, size)
+        return self._chunks(key, offset)
 
-    def _chunks(self, key: Key, message: Outgoing, offset: int) -> Iterator[bytes]:
+    def _chunks(self, key: Key, offset: int) -> Iterator[bytes]:
         """Frames of a message from an offset on, one copied at a time."""
-        while offset < message.size:
-            size = min(self._chunk_size, CHUNK_SIZE)
-            pieces = message.cut(offset, size)
-            yield b"".join([_pack(Kind.CHUNK, *key, offset, hash_of(*pieces)), *pieces])
-            offset += size
-
-    def paced(self, seconds: float) -> None:
-        """It took so long to get a chunk out: the next ones are as large as the line bears."""
-        if seconds > SLOW_S:
-            self._chunk_size = SMALL_CHUNK
-        elif seconds < SLOW_S / 10:
-            self._chunk_size = min(CHUNK_SIZE, 2 * self._chunk_size)
+        for start, pieces in self.outbox.chunks(key, offset):
+            yield b"".join([_pack(Kind.CHUNK, *key, start, hash_of(*pieces)), *pieces])
 
     def _arrived(self, key: Key, offset: int, hash: bytes, data: memoryview) -> Iterable[bytes]:
         incoming = self.inbox.get(key)
@@ -461,7 +368,7 @@ class Edge:
             raise ProtocolError(f"sent a part of a message of round {key[0]} that nobody asked for")
         if offset < incoming.offset:
             return []  # of an answer to an earlier stream's question
-        expected, small = (min(size, incoming.size - incoming.offset) for size in (CHUNK_SIZE, SMALL_CHUNK))
+        expected, small = (min(size, incoming.size - incoming.offset) for size in (message.CHUNK_SIZE, SMALL_CHUNK))
         is_sized = len(data) == expected or (small <= len(data) < expected and not len(data) % SMALL_CHUNK)
         if key not in self.offers or offset != incoming.offset or not is_sized:
             raise ProtocolError(

@@ -22,7 +22,8 @@ import grpc
 from peertune.charter import Charter
 from peertune.exchange import Payload
 from peertune.logfields import text
-from peertune.runtimes.edge import MAX_OFFERS, STATE, Edge, Key, Kind, Listener
+from peertune.runtimes.edge import MAX_OFFERS, Edge, Listener
+from peertune.runtimes.edge_frames import STATE, Key, Kind
 from peertune.runtimes.frames import ProtocolError
 from peertune.runtimes.presence import Presence
 
@@ -148,7 +149,7 @@ class Neighbor(Listener):
             return False
         now = time.monotonic()
         asks_since = min(max(since, self.connected_at if self.is_connected else now), since + (LINGERS - 1) * linger_s)
-        is_fetching = self.is_connected and self.edge.has_undelivered
+        is_fetching = self.is_connected and self.edge.outbox.has_undelivered
         return now < max(asks_since + linger_s, self.last_sent + self.charter.stall_s if is_fetching else -math.inf)
 
     def mark_away(self, round: int) -> bool:
@@ -264,7 +265,7 @@ class Neighbor(Listener):
                     finally:  # also where the stream was given up over it
                         now = time.monotonic()
                         if frame[0] == Kind.CHUNK:
-                            self.edge.paced(now - began)
+                            self.edge.outbox.paced(now - began)
                     if frame[0] == Kind.CHUNK:
                         self.last_sent = now
                     elif frame[0] == Kind.REFUSED:

@@ -27,7 +27,7 @@ from peertune.errors import Left, PeerLostError, TurnedAwayError
 from peertune.exchange import ROLL, Hop, Inbox, Payload
 from peertune.link import Clock
 from peertune.runtimes.catch_up import StateRequest
-from peertune.runtimes.edge import STATE, Key
+from peertune.runtimes.edge_frames import STATE, Key
 from peertune.runtimes.neighbor import Neighbor
 from peertune.runtimes.node import Node
 from peertune.runtimes.rounds import edges

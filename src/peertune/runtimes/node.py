@@ -24,7 +24,7 @@ from peertune.errors import CharterError, IdentityError
 from peertune.identity import Identity, certificate_id
 from peertune.logfields import text
 from peertune.memory import keep_freed
-from peertune.runtimes.edge import MAX_FRAME
+from peertune.runtimes.edge_frames import MAX_FRAME
 from peertune.runtimes.frames import ProtocolError
 from peertune.runtimes.limited_log import LimitedLog
 from peertune.runtimes.neighbor import MAX_REASON, Neighbor
@@ -207,7 +207,7 @@ class Node:
         for neighbor in self.neighbors.values():
             neighbor.say(neighbor.edge.leaving())
         while time.monotonic() < end and any(
-            n.is_connected and n.edge.has_undelivered for n in self.neighbors.values()
+            n.is_connected and n.edge.outbox.has_undelivered for n in self.neighbors.values()
         ):
             await asyncio.sleep(0.05)
         await self._stop(0.0)
