@@ -113,6 +113,10 @@ CASES = {
         put("algorithm", name="decaf", target_modules=["embed_tokens", "q_proj"]), ["target_modules", "lora_embedding"]
     ),
     "rate beyond float32": Case(put("algorithm", lr=1e38), ["algorithm.lr", "1e+38", "less than or equal to 1000"]),
+    "divisor that float32 takes for zero": Case(put("algorithm", eps=1e-50), ["algorithm.eps", "1e-50", "greater"]),
+    "divisor whose square no number holds": Case(
+        put("algorithm", name="fedavg", server_optimizer="adam", server_tau=1e200), ["algorithm.server_tau", "1e+200"]
+    ),
     "unknown choice": Case(put("topology", kind="rign"), ["topology.kind", "rign", "did you mean ring"]),
     "disconnected graph": Case(put("topology", kind="edges", edges=[[0, 1], [2, 3]]), ["connected"]),
     "edge out of range": Case(put("topology", kind="edges", edges=[[0, 9]]), ["9"]),

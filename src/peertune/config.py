@@ -22,6 +22,8 @@ Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 LearningRate = Annotated[float, Field(gt=0, le=1e30)]
 """Above, a step is more than float32 can hold."""
+Epsilon = Annotated[float, Field(ge=1e-30, le=1e15)]
+"""Keeps a division from one by zero: float32 holds it, and its square is no infinity."""
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Decays = Annotated[tuple[Decay, Decay], Field(strict=False)]
 """Two decay rates of moving averages; TOML has lists, not tuples."""

@@ -26,7 +26,7 @@ from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from peertune.algorithms.local_steps import LocalSteps, LocalStepsConfig
-from peertune.config import AlgorithmConfig, Decays, LearningRate, NonNegative, TopologySection
+from peertune.config import AlgorithmConfig, Decays, Epsilon, LearningRate, NonNegative, TopologySection
 from peertune.exchange import Hop, Inbox, Payload
 from peertune.optim import adam_moments
 from peertune.peer import Peer
@@ -58,7 +58,7 @@ class FedavgConfig(LocalStepsConfig):
     about that. Ours: FedAdam's authors tune it."""
     server_betas: Decays = (0.9, 0.99)
     """Decay rates of the server's moments (adam). Default: FedAdam's."""
-    server_tau: Annotated[float, Field(gt=0)] = 1e-3
+    server_tau: Epsilon = 1e-3
     """What is added to sqrt(v) (adam). Default: FedAdam's."""
     server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """mu of the server's Nesterov momentum. Default: DiLoCo's."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from peertune.algorithms.base import Algorithm, LocalReport
-from peertune.config import AlgorithmConfig, Decays, Positive
+from peertune.config import AlgorithmConfig, Decays, Epsilon, Positive
 from peertune.exchange import Hop, Inbox, Payload
 from peertune.flat import FlatParameters
 from peertune.model.blocks import Block
@@ -29,7 +28,7 @@ class LocalStepsConfig(AlgorithmConfig):
     """K: local steps of a round. Default: Dec-LoRA's."""
     betas: Decays = (0.9, 0.999)
     """Adam's decay rates a1, a2. Default: Adam's own."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    eps: Epsilon = 1e-8
     """Adam's epsilon. Default: Adam's own."""
     reset_moments: bool = False
     """Set Adam's moments back to zero at the start of each round."""

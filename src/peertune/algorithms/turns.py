@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import Field
-
-from peertune.config import AlgorithmConfig, Decays, NonNegative, Positive
+from peertune.config import AlgorithmConfig, Decays, Epsilon, NonNegative, Positive
 from peertune.seeds import numpy_rng
 
 
@@ -26,7 +24,7 @@ class BlockwiseConfig(AlgorithmConfig):
     """H: local steps of a round. Default: DECA's."""
     betas: Decays = (0.9, 0.999)
     """Adam's decay rates a1, a2. Default: DECA's."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    eps: Epsilon = 1e-8
     """Adam's epsilon. Not in the paper as we have it: Adam's own."""
 
     def num_steps(self, num_blocks: int) -> int:
