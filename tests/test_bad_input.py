@@ -69,6 +69,7 @@ def put(section: str, **keys: Any) -> Callable[[Recipe], None]:
 
 CASES = {
     "missing file": Case(put("data", train="no-such.jsonl"), ["no-such.jsonl"]),
+    "no training file": Case(put("data", train=""), ["data: got ''", "expected a path"]),
     "missing test file": Case(put("data", test="no-such.jsonl"), ["no-such.jsonl"]),
     "empty file": Case(lambda r: rows(r, ""), ["train.jsonl", "empty"]),
     "broken JSON line": Case(lambda r: rows(r, line("a") + '{"text": '), ["train.jsonl:2"]),
@@ -131,6 +132,9 @@ CASES = {
     "no position left for a prompt": Case(
         put("algorithm", name="dec_lora", adapter="prompt", num_virtual_tokens=60),
         ["model.max_length", "40", "60", "96"],
+    ),
+    "more virtual tokens than positions": Case(
+        put("algorithm", name="dec_lora", adapter="prompt", num_virtual_tokens=200), ["96 positions for both; take"]
     ),
     "more than the model's positions": Case(put("model", max_length=4096), ["model.max_length", "4096", "96"]),
     "nothing left after cutting": Case(

@@ -78,7 +78,8 @@ def prepare_data(config: RunConfig, base: Path | None, site: int | None = None) 
         raise ConfigError(
             'eval.split: got "validation", but data.validation_rows = 0 keeps no rows back; set it, such as to 500'
         )
-    table = load_table(section.train, section, base=base) if section.train else Table([], [])
+    has_rows = bool(section.train) or site is None  # a server has none
+    table = load_table(section.train, section, base=base) if has_rows else Table([], [])
     test = load_table(section.test, section, base=base).rows if section.test and not on_validation else []
     label_names = _class_names(table.rows, test, section, site is not None)
     table, num_unlabelled = _with_labels(table, section) if label_names else (table, 0)
@@ -233,10 +234,11 @@ def prepare_model(config: RunConfig, device: torch.device, base: Path | None) ->
     positions = getattr(module.config, "max_position_embeddings", None) or math.inf
     virtual = config.algorithm.num_virtual_tokens if config.algorithm.adapter in ("prompt", "prefix") else 0
     if config.model.max_length + virtual > positions:
+        room = int(positions) - virtual
         raise ConfigError(
             f"model.max_length: got {config.model.max_length} beside {virtual} virtual tokens, but"
-            f" {config.model.path!r} has {positions} positions for both; lower it to {int(positions) - virtual}, or"
-            " take fewer (algorithm.num_virtual_tokens)"
+            f" {config.model.path!r} has {positions} positions for both; {f'lower it to {room}, or ' * (room >= 8)}take"
+            " fewer (algorithm.num_virtual_tokens)"
         )
     return add_adapter(module, config.algorithm, derive_seed(config.run.seed, "adapter"))
 
