@@ -64,8 +64,11 @@ class Outbox:
             self.drop(key)
 
     def begin_stream(self) -> None:
-        """What was asked for on an old stream has not come from there."""
+        """What was asked for on an old stream has not come from there; and it may have had too large a chunk under way,
+        which a buffer had taken at once.
+        """
         self._fetched.clear()
+        self._chunk_size = SMALL_CHUNK
 
     def begin_process(self) -> None:
         """What an old process of the neighbour's had says nothing of the new one."""
