@@ -1,7 +1,11 @@
 """The final agreement when some are gone: played in one process, over a mailbox that loses what a dead line would."""
 
+import math
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -68,7 +72,7 @@ def test_with_nobody_lost_it_is_bitwise_the_agreement_of_all() -> None:
     assert (weights_of(asked) == weights_of(not_asked)).all()
 
 
-def test_messages_of_another_plan_are_mixed_into_nothing() -> None:
+def test_messages_of_another_plan_are_mixed_into_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """One neighbour believes that nobody is lost: no agreement, and all hold what they held."""
 
     class Misled(LossyExchange):
@@ -77,6 +81,7 @@ def test_messages_of_another_plan_are_mixed_into_nothing() -> None:
                 out = {**out, PLAN: torch.zeros_like(out[PLAN])}
             super().start(round, hop, out)
 
+    monkeypatch.setattr("peertune.runtimes.rounds.ATTEMPTS", 1)  # a mailbox begins no new hop within another
     members = ring(lambda mailbox, peer: Misled(mailbox, peer, {(0, 1), (1, 2)}))
     before = weights_of(members)
     with pytest.raises(PeerLostError, match="agrees with others than this site does"):
@@ -96,6 +101,95 @@ def test_peers_who_went_on_without_another_agree_though_all_are_back(is_apart: b
     hops, absent = agree(0, members, may_lose=True)
     assert (hops > 0) == is_apart and absent == []
     np.testing.assert_allclose(weights_of(members), np.tile(before.mean(0), (NUM_PEERS, 1)), atol=1e-6)
+
+
+class Dies(Exception):
+    """A site is killed."""
+
+
+class Wires:
+    """What sites in threads of their own have posted, and who is gone."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.posted: dict[tuple[int, int, tuple[int, int]], Payload] = {}
+        self.newest: dict[int, tuple[float, int]] = {}
+        """Sender -> key of its newest message; the end of all where it is gone."""
+
+
+class Wire(SimulatedExchange):
+    """As a site's exchange: of one who is gone, or sends messages of later keys, nothing more is waited for.
+
+    Args:
+        dies_at: the hop that this site begins and does not live to see the end of, counted over all.
+    """
+
+    def __init__(self, wires: Wires, peer: int, dies_at: float = math.inf) -> None:
+        super().__init__(Mailbox(), peer)
+        self.wires, self.left_out, self.key, self.lives = wires, [], (-1, 0), dies_at
+
+    def start(self, round: int, hop: Hop, out: Payload | None) -> None:
+        if self.key[0] != round:
+            self.key, self.left_out = (round, -1), []
+        self.key = (round, self.key[1] + 1)
+        self.lives -= 1
+        with self.wires.changed:
+            for target in hop.targets(self._peer) if out is not None else ():
+                self.wires.posted[self._peer, target, self.key] = out  # type: ignore[assignment]
+            self.wires.newest[self._peer] = (math.inf, 0) if self.lives < 0 else self.key
+            self.wires.changed.notify_all()
+        if self.lives < 0:
+            raise Dies
+        self.out = out
+
+    def is_told(self, place: tuple[int, int, tuple[int, int]]) -> bool:
+        return place in self.wires.posted or self.wires.newest.get(place[0], (-1, 0)) > self.key
+
+    def finish(self, round: int, hop: Hop, like: Callable[[], Payload]) -> Inbox | None:
+        weights = dict(hop.sources(self._peer))
+        if not weights:
+            return None
+        payloads = {self._peer: self.out or like()} if self._peer in weights else {}
+        for source in [source for source in weights if source != self._peer]:
+            place = (source, self._peer, self.key)
+            with self.wires.changed:
+                there = self.wires.changed.wait_for(partial(self.is_told, place), timeout=60)
+                assert there, "nobody is waited for without end"
+                if place in self.wires.posted:
+                    payloads[source] = self.wires.posted[place]
+                    continue
+            self.left_out = sorted({*self.left_out, source})
+            if hop.name == "agree":
+                raise PeerLostError(f"the final agreement went without {source}")
+            del weights[source]
+        return Inbox(weights, payloads)
+
+
+@pytest.mark.parametrize("who", [0, 1, 3])
+@pytest.mark.parametrize("hop", range(4 + 2 * 4))
+def test_one_who_is_lost_in_the_agreement_is_agreed_without(who: int, hop: int) -> None:
+    """In whichever of its hops: two blocks up and down a tree of depth 2, and the first of the waves that follow."""
+    waves, wires = 2 * (NUM_PEERS - 1), Wires()
+    members = ring(lambda mailbox, peer: Wire(wires, peer, waves + hop if peer == who else math.inf))
+    told: dict[int, tuple[int, list[int]]] = {}
+
+    def play(member: Member) -> None:
+        with suppress(Dies):
+            told[member.index] = agree(0, [member], may_lose=True)
+            with wires.changed:  # it has ended
+                wires.newest[member.index] = (math.inf, 0)
+                wires.changed.notify_all()
+
+    threads = [threading.Thread(target=play, args=(member,)) for member in members]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    others = [peer for peer in range(NUM_PEERS) if peer != who]
+    assert sorted(told) == others, "nobody else has failed"
+    after, absent = weights_of(members), {tuple(told[peer][1]) for peer in others}
+    assert (after[others] == after[others[0]]).all()
+    assert absent in ({()}, {(who,)}), "all say the same of it"
 
 
 def test_what_was_handed_over_is_never_written_to() -> None:

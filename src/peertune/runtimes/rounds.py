@@ -22,6 +22,8 @@ from peertune.runtimes.group import Member
 
 PLAN = "without"
 """Name of the tensor that says, in the messages of an agreement without some, without which edges it is."""
+ATTEMPTS = 3
+"""Times that the final agreement is tried, as peers are lost in it."""
 
 
 def edges(algorithm: Algorithm) -> list[tuple[int, int]]:
@@ -84,33 +86,67 @@ def _timed_local(
 def agree(round: int, members: Sequence[Member], may_lose: bool = False) -> tuple[int, list[int]]:
     """Give every peer the bitwise same model, the weighted average of what the peers share, a block at a time.
 
+    Where peers may be lost, all ask first who is still there, and agree without those who are not. Then they ask anew,
+    and agree once more if that failed anywhere, at most `ATTEMPTS` times; what some peers had agreed on by then counts
+    as theirs. Rounds are numbered on, one for each attempt.
+
     Args:
-        may_lose: ask first who is still there, and agree without those who are not; keep what the peers hold until a
-            block is agreed on, and give it back where that fails.
+        round: the number of the run's rounds.
+        may_lose: a peer may be lost.
     Returns:
         The number of hops it took, and the peers who are not in the average.
     Raises:
-        PeerLostError: a peer was lost on the way, and with it the blocks still to come.
+        PeerLostError: a peer was lost on the way each time, and with it the blocks still to come.
     """
     algorithm = members[0].algorithm
-    hops, absent, plan = algorithm.agreement(), list[int](), dict[str, torch.Tensor]()
-    if may_lose and algorithm.agreement(known := edges(algorithm)):
-        told = roll_call(round, members, known)
-        *lost, had_losses = told.tolist()
-        if any(lost) or (had_losses and not hops):
+    hops, known = algorithm.agreement(), edges(algorithm)
+    if not may_lose or not algorithm.agreement(known):
+        _agree_on(hops, {}, round, members)
+        return len(hops), []
+    absent, failure = list[int](), None
+    for attempt in range(ATTEMPTS):
+        told = roll_call(round + attempt, members, known, has_failed=failure is not None)
+        *lost, had_losses, any_failed = told.tolist()
+        if attempt and not any_failed:
+            break
+        plan = dict[str, Tensor]()
+        if any(lost) or any_failed or (had_losses and not hops):
             pairs = [pair for pair, is_lost in zip(known, lost, strict=True) if not is_lost]
             hops, plan = algorithm.agreement(pairs), {PLAN: told}
             absent = algorithm.topology.cut_off_from(members[0].index, pairs)
+        if not hops:
+            break
+        try:
+            _agree_on(hops, plan, round + attempt, members, keeps=True)
+            failure = None
+        except PeerLostError as error:
+            failure = error
+    if failure is not None:
+        raise failure
+    return len(hops), absent
+
+
+def _agree_on(
+    hops: Sequence[Hop], plan: Payload, round: int, members: Sequence[Member], *, keeps: bool = False
+) -> None:
+    """Play the hops of an agreement for each block.
+
+    Args:
+        plan: goes with each message, and has to be what the neighbours send.
+        keeps: keep what the peers hold until a block is agreed on, and give it back where that fails.
+    Raises:
+        PeerLostError: a peer was lost, or agrees by another plan.
+    """
     for block in members[0].algorithm.blocks:
         names = [name for name in members[0].algorithm.shared_names() if name in set(block.parameters)]
         if not names:
             continue  # a personal block
 
         def outgoing(member: Member, hop: Hop, names: list[str] = names) -> Payload:
-            return {name: member.algorithm.shared(name) for name in names} | plan
+            return {**{name: member.algorithm.shared(name) for name in names}, **plan}
 
         # On the way up they hold partial sums.
-        before = [{name: member.algorithm.shared(name) for name in names} for member in members if may_lose]
+        before = [{name: member.algorithm.shared(name) for name in names} for member in members if keeps]
         try:
             for hop in hops:
                 for member, inbox in _carry(round, hop, members, outgoing):
@@ -127,10 +163,11 @@ def agree(round: int, members: Sequence[Member], may_lose: bool = False) -> tupl
                 for name, value in held.items():
                     member.algorithm.set_shared(name, value)
             raise
-    return len(hops), absent
 
 
-def roll_call(round: int, members: Sequence[Member], pairs: Sequence[tuple[int, int]]) -> Tensor:
+def roll_call(
+    round: int, members: Sequence[Member], pairs: Sequence[tuple[int, int]], *, has_failed: bool = False
+) -> Tensor:
     """Who still hears whom, the same for all who do: everybody floods what he knows over the graph.
 
     Word goes round any graph of N peers in N - 1 waves, so what is lost in the first half of these 2 (N - 1) is known
@@ -139,15 +176,17 @@ def roll_call(round: int, members: Sequence[Member], pairs: Sequence[tuple[int, 
 
     Args:
         pairs: the run's `edges`.
+        has_failed: whether the agreement before it failed here.
     Returns:
-        By pair, 1 where no message comes any more, and at the end 1 if any peer once went on without another; float32.
+        By pair, 1 where no message comes any more; at the end 1 if any peer once went on without another, and 1 if the
+        agreement before failed at any; float32.
     """
     num_peers = members[0].algorithm.topology.num_peers
     own = {(peer, peer): 1.0 for peer in range(num_peers)}
     wave = Hop(ROLL, own | {way: 1.0 for i, j in pairs for way in ((i, j), (j, i))})
-    lost = {member.index: torch.zeros(len(pairs) + 1) for member in members}
+    lost = {member.index: torch.zeros(len(pairs) + 2) for member in members}
     for member in members:
-        lost[member.index][-1] = float(bool(member.exchange.rounds_without))
+        lost[member.index][-2:] = torch.tensor([bool(member.exchange.rounds_without), has_failed])
     for _ in range(2 * (num_peers - 1)):
         for member, inbox in _carry(round, wave, members, lambda member, hop: {"lost": lost[member.index].clone()}):
             known = lost[member.index]
