@@ -262,6 +262,32 @@ def test_a_site_that_is_killed_while_it_writes_the_model_keeps_the_one_agreed_on
     assert all(consortium.same_model(site) for site in NAMES)
 
 
+def test_who_is_killed_in_the_final_agreement_is_agreed_without(
+    tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After it has sent its part of the first block, and for good."""
+    section = {"num_peers": 4, "threads": 1}
+    consortium = Consortium(tmp_path, micro_model, {}, grace=1.0, run=section)
+    start = NetworkExchange.start
+
+    def dying(self: NetworkExchange, round: int, hop: Hop, out: Any) -> None:
+        if hop.name == "agree" and out is None:
+            os._exit(9)
+        start(self, round, hop, out)
+
+    with monkeypatch.context() as dies:
+        dies.setattr(NetworkExchange, "start", dying)
+        lost = consortium.site("east")
+    others = [name for name in NAMES if name != "east"]
+    processes = {name: consortium.site(name) for name in others}
+    consortium.ended(processes)
+    assert lost.exitcode == 9
+    assert_agreed(consortium, others)
+    for name in others:
+        agreement = json.loads((tmp_path / name / "run" / "summary.json").read_text())["agreement"]
+        assert agreement["without"] == ["east"] and sorted([name, *agreement["with"]]) == sorted(others)
+
+
 def test_the_sites_of_a_server_wait_for_it(tmp_path: Path, micro_model: Path) -> None:
     """For longer than the grace: alone each would only go its own way. When it is back all end with one model."""
     section = {"num_peers": 4, "threads": 1}
