@@ -33,12 +33,14 @@ from peertune.charter import Member, write_charter
 from peertune.cli import main as peertune
 from peertune.consortium import new_charter
 from peertune.data.stdlib import load_stdlib
+from peertune.exchange import Hop, Payload
 from peertune.identity import load_identity, make_identity
 from peertune.runtimes import edge
 from peertune.runtimes.edge_frames import Key, Kind
+from peertune.runtimes.network import NetworkExchange
 
 FORK = multiprocessing.get_context("fork")
-PHASES = ("training", "sending", "receiving", "checkpoint")
+PHASES = ("training", "sending", "receiving", "checkpoint", "agreement")
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,15 @@ class Fault:
                 return receive(one, frame)
 
             edge.Edge.receive = take  # type: ignore[method-assign]
+        elif self.phase == "agreement":
+            start = NetworkExchange.start
+
+            def agree(one: NetworkExchange, round: int, hop: Hop, out: Payload | None) -> None:
+                start(one, round, hop, out)
+                if hop.name == "agree":
+                    reached(round)
+
+            NetworkExchange.start = agree  # type: ignore[method-assign]
         else:
             save_file = checkpoint.save_file
 

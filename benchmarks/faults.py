@@ -176,6 +176,7 @@ def scenarios(options: argparse.Namespace) -> dict[str, Scenario]:
         "two sites killed at once": killed(["east", "west"], "training"),
         "back on an empty disk": killed(["east"], "training", empty=True),
         "gone for good": killed(["east"], "training", returns=False),
+        "gone for good in the agreement": killed(["east"], "agreement", returns=False),
         "two gone for good": killed(["east", "west"], "training", returns=False),
         "frozen for three rounds": frozen,
         "line cut": on_line(cut_for(options.cut_s)),
