@@ -244,7 +244,8 @@ class NetworkExchange:
         if missing:
             names = ", ".join(self._node.neighbors[source].name for source in missing)
             self._node.log("left_out", peers=names, round=round, hop=hop.name)
-            self.rounds_without.update(set(missing).difference(self.left_out))
+            if hop.name not in (ROLL, "agree"):  # which are of no round
+                self.rounds_without.update(set(missing).difference(self.left_out))
             self.left_out = [*self.left_out, *missing]
             if hop.name == "agree":
                 raise PeerLostError(f"the final agreement went without {names}, so it is none")
