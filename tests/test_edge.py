@@ -658,6 +658,19 @@ def test_nan_infinity_and_numbers_without_a_square_are_refused(value: float, dty
     assert pair.got[1] == {(4, 0): None}
 
 
+def test_what_was_offered_on_a_stream_that_is_gone_is_refused_on_the_next() -> None:
+    """Who sends it has to be told, and without a stream could not be."""
+    sender, receiver = Edge(), Edge()
+    (offer,) = sender.post((0, 0), make_payload())
+    receiver.receive(offer)
+    receiver.disconnected()
+    assert receiver.expect((0, 0), {"x": torch.zeros(5)}, lambda found: None) == []
+    list(receiver.connected())
+    with pytest.raises(ProtocolError, match="the same names and shapes as here"):
+        for frame in sender.connected():
+            receiver.receive(frame)
+
+
 def test_damaged_and_misplaced_chunks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(message, "CHUNK_SIZE", 16)
     for change, reason in (

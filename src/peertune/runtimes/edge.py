@@ -129,6 +129,10 @@ class Edge:
         frames += [self.beat()] + [_pack(Kind.ASK)] * (self._joining is not None)
         return iter([*frames, *([_pack(Kind.DONE)] if self.is_finished else [])])
 
+    def disconnected(self) -> None:
+        """A stream has ended: what was offered on it is offered anew on the next, where it can be refused, too."""
+        self.offers.clear()
+
     def refuse(self, reason: str) -> bytes:
         """What the neighbour said is wrong: the last frame of the stream, and no offer of it is believed any more."""
         self.offers.clear()

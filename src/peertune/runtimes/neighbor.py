@@ -227,6 +227,7 @@ class Neighbor(Listener):
             watch.cancel()
             if self._talk is this:
                 self._talk = None
+                self.edge.disconnected()
                 if self.is_connected:
                     self.is_connected = False
                     self.log("disconnected", peer=self.name)
