@@ -72,8 +72,8 @@ class Fault:
         elif self.phase == "sending":
             chunks = edge.Edge._chunks
 
-            def send(one: edge.Edge, key: Key, offset: int) -> Iterator[bytes]:
-                for frame in chunks(one, key, offset):
+            def send(one: edge.Edge, key: Key, cut: Iterator[Any]) -> Iterator[bytes]:
+                for frame in chunks(one, key, cut):
                     reached(key[0])
                     yield frame
 

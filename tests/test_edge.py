@@ -671,6 +671,18 @@ def test_what_was_offered_on_a_stream_that_is_gone_is_refused_on_the_next() -> N
             receiver.receive(frame)
 
 
+def test_a_message_that_is_dropped_while_it_is_on_its_way_goes_on() -> None:
+    sender, receiver, got = Edge(), Edge(), list[Payload | None]()
+    (offer,) = sender.post((0, 0), make_payload())
+    receiver.expect((0, 0), make_payload(9), got.append)
+    (want,) = receiver.receive(offer)
+    chunks = sender.receive(want)
+    sender.skip_to(1)
+    for frame in chunks:
+        receiver.receive(frame)
+    assert same(got[0], make_payload())
+
+
 def test_damaged_and_misplaced_chunks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(message, "CHUNK_SIZE", 16)
     for change, reason in (

@@ -357,11 +357,11 @@ class Edge:
         if size is None:
             return [_pack(Kind.GONE, *key)]
         self._listener.fetched(key, size)
-        return self._chunks(key, offset)
+        return self._chunks(key, self.outbox.chunks(key, offset))
 
-    def _chunks(self, key: Key, offset: int) -> Iterator[bytes]:
-        """Frames of a message from an offset on, one copied at a time."""
-        for start, pieces in self.outbox.chunks(key, offset):
+    def _chunks(self, key: Key, cut: Iterator[tuple[int, list[memoryview]]]) -> Iterator[bytes]:
+        """Frames of a message's chunks, one copied at a time."""
+        for start, pieces in cut:
             yield b"".join([_pack(Kind.CHUNK, *key, start, hash_of(*pieces)), *pieces])
 
     def _arrived(self, key: Key, offset: int, hash: bytes, data: memoryview) -> Iterable[bytes]:
