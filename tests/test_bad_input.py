@@ -97,7 +97,7 @@ CASES = {
     "one factor of a pair personal": Case(
         put("algorithm", name="decaf", local_modules=["lora_A"]), ["local_modules", "lora_A", "both or neither"]
     ),
-    "impossible value": Case(put("algorithm", lr=-1.0), ["algorithm.lr", "-1.0", "greater than 0"]),
+    "impossible value": Case(put("algorithm", lr=-1.0), ["algorithm.lr", "-1.0", "greater than or equal to 1e-30"]),
     "outer rate beyond float32": Case(put("algorithm", name="diloco", server_lr=1e38), ["server_lr", "1e+38"]),
     "rate of a server that only averages": Case(
         put("algorithm", name="fedavg", server_lr=0.5), ["server_lr", "0.5", "left out", "average"]
@@ -113,7 +113,9 @@ CASES = {
     "embedding's LoRA under a method of two factors": Case(
         put("algorithm", name="decaf", target_modules=["embed_tokens", "q_proj"]), ["target_modules", "lora_embedding"]
     ),
-    "rate beyond float32": Case(put("algorithm", lr=1e38), ["algorithm.lr", "1e+38", "less than or equal to 1000"]),
+    "rate that float32 takes for none": Case(put("algorithm", lr=1e-300), ["algorithm.lr", "1e-300", "greater"]),
+    "batch beyond any memory": Case(put("data", batch_size=10**30), ["data.batch_size", "less than or equal to 65536"]),
+    "rate beyond float32": Case(put("algorithm", lr=1e38), ["algorithm.lr", "1e+38", "less than or equal to 1e+30"]),
     "divisor that float32 takes for zero": Case(put("algorithm", eps=1e-50), ["algorithm.eps", "1e-50", "greater"]),
     "divisor whose square no number holds": Case(
         put("algorithm", name="fedavg", server_optimizer="adam", server_tau=1e200), ["algorithm.server_tau", "1e+200"]

@@ -86,6 +86,9 @@ def test_damage_in_what_is_no_tensor_is_noticed_too(damage: tuple[str, str], tmp
     text = file.read_text()
     start = text.index('"state"')
     file.write_text(text[:start] + text[start:].replace(*damage, 1))
+    with pytest.raises(CheckpointError, match=r"round-00000012: damaged: .*; there is no older one: start anew"):
+        store.load(0, 12)
+    save(store, 11)
     with pytest.raises(CheckpointError, match=r"round-00000012: damaged: .*; delete this folder to use an older one"):
         store.load(0, 12)
     file.write_text(json.dumps({key: value for key, value in json.loads(text).items() if key != "hash"}))

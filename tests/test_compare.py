@@ -755,6 +755,18 @@ def test_the_recipes_own_method_says_how_long_all_train(path: Path, tmp_path: Pa
         lengths(path, tmp_path, "gt:local_steps=1,deca")
 
 
+def test_a_key_without_effect_is_remarked_on_where_it_was_meant_for_somebody(path: Path) -> None:
+    def notes(algorithms: str, *overrides: str) -> list[str]:
+        asked = Options.parse([str(path)], "", algorithms=algorithms, overrides=list(overrides))
+        return read_contestants(asked).notes
+
+    assert notes("deca:rank=4,dec_lora", "algorithm.rank=8") == [
+        "deca:rank=4: algorithm.rank is not used with algorithm.adapter = 'none' (but with 'lora')"
+    ]
+    assert notes("deca,dec_lora", "algorithm.rank=8") == [], "dec_lora uses it"
+    assert notes("deca,local", "algorithm.rank=8") == ["algorithm.rank is used by none of those compared"]
+
+
 def test_what_a_contestants_name_sets_goes_before_what_is_set_for_all(path: Path) -> None:
     chosen = ["algorithm.lr=0.25", "topology.kind=star"]
     asked = Options.parse([str(path)], "", algorithms="deca:lr=0.5,deca:topology.kind=complete", overrides=chosen)

@@ -480,7 +480,7 @@ def test_a_browser_shows_it_without_complaint(tmp_path: Path) -> None:
     assert "CONSOLE" not in dumped.stderr
     for section in SECTIONS:
         assert f'id="{section}"' in dumped.stdout
-    assert "<title>DECA, 8 peers · peertune</title>" in dumped.stdout
+    assert "<title>deca, 8 peers · peertune</title>" in dumped.stdout
     assert dumped.stdout.count("<script>") == 1
 
 

@@ -36,7 +36,8 @@ from peertune.storage import GO_ON, share_weights
 
 GENERATIONS = 2
 OLDER = "; delete this folder to use an older one"
-"""Ends the message of a damaged checkpoint."""
+NO_OLDER = "; there is no older one: start anew in another folder"
+"""End the message of a damaged checkpoint."""
 
 
 class CheckpointStore:
@@ -164,7 +165,8 @@ class CheckpointStore:
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             if isinstance(error, CheckpointError):
                 raise
-            raise CheckpointError(f"{folder}: damaged: {error}{OLDER}") from error
+            is_first = min(self._rounds(peer, shard), default=round) >= round
+            raise CheckpointError(f"{folder}: damaged: {error}{NO_OLDER if is_first else OLDER}") from error
 
     def _home(self, peer: int, shard: int) -> Path:
         home = self.folder / f"peer-{peer:03d}"
@@ -196,12 +198,12 @@ def _sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _read(path: Path, sha256: str) -> dict[str, Tensor]:
-    """A file's tensors. Raises CheckpointError where they are not those of the hash; OSError."""
+    """A file's tensors. Raises ValueError where they are not those of the hash; OSError."""
     tensors: dict[str, Tensor] = {}
     with suppress(SafetensorError):
         tensors = load_file(path)
     if _sha256(tensors) != sha256:
-        raise CheckpointError(f"{path.parent}: damaged: {path.name} is not what was written{OLDER}")
+        raise ValueError(f"{path.name} is not what was written")
     return tensors
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,8 +21,8 @@ from peertune.errors import ConfigError
 Sources = str | list[str]
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
-LearningRate = Annotated[float, Field(gt=0, le=1e30)]
-"""Above, a step is more than float32 can hold."""
+LearningRate = Annotated[float, Field(ge=1e-30, le=1e30)]
+"""Beyond, a step is none in float32, or more than it can hold."""
 Epsilon = Annotated[float, Field(ge=1e-30, le=1e15)]
 """Keeps a division from one by zero: float32 holds it, and its square is no infinity."""
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -109,7 +110,7 @@ class DataSection(Section):
     task: Literal["text", "classification", "instruction", "chat"] = "text"
     """What a row is, and what of it is predicted: a text (all of it), a text with a label (the label), an instruction
     (its answer), a conversation (what the assistant says)."""
-    batch_size: Positive = 8
+    batch_size: Annotated[int, Field(ge=1, le=65536)] = 8
     """Sequences in a peer's batch."""
     max_samples: NonNegative = 0
     """Rows each peer keeps at most, chosen by the partition's seed; 0: all."""
@@ -418,7 +419,8 @@ def _is_branch(part: str) -> bool:
 
 def _expected(problem: Any) -> str:
     message = str(problem["msg"]).replace("Input should be ", "")
-    return message.removeprefix("a valid ")
+    brief = re.sub(r"\d[\d.]{9,}", lambda digits: f"{float(digits[0]):g}", message)  # pydantic writes all zeros out
+    return brief.removeprefix("a valid ")
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

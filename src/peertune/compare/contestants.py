@@ -68,9 +68,16 @@ def read_contestants(options: Options) -> Lineup:
     contestants: list[Contestant] = []
     notes: list[str] = []
     if options.algorithms:
+        unused: list[set[str]] = []
         for item in options.algorithms:
-            config, _ = load_recipe(options.recipes[0], [*options.overrides, *_item_overrides(item)], METHODS)
+            own = _item_overrides(item)
+            config, remarks = load_recipe(options.recipes[0], [*options.overrides, *own], METHODS)
             contestants.append(Contestant(name=item, config=config))
+            unused.append({remark.partition(" ")[0] for remark in remarks})
+            set_here = {override.partition("=")[0] for override in own}
+            notes += [f"{item}: {remark}" for remark in remarks if remark.partition(" ")[0] in set_here]
+        # What the recipe or --set says for all is meant for some; what none uses is a mistake.
+        notes += [f"{key} is used by none of those compared" for key in sorted(set.intersection(*unused))]
         pace = _pace(options, contestants[0])
     else:
         for path in options.recipes:
