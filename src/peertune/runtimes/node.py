@@ -32,13 +32,15 @@ from peertune.runtimes.port import check_port
 from peertune.runtimes.presence import Presence
 from peertune.runtimes.probe import PROBE, Probe, diagnose
 from peertune.runtimes.proxy import take_upper_case
+from peertune.runtimes.strangers import Strangers
 
 T = TypeVar("T")
 METHOD, EJECTION = "/peertune.Peer/Link", "/peertune.Peer/Ejection"
 CHARTER_KEY, PIECES_KEY = "peertune-charter", "peertune-charter-pieces"
 OPTIONS = [("grpc.max_receive_message_length", MAX_FRAME), ("grpc.max_send_message_length", MAX_FRAME)]
 HANDSHAKE_S = 10.0
-"""Seconds after which one who dialled and has not shown a member's key is let go of; gRPC's own choice is 120."""
+"""Seconds after which one who dialled and has not shown a member's key is let go of; gRPC's own choice is 120. After
+twice as many one who has made no member's call is taken for a stranger."""
 EJECTED, TWICE = grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.ALREADY_EXISTS
 """How a stream ends whose member takes part no more, or whose process is a second one."""
 MAX_STREAMS = 8
@@ -79,6 +81,7 @@ class Node:
         self._thread = threading.Thread(target=self._loop.run_forever, name="network", daemon=True)
         self._tasks: list[asyncio.Task[None]] = []
         self._server: Any = None
+        self._strangers = Strangers(self.log, 2 * HANDSHAKE_S)
         self._refusals: dict[tuple[str, int], str] = {}
         """(event, member) -> the reason that was logged last."""
         self._ejections: dict[int, Ejection] = {}
@@ -185,8 +188,12 @@ class Node:
         if not self.listen:
             return
         roots = b"".join(self.charter.certificate(index) for index in range(len(self.charter.members)))
-        pair = [(self.identity.key_pem, self.identity.certificate_pem)]
-        credentials = grpc.ssl_server_credentials(pair, roots, require_client_auth=True)
+        shown = grpc.ssl_server_certificate_configuration(
+            [(self.identity.key_pem, self.identity.certificate_pem)], root_certificates=roots
+        )
+        credentials = grpc.dynamic_ssl_server_credentials(
+            shown, self._strangers.knocked, require_client_authentication=True
+        )
         patience = ("grpc.server_handshake_timeout_ms", int(1000 * HANDSHAKE_S))
         streams = ("grpc.max_concurrent_streams", MAX_STREAMS)
         self._server = grpc.aio.server(options=[*OPTIONS, ("grpc.so_reuseport", 0), patience, streams])
@@ -194,11 +201,12 @@ class Node:
             [_Handler({METHOD: self._serve, PROBE: self._probed, EJECTION: self._told})]
         )
         try:
-            self._server.add_secure_port(self.listen, credentials)
+            self._strangers.port = self._server.add_secure_port(self.listen, credentials)
         except RuntimeError as error:
             check_port(self.listen)
             raise IdentityError(f"--listen: {self.listen} cannot be opened: {error}; name another port") from error
         await self._server.start()
+        self._tasks.append(asyncio.create_task(self._strangers.watch()))
         self.is_open = True
 
     async def _leave(self) -> None:
@@ -338,6 +346,7 @@ class Node:
             self.log("stranger", peer=context.peer())
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "no member")
             raise
+        self._strangers.is_member(context.peer())
         if index in self.presence.ejected:
             await self._turn_away(index, context, EJECTED, "was ejected from this run")
         return index
