@@ -102,7 +102,7 @@ class Strangers:
 
 
 def _peers(port: int) -> set[Address]:
-    """Who is at the other end of this process's connections to one of its ports; nobody where the system says nothing."""
+    """Who is at the other end of this process's connections to one of its ports; nobody where no system says it."""
     found: set[Address] = set()
     with suppress(OSError):
         for name in os.listdir("/dev/fd"):
