@@ -197,6 +197,14 @@ def test_torus_is_the_most_nearly_square_grid(num_peers: int, sides: tuple[int, 
     assert {len(topology.neighbors(i)) for i in range(num_peers)} == {(1 if a == 2 else 2) + (1 if b == 2 else 2)}
 
 
+def test_a_matrix_of_the_recipes_own_is_w() -> None:
+    rows = [[0.5, 0.5, 0.0], [0.0, 0.75, 0.25], [0.3, 0.0, 0.7]]
+    topology = build("matrix", 3, matrix=rows)
+    assert topology.weights.tolist() == rows and topology.neighbors(2) == (0,) and topology.targets(2) == (1,)
+    assert topology.edges == [(0, 1), (0, 2), (1, 2)] and not topology.is_doubly_stochastic
+    np.testing.assert_allclose(np.linalg.matrix_power(topology.weights, 200)[0], topology.stationary)
+
+
 def test_exponential_listens_to_powers_of_two_behind() -> None:
     topology = build("exponential", 6)
     assert topology.neighbors(0) == (2, 4, 5)
@@ -382,6 +390,14 @@ def test_tree_root_and_order_are_fixed() -> None:
         ("edges", 3, {"edges": [[0, 1], [2, 2]]}, r"got \[2, 2\], expected two different peers; remove it"),
         ("edges", 3, {"edges": [[0, 1], [1, 2], [1, 0]]}, r"edges\[2\]: got \[1, 0\], the same edge as .*edges\[0\]"),
         ("edges", 1, {"edges": [[0, 1]]}, "expected peers from 0 to 0"),
+        ("matrix", 3, {"matrix": [[0.5, 0.5], [0.5, 0.5]]}, "got 2 rows of 2 weights, expected 3 rows of 3"),
+        ("matrix", 2, {"matrix": [[0.5, 0.5], [1.0]]}, "got 2 rows of 1, 2 weights, expected 2 rows of 2"),
+        ("matrix", 2, {}, "got 0 rows of no weights"),
+        ("matrix", 2, {"matrix": [[0.5, 0.5], [1.0, 0.0]]}, "no weight of peer 1 on itself"),
+        ("matrix", 2, {"matrix": [[0.5, 0.5], [0.0, 1.0]]}, "a way from each to each"),
+        ("matrix", 2, {"matrix": [[0.5, 0.6], [0.5, 0.5]]}, "row 0 with sum 1.1, expected every row to sum to 1"),
+        ("matrix", 2, {"matrix": [[1.5, -0.5], [0.5, 0.5]]}, "a negative or non-finite weight"),
+        ("matrix", 2, {"matrix": [[0.5, 0.5], [0.5, 0.5]], "weights": "laplacian"}, "'matrix', which holds the weights"),
     ],
 )
 def test_what_cannot_be_built_is_refused(kind: str, num_peers: int, keys: dict[str, Any], message: str) -> None:

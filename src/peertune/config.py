@@ -138,14 +138,16 @@ class DataSection(Section):
 
 
 class TopologySection(Section):
-    kind: Literal["ring", "complete", "erdos_renyi", "star", "torus", "exponential", "bipartite", "edges"] = (
-        "erdos_renyi"
-    )
+    kind: Literal[
+        "ring", "complete", "erdos_renyi", "star", "torus", "exponential", "bipartite", "edges", "matrix"
+    ] = "erdos_renyi"
     """The graph. Default: DECA's."""
     p: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Chance of an edge (erdos_renyi). Not in the paper as we have it: ours."""
     edges: list[list[int]] = []
     """Pairs of peers, counted from 0 (edges)."""
+    matrix: list[list[float]] = []
+    """W itself, a row for each peer: the weights it gives to every peer's message (matrix)."""
     weights: Literal["metropolis", "laplacian", "uniform", "samples"] = "metropolis"
     """How the mixing matrix W is made of the graph."""
     seed: NonNegative | None = None
@@ -264,6 +266,7 @@ ONLY_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "data.partition.alpha": ("data.partition.kind", ("dirichlet", "quantity")),
     "topology.p": ("topology.kind", ("erdos_renyi",)),
     "topology.edges": ("topology.kind", ("edges",)),
+    "topology.matrix": ("topology.kind", ("matrix",)),
     "algorithm.rank": ("algorithm.adapter", ("lora",)),
     "algorithm.lora_alpha": ("algorithm.adapter", ("lora",)),
     "algorithm.lora_dropout": ("algorithm.adapter", ("lora",)),

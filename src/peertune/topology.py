@@ -3,7 +3,7 @@
 One round of gossip is x_i <- sum_j W[i, j] x_j. What W promises decides what a run converges to:
 
     doubly stochastic    the mean over peers is kept              metropolis, laplacian, uniform, exponential
-    row-stochastic       the mean weighted by `stationary` is     samples
+    row-stochastic       the mean weighted by `stationary` is     samples; a matrix of the recipe's own may be either
     lambda_2 < 1         the peers agree; each round shrinks their distance by at least this factor (W normal)
 
 Everything here is a pure function of (section, number of peers, seed, sample counts), so that sites which hold the same
@@ -188,6 +188,8 @@ def build_topology(
         weights = np.ones((1, 1))
     elif config.kind == "exponential":
         weights = _exponential(num_peers)
+    elif config.kind == "matrix":
+        weights = _given(config.matrix, num_peers)
     else:
         graph = GRAPHS[config.kind](config, num_peers, seed)
         _check_connected(graph, "topology.edges" if config.kind == "edges" else f"topology.kind = {config.kind!r}")
@@ -265,6 +267,28 @@ def _exponential(num_peers: int) -> Matrix:
     return weights / (1 + num_offsets)
 
 
+def _given(rows: Sequence[Sequence[float]], num_peers: int) -> Matrix:
+    """W as the recipe has it, which need not be symmetric."""
+    if len(rows) != num_peers or any(len(row) != num_peers for row in rows):
+        lengths = ", ".join(str(length) for length in sorted({len(row) for row in rows}))
+        raise TopologyError(
+            f"topology.matrix: got {len(rows)} rows of {lengths or 'no'} weights, expected {num_peers} rows of"
+            f" {num_peers}, one row and one column for each peer; correct it or set run.num_peers (now {num_peers})"
+        )
+    weights = np.array(rows, dtype=np.float64)
+    if (np.diag(weights) <= 0).any():
+        raise TopologyError(
+            f"topology.matrix: got no weight of peer {int(np.diag(weights).argmin())} on itself, expected one above 0,"
+            " without which peers may never agree; move some of its row there"
+        )
+    if not nx.is_strongly_connected(nx.from_numpy_array(weights, create_using=nx.DiGraph)):
+        raise TopologyError(
+            "topology.matrix: got peers that no word from some others reaches, expected a way from each to each; give"
+            " weights to more of them"
+        )
+    return weights
+
+
 def _metropolis(adjacency: Matrix) -> Matrix:
     """w_ij = 1 / (1 + max(d_i, d_j)) on the edges, the rest on self (Xiao & Boyd 2004)."""
     degree = adjacency.sum(axis=1)
@@ -316,6 +340,11 @@ def _rest_on_self(weights: Matrix) -> Matrix:
 
 
 def _check_pairing(config: TopologySection) -> None:
+    if config.kind == "matrix" and config.weights != "metropolis":
+        raise TopologyError(
+            f"topology.weights: got {config.weights!r} with topology.kind = 'matrix', which holds the weights; leave"
+            " topology.weights out"
+        )
     if config.kind == "exponential" and config.weights not in ("metropolis", "uniform"):
         raise TopologyError(
             f"topology.weights: got {config.weights!r} with topology.kind = 'exponential', whose weights are all "
