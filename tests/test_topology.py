@@ -397,7 +397,7 @@ def test_tree_root_and_order_are_fixed() -> None:
         ("matrix", 2, {"matrix": [[0.5, 0.5], [0.0, 1.0]]}, "a way from each to each"),
         ("matrix", 2, {"matrix": [[0.5, 0.6], [0.5, 0.5]]}, "row 0 with sum 1.1, expected every row to sum to 1"),
         ("matrix", 2, {"matrix": [[1.5, -0.5], [0.5, 0.5]]}, "a negative or non-finite weight"),
-        ("matrix", 2, {"matrix": [[0.5, 0.5], [0.5, 0.5]], "weights": "laplacian"}, "'matrix', which holds the weights"),
+        ("matrix", 2, {"matrix": [[0.5, 0.5], [0.5, 0.5]], "weights": "laplacian"}, "'matrix', which holds W"),
     ],
 )
 def test_what_cannot_be_built_is_refused(kind: str, num_peers: int, keys: dict[str, Any], message: str) -> None:

@@ -342,7 +342,7 @@ def _rest_on_self(weights: Matrix) -> Matrix:
 def _check_pairing(config: TopologySection) -> None:
     if config.kind == "matrix" and config.weights != "metropolis":
         raise TopologyError(
-            f"topology.weights: got {config.weights!r} with topology.kind = 'matrix', which holds the weights; leave"
+            f"topology.weights: got {config.weights!r} with topology.kind = 'matrix', which holds W itself; leave"
             " topology.weights out"
         )
     if config.kind == "exponential" and config.weights not in ("metropolis", "uniform"):
