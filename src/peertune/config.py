@@ -138,9 +138,9 @@ class DataSection(Section):
 
 
 class TopologySection(Section):
-    kind: Literal[
-        "ring", "complete", "erdos_renyi", "star", "torus", "exponential", "bipartite", "edges", "matrix"
-    ] = "erdos_renyi"
+    kind: Literal["ring", "complete", "erdos_renyi", "star", "torus", "exponential", "bipartite", "edges", "matrix"] = (
+        "erdos_renyi"
+    )
     """The graph. Default: DECA's."""
     p: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Chance of an edge (erdos_renyi). Not in the paper as we have it: ours."""
