@@ -1,8 +1,10 @@
 """The protocol of one edge, without a network: what arrives, over streams that break, from neighbours who lie."""
 
 import struct
+import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -671,16 +673,33 @@ def test_what_was_offered_on_a_stream_that_is_gone_is_refused_on_the_next() -> N
             receiver.receive(frame)
 
 
-def test_a_message_that_is_dropped_while_it_is_on_its_way_goes_on() -> None:
+def test_a_message_that_is_dropped_while_it_is_on_its_way_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(message, "CHUNK_SIZE", 16)
     sender, receiver, got = Edge(), Edge(), list[Payload | None]()
     (offer,) = sender.post((0, 0), make_payload())
     receiver.expect((0, 0), make_payload(9), got.append)
     (want,) = receiver.receive(offer)
-    chunks = sender.receive(want)
+    chunks = iter(sender.receive(want))
+    receiver.receive(next(chunks))
     sender.skip_to(1)
     for frame in chunks:
         receiver.receive(frame)
     assert same(got[0], make_payload())
+
+
+def test_one_who_asks_for_all_messages_and_reads_none_has_none_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what waits for its turn to go out nothing is held but what is kept anyway."""
+    monkeypatch.setattr(outbox, "KEPT_BYTES", 250)
+    sender, held, unread = Edge(), list[Any](), list[Iterable[bytes]]()
+    for round in range(9):
+        sender.post((round, 0), make_payload(round))
+        held.append(weakref.ref(sender.outbox.messages[round, 0]))
+        unread.append(sender.receive(FRAMES.pack(Kind.WANT, round, 0, 0)))
+        sender.receive(FRAMES.pack(Kind.GOT, round, 0))
+    assert [made() is not None for made in held] == 7 * [False] + 2 * [True]
+    said = [list(frames) for frames in unread]
+    assert said[:7] == [[FRAMES.pack(Kind.GONE, round, 0)] for round in range(7)]
+    assert [frame[0] for frames in said[7:] for frame in frames] == 2 * [Kind.CHUNK]
 
 
 def test_damaged_and_misplaced_chunks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -353,15 +353,21 @@ class Edge:
         return [_pack(Kind.WANT, *key, incoming.offset)]
 
     def _wanted(self, key: Key, offset: int) -> Iterable[bytes]:
-        size = self.outbox.ask(key, offset)
-        if size is None:
-            return [_pack(Kind.GONE, *key)]
-        self._listener.fetched(key, size)
-        return self._chunks(key, self.outbox.chunks(key, offset))
+        self.outbox.ask(key, offset)
+        return self._chunks(key, offset)
 
-    def _chunks(self, key: Key, cut: Iterator[tuple[int, list[memoryview]]]) -> Iterator[bytes]:
-        """Frames of a message's chunks, one copied at a time."""
-        for start, pieces in cut:
+    def _chunks(self, key: Key, offset: int) -> Iterator[bytes]:
+        """Frames of a message's chunks, one copied at a time.
+
+        Before its turn to go out has come nothing holds the message but the outbox: else one who asks for each and
+        reads none would have all of them kept.
+        """
+        size = self.outbox.size_from(key, offset)
+        if size is None:
+            yield _pack(Kind.GONE, *key)
+            return
+        self._listener.fetched(key, size)
+        for start, pieces in self.outbox.chunks(key, offset):
             yield b"".join([_pack(Kind.CHUNK, *key, start, hash_of(*pieces)), *pieces])
 
     def _arrived(self, key: Key, offset: int, hash: bytes, data: memoryview) -> Iterable[bytes]:

@@ -81,23 +81,21 @@ class Outbox:
             if key[1] == STATE:
                 self.drop(key)
 
-    def ask(self, key: Key, offset: int) -> int | None:
-        """The neighbour wants a message from an offset on.
-
-        Returns:
-            Bytes that are still to go; None: the message is not kept.
-        Raises:
-            ProtocolError: none of ours asks so.
-        """
+    def ask(self, key: Key, offset: int) -> None:
+        """The neighbour wants a message from an offset on. Raises ProtocolError where none of ours asks so."""
         wanted = self.messages.get(key)
         if wanted is None:
-            return None
+            return
         if offset > wanted.size or offset % min(SMALL_CHUNK, message.CHUNK_SIZE):
             raise ProtocolError(f"asked for byte {offset} of a message of {wanted.size}")
         if key in self._fetched:
             raise ProtocolError(f"asked for a message of round {key[0]} a second time on one stream")
         self._fetched.add(key)
-        return wanted.size - offset
+
+    def size_from(self, key: Key, offset: int) -> int | None:
+        """Bytes of a message from an offset on; None: it is not kept."""
+        wanted = self.messages.get(key)
+        return None if wanted is None else wanted.size - offset
 
     def chunks(self, key: Key, offset: int) -> Iterator[tuple[int, list[memoryview]]]:
         """A message from an offset on: offset and pieces of each chunk, as large as the line bears by then."""
