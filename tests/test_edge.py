@@ -626,11 +626,11 @@ def test_a_message_goes_out_once_on_a_stream() -> None:
 
 def test_what_is_fetched_is_told() -> None:
     pair = Pair()
-    told: list[tuple[Key, int]] = []
+    told: list[tuple[Key, int, bool]] = []
 
     class Told(Listener):
-        def fetched(self, key: Key, size: int) -> None:
-            told.append((key, size))
+        def fetched(self, key: Key, size: int, *, again: bool) -> None:
+            told.append((key, size, again))
 
     pair.ends[0] = Edge(Told())
     pair.connect()
@@ -639,7 +639,9 @@ def test_what_is_fetched_is_told() -> None:
     assert told == []
     pair.expect(1, (0, 0), make_payload())
     pair.run()
-    assert told == [((0, 0), 88)]
+    pair.ends[0].connected()
+    list(pair.ends[0].receive(FRAMES.pack(Kind.WANT, 0, 0, 0)))
+    assert told == [((0, 0), 88, False), ((0, 0), 88, True)]
 
 
 @pytest.mark.parametrize("sign", [1, -1])

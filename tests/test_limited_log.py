@@ -28,6 +28,17 @@ def test_a_member_cannot_fill_the_log() -> None:
     assert lines[-BURST]["suppressed"] == 1
 
 
+def test_a_member_that_fetches_the_same_messages_on_stream_after_stream_cannot_fill_it_either() -> None:
+    lines: list[dict[str, Any]] = []
+    log = LimitedLog(lambda event, **about: lines.append({"event": event, **about}), clock=lambda: 0.0)
+    for _ in range(3 * BURST):
+        log("fetched", peer="east", round=0)
+    assert len(lines) == 3 * BURST
+    for _ in range(3 * BURST):
+        log("fetched", peer="east", round=0, again=True)
+    assert len(lines) == 4 * BURST
+
+
 def test_a_refusal_every_round_is_written_down_once_and_then_now_and_then() -> None:
     lines: list[tuple[Any, ...]] = []
     now = [0.0]

@@ -36,8 +36,12 @@ _pack = FRAMES.pack
 class Listener:
     """Callbacks of an `Edge`; all of them do nothing here."""
 
-    def fetched(self, key: Key, size: int) -> None:
-        """The neighbour begins to fetch a message, of which so many bytes are still to go."""
+    def fetched(self, key: Key, size: int, *, again: bool) -> None:
+        """The neighbour begins to fetch a message, of which so many bytes are still to go.
+
+        Args:
+            again: it has begun to before.
+        """
 
     def asked(self, key: Key, size: int) -> None:
         """This site begins to fetch one, of which so many bytes are still to come."""
@@ -366,7 +370,7 @@ class Edge:
         if size is None:
             yield _pack(Kind.GONE, *key)
             return
-        self._listener.fetched(key, size)
+        self._listener.fetched(key, size, again=self.outbox.begins_again(key))
         for start, pieces in self.outbox.chunks(key, offset):
             yield b"".join([_pack(Kind.CHUNK, *key, start, hash_of(*pieces)), *pieces])
 

@@ -4,6 +4,7 @@ A refusal for the reason of the last one, numbers aside, is written down once, a
 was `repeated`: a broken GPU sends NaN every round.
 
 What a message causes (`sent`, `fetched`, `arrived`) is not limited: it is the account of what left the site and came.
+But that one is fetched `again` is: a member can have that as often as it opens a stream.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class LimitedLog:
     """(event, member) -> the last one."""
 
     def __call__(self, event: str, **about: object) -> None:
-        if event not in CAUSED_BY_CONNECTIONS:
+        if event not in CAUSED_BY_CONNECTIONS and not about.get("again"):
             self.log(event, **about)
             return
         now = self.clock()

@@ -61,8 +61,9 @@ class Neighbor(Listener):
         self._coming: dict[Key, tuple[int, float]] = {}
         """Bytes of each message that is being fetched, and since when."""
 
-    def fetched(self, key: Key, size: int) -> None:
-        self.log("fetched", peer=self.name, round=key[0], hop="state" if key[1] == STATE else key[1], bytes=size)
+    def fetched(self, key: Key, size: int, *, again: bool) -> None:
+        what, more = "state" if key[1] == STATE else key[1], {"again": True} if again else {}
+        self.log("fetched", peer=self.name, round=key[0], hop=what, bytes=size, **more)
 
     def asked(self, key: Key, size: int) -> None:
         if size > self._coming.get(key, (-1, 0.0))[0]:  # not where a transfer goes on after a break

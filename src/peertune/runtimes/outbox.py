@@ -30,6 +30,8 @@ class Outbox:
         """Those that the neighbour has."""
         self._fetched: set[Key] = set()
         """Those that it has asked for on the stream that is open."""
+        self._begun: set[Key] = set()
+        """Those that it has begun to fetch, on any stream."""
         self._chunk_size = SMALL_CHUNK
 
     @property
@@ -57,6 +59,7 @@ class Outbox:
         del self.messages[key]
         self.delivered.discard(key)
         self._fetched.discard(key)
+        self._begun.discard(key)
 
     def drop_before(self, round: int) -> None:
         """Keep nothing of earlier rounds."""
@@ -96,6 +99,12 @@ class Outbox:
         """Bytes of a message from an offset on; None: it is not kept."""
         wanted = self.messages.get(key)
         return None if wanted is None else wanted.size - offset
+
+    def begins_again(self, key: Key) -> bool:
+        """The neighbour begins to fetch a message. Returns whether it has done so before."""
+        is_again = key in self._begun
+        self._begun.add(key)
+        return is_again
 
     def chunks(self, key: Key, offset: int) -> Iterator[tuple[int, list[memoryview]]]:
         """A message from an offset on: offset and pieces of each chunk, as large as the line bears by then."""
