@@ -86,6 +86,31 @@ def test_export_of_a_finished_run_and_of_its_last_checkpoint_agree(
     assert main(["export", str(finished), "--to", str(tmp_path / "one")]) == 2
 
 
+def test_the_recipe_in_a_runs_folder_lets_no_code_run(
+    finished: Path, tmp_path: Path, micro_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder may come from anybody, and names the base: only who exports it can say that code may run."""
+    base, ran = tmp_path / "base", tmp_path / "ran"
+    shutil.copytree(micro_model, base)
+    settings = json.loads((base / "config.json").read_text())
+    classes = {"AutoConfig": "modeling_x.XConfig", "AutoModelForCausalLM": "modeling_x.XModel"}
+    (base / "config.json").write_text(json.dumps({**settings, "model_type": "x", "auto_map": classes}))
+    (base / "modeling_x.py").write_text(
+        f"open({str(ran)!r}, 'w').close()\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class XConfig(LlamaConfig): model_type = 'x'\n"
+        "class XModel(LlamaForCausalLM): config_class = XConfig\n"
+    )
+    recipe = json.loads((finished / "recipe.json").read_text())
+    recipe["config"]["model"] |= {"path": str(base), "trust_remote_code": True}
+    (finished / "recipe.json").write_text(json.dumps(recipe))
+    (finished / "summary.json").unlink()
+    assert main(["export", str(finished), "--to", str(tmp_path / "exported")]) == 2
+    assert "--trust-remote-code" in capsys.readouterr().err and not ran.exists()
+    assert main(["export", str(finished), "--to", str(tmp_path / "exported"), "--trust-remote-code"]) == 0
+    assert ran.exists()
+
+
 def test_eval_repeats_the_runs_own_figures(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     options = ["--data", str(tmp_path / "test.jsonl"), "--task", "classification", "--max-length", "40"]

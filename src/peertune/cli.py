@@ -163,7 +163,13 @@ def _export(options: argparse.Namespace, console: Console) -> None:
     from peertune.export import export
     from peertune.run_folder import RunFolder
 
-    done = export(Path(options.folder), Path(options.to), options.peer, adapter=options.adapter)
+    done = export(
+        Path(options.folder),
+        Path(options.to),
+        options.peer,
+        adapter=options.adapter,
+        trust_remote_code=options.trust_remote_code,
+    )
     if done is not None:
         is_site = RunFolder(Path(options.folder)).read_recipe().get("site") is not None
         whose = "this site's own model, " if is_site else ""
@@ -334,6 +340,11 @@ def _parser() -> argparse.ArgumentParser:
         "--peer", type=_at_least(0), metavar="I", help="with the personal parts of this peer (algorithm.local_modules)"
     )
     export.add_argument("--adapter", action="store_true", help="the adapter alone, as peft loads it, not merged")
+    export.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="let code that comes with the base run, whatever the recipe says",
+    )
     export.set_defaults(command=_export)
 
     evaluate = commands.add_parser("eval", help="metrics of a model on data files, one JSON line each")

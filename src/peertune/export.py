@@ -23,7 +23,9 @@ PEFT_KINDS = ("lora", "prompt", "prefix")
 """Adapters that peft loads by themselves."""
 
 
-def export(run: Path, to: Path, peer: int | None = None, *, adapter: bool = False) -> int | None:
+def export(
+    run: Path, to: Path, peer: int | None = None, *, adapter: bool = False, trust_remote_code: bool = False
+) -> int | None:
     """Write a run's average model to a folder: the finished one, else that of the newest complete checkpoint.
 
     Of a consortium's run that did not finish, a site has its own checkpoints alone, and gives its own model.
@@ -31,6 +33,8 @@ def export(run: Path, to: Path, peer: int | None = None, *, adapter: bool = Fals
     Args:
         peer: whose personal parts (algorithm.local_modules) go on top of the average, from that checkpoint; None: none.
         adapter: the adapter as peft loads it, not merged into the base.
+        trust_remote_code: let code run that comes with the base. What the run's recipe says of that does not count: the
+            folder may have come from anybody, and names the base.
     Returns:
         The number of rounds that the checkpoint has behind it; None: it is the finished model.
     Raises:
@@ -59,6 +63,9 @@ def export(run: Path, to: Path, peer: int | None = None, *, adapter: bool = Fals
     if peer is not None:
         _check_peer(recipe["config"], peer)
     config, _ = from_dict(recipe["config"], METHODS)
+    config = config.model_copy(
+        update={"model": config.model.model_copy(update={"trust_remote_code": trust_remote_code})}
+    )
     store = CheckpointStore(folder.checkpoints, recipe["members"], config.run.ranks_per_peer)
     site = recipe.get("site")
     members = range(recipe["members"]) if site is None else [site]

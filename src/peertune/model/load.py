@@ -91,7 +91,7 @@ def load_model(config: ModelSection, device: torch.device, base: Path | None = N
         if any("bottleneck" in name for name in info["unexpected_keys"]):
             raise ModelError(
                 f"model.path: {config.path!r} holds bottleneck adapters, which its own code puts in place; set"
-                " model.trust_remote_code = true to let that run"
+                " model.trust_remote_code = true (`export` and `eval`: --trust-remote-code) to let that run"
             )
     model = model.to(device)
     choose_attention(model, config, device)
@@ -169,7 +169,10 @@ def _from_pretrained(kind: Any, config: ModelSection, base: Path | None, **optio
         )
         reason = _reason(error)
         if "trust_remote_code" in str(error):
-            reason = "it comes with code of its own; set model.trust_remote_code = true to let that run"
+            reason = (
+                "it comes with code of its own; set model.trust_remote_code = true (`export` and `eval`:"
+                " --trust-remote-code) to let that run"
+            )
         place = "this folder" if Path(source).is_dir() else "no such local folder, and the hub did not give it"
         if (Path(source) / "events.jsonl").exists():
             reason = f"it is a run's; its model, once it is finished, is {Path(source) / 'model'}"
