@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import replace
@@ -1412,3 +1413,16 @@ def test_what_another_site_says_of_its_charter_cannot_write_to_a_terminal(tmp_pa
     charter = make_charter(tmp_path, ["a", "b"])
     named = difference(charter, {"\x1b]0;x\x07\x1b[2J\nnote: all is well": "y", **charter.parts()}, "")
     assert named.isprintable() and "all is well" in named
+
+
+@pytest.mark.parametrize("key", ["version", "\x1b[2J"])
+def test_what_a_charter_says_cannot_write_to_a_terminal(
+    key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its errors quote it, and it may have come from anybody."""
+    path = tmp_path / "charter.toml"
+    write_charter(make_charter(tmp_path, ["a", "b"]), path)
+    path.write_text(tomli_w.dumps({**tomllib.loads(path.read_text()), key: "\x1b]0;x\x07\x1b[2J\nnote: all is well"}))
+    assert main(["charter", "sign", str(path), "--identity", str(tmp_path / "a")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.isprintable() and line.startswith("peertune: error: ")

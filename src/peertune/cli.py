@@ -22,6 +22,7 @@ from peertune.cli_consortium import add_consortium
 from peertune.cli_output import Bars, GridBars, loading, print_paths, print_summary, progress_console
 from peertune.cli_watch import add_watch
 from peertune.errors import PeertuneError
+from peertune.logfields import printable
 
 EPILOG = """\
 examples:
@@ -82,7 +83,8 @@ def _main(arguments: Sequence[str] | None) -> int:
     except PeertuneError as error:
         rank = f" rank {os.environ['RANK']}" if "RANK" in os.environ else ""  # under torchrun
         kind = "error: " if error.exit_code else ""
-        console.print(f"peertune{rank}: {kind}{error}", markup=False, highlight=False, emoji=False, soft_wrap=True)
+        said = printable(f"peertune{rank}: {kind}{error}")  # it may quote a file that came from anybody
+        console.print(said, markup=False, highlight=False, emoji=False, soft_wrap=True)
         return error.exit_code
     except KeyboardInterrupt:
         resumable = getattr(options, "goes_on", "")

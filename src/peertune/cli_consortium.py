@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from peertune.cli_output import Bars, print_paths, print_summary
+from peertune.logfields import printable
 
 if TYPE_CHECKING:
     from peertune.site import SiteOptions
@@ -196,7 +197,7 @@ def _doctor(options: argparse.Namespace, console: Console) -> None:
 
     def tell(finding: Finding) -> None:
         if not options.json:
-            print(finding, flush=True)
+            print(printable(str(finding)), flush=True)
 
     findings = examine(_site(options), wait_s=options.wait, tell=tell)
     if options.json:

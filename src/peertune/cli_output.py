@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from peertune.formatting import traffic
+from peertune.logfields import printable
 from peertune.metric import metric_named
 
 
@@ -69,7 +70,8 @@ class Bars:
             self._bars.stop()
 
     def note(self, message: str) -> None:
-        self._console.print(f"note: {message}", style="dim", markup=False, highlight=False, emoji=False, soft_wrap=True)
+        said = printable(f"note: {message}")
+        self._console.print(said, style="dim", markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     def rounds(self, done: int, total: int, loss: float | None) -> None:
         if self._task is None:
@@ -88,7 +90,8 @@ class GridBars:
 
     @contextmanager
     def cell(self, label: str, number: int, total: int) -> Iterator[Bars]:
-        self._console.print(f"[{number}/{total}] {label}", markup=False, highlight=False, emoji=False, soft_wrap=True)
+        said = printable(f"[{number}/{total}] {label}")
+        self._console.print(said, markup=False, highlight=False, emoji=False, soft_wrap=True)
         with Bars(self._console, f"[{number}/{total}]") as bars:
             yield bars
 

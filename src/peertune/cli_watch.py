@@ -11,6 +11,8 @@ from typing import Any
 
 from rich.console import Console
 
+from peertune.logfields import printable
+
 PORT = 7017
 
 
@@ -38,7 +40,8 @@ def _watch(options: argparse.Namespace, console: Console) -> None:
     from peertune.watch.server import WatchServer
 
     def note(message: str) -> None:
-        console.print(f"note: {message}", style="dim", markup=False, highlight=False, soft_wrap=True)
+        said = printable(f"note: {message}")
+        console.print(said, style="dim", markup=False, highlight=False, soft_wrap=True)
 
     server = WatchServer(Path(options.folder), options.port, note)
     try:

@@ -22,9 +22,14 @@ def parse_line(line: bytes) -> Mapping[str, Any] | None:
         return None
 
 
+def printable(shown: str) -> str:
+    """A line as it may be shown in a terminal: without control characters, which could write to other lines."""
+    return _UNPRINTABLE.sub("\ufffd", shown)
+
+
 def text(value: object, limit: int = 80) -> str:
-    """A string as it may be shown in a terminal: cut, and without control characters."""
-    shown = _UNPRINTABLE.sub("\ufffd", str(value)) if isinstance(value, str | int | float) else ""
+    """A string as it may be shown in a terminal: cut, and `printable`."""
+    shown = printable(str(value)) if isinstance(value, str | int | float) else ""
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
 
 
