@@ -530,6 +530,27 @@ def test_an_ejection_holds_with_whole_signatures_of_this_charter_only(tmp_path: 
     assert ejected(path, charter) == {}
 
 
+@pytest.mark.parametrize(
+    "said", ["a = " + 9000 * "[", "a = " + 5000 * "9", "a" + 300 * ".a" + " = 1", "a = " + 300 * "[" + 300 * "]"]
+)
+def test_toml_that_nobody_writes_is_refused_and_ends_no_run(
+    said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A site at work looks at all ejections that lie beside its charter, wherever they are from."""
+    charter, path = make_charter(tmp_path, ["a", "b", "c"]), tmp_path / "charter.toml"
+    write_charter(charter, path)
+    ejection_path(path, "b").write_text(said)
+    assert Requests(charter, path, tmp_path / "leave").ejections() == {}
+    path.write_text(said)
+    for command in (["charter", "sign", "--identity", str(tmp_path / "a")], ["run"]):
+        assert main([*command, str(path)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "not valid TOML" in line and len(line) < 400
+    tree = {**charter.model_dump(mode="json"), "expires": charter.expires}
+    path.write_text(tomli_w.dumps(tree) + f"\n[recipe.more]\n{said}")
+    assert main(["charter", "sign", str(path), "--identity", str(tmp_path / "a")]) == 2
+
+
 def test_no_signature_of_the_ejected_counts_and_no_other_file_is_in_the_way(tmp_path: Path) -> None:
     charter = make_charter(tmp_path, ["a", "b", "c"])
     sites = {name: load_identity(tmp_path / name) for name in "abc"}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tomllib
 from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Annotated, Any
 import tomli_w
 from pydantic import AfterValidator, Field, ValidationError
 
-from peertune.config import Methods, NonNegative, Positive, RunConfig, Section, flatten, from_dict
+from peertune.config import Methods, NonNegative, Positive, RunConfig, Section, flatten, from_dict, parse_toml
 from peertune.errors import CharterError
 from peertune.identity import Identity, certificate_id, is_own, is_signed
 from peertune.logfields import text
@@ -260,16 +259,16 @@ def sample_counts(members: Sequence[Member], num_peers: int) -> list[int]:
 def read_charter(path: Path) -> Charter:
     """Read a charter; `check` says whether it holds. Raises CharterError."""
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        tree = parse_toml(path.read_text(encoding="utf-8"))
         return Charter.model_validate({**tree, "expires": _date(tree.get("expires"))})
     except FileNotFoundError:
         raise CharterError(f"{path}: no such charter; `peertune charter new` writes one") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise CharterError(f"{path}: not valid TOML: {error}") from None
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(str(part) for part in problem["loc"])
         raise CharterError(f"{path}: {place}: {problem['msg']}; get the file anew from whoever wrote it") from None
+    except ValueError as error:
+        raise CharterError(f"{path}: not valid TOML: {error}") from None
     except OSError as error:
         raise CharterError(f"{path}: cannot be read: {error.strerror}") from None
 

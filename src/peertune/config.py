@@ -18,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationErr
 
 from peertune.errors import ConfigError
 
+MAX_DEPTH = 20
+"""Levels of a TOML file at most; ours have four."""
 Sources = str | list[str]
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -351,12 +353,31 @@ def keys_of(section: type[Section], prefix: str = "") -> list[str]:
     return keys
 
 
+def parse_toml(text: str) -> dict[str, Any]:
+    """What TOML says that may come from anybody.
+
+    Raises:
+        ValueError: it is none, holds a number that Python does not read, or is nested as nothing of ours is.
+    """
+    try:
+        tree = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    level: list[Any] = [tree]
+    for _ in range(MAX_DEPTH):
+        level = [child for node in level for child in (node.values() if isinstance(node, dict) else node)]
+        level = [child for child in level if isinstance(child, dict | list)]
+    if level:
+        raise ValueError("nested too deeply")
+    return tree
+
+
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return parse_toml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such recipe; expected a TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None

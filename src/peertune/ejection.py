@@ -9,14 +9,13 @@ content too, by those that would else dial it, and believes the signatures, not 
 from __future__ import annotations
 
 import hashlib
-import tomllib
 from pathlib import Path
 
 import tomli_w
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from peertune.charter import Charter
-from peertune.config import Section
+from peertune.config import Section, parse_toml
 from peertune.errors import CharterError
 from peertune.identity import Identity, is_signed
 from peertune.storage import write_atomically
@@ -90,8 +89,8 @@ def sign_ejection(path: Path, charter: Charter, member: str, identity: Identity)
 def read_ejection(path: Path) -> Ejection:
     """Raises CharterError where it is none."""
     try:
-        return Ejection.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, ValidationError) as error:
+        return Ejection.model_validate(parse_toml(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
         raise CharterError(f"{path}: is no ejection: {' '.join(str(error).split())[:200]}; get it anew") from None
 
 
