@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from peertune.algorithms import METHODS
 from peertune.config import ModelSection, from_dict
+from peertune.data.batches import collate
 from peertune.data.render import Sample
 from peertune.errors import ModelError
 from peertune.evaluation.label_scores import cache_is_exact, label_scores, label_scores_plainly
@@ -18,6 +19,7 @@ from peertune.evaluation.likelihood import evaluate
 from peertune.model.adapters import add_adapter
 from peertune.model.attention import choose_attention
 from peertune.model.language_model import LanguageModel
+from peertune.model.lora import plain_layers
 
 CPU = torch.device("cpu")
 VOCABULARY = 61
@@ -105,6 +107,25 @@ def test_lora_passes_over_experts_that_are_no_linear_layers() -> None:
     settings = from_dict({"algorithm": {"name": "dec_lora"}}, METHODS)[0].algorithm
     model = LanguageModel(add_adapter(made("mixtral"), settings, 0), ModelSection())
     assert torch.isfinite(model.all_logits(torch.ones(1, 4, dtype=torch.long))).all()
+
+
+def test_lora_where_a_model_adds_to_a_layers_output_in_place() -> None:
+    sizes = {"head_dim": 4, "num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"],
+             "activation_sparsity_pattern": [0.0, 0.0], "laurel_rank": 4, "hidden_size_per_layer_input": 4,
+             "vocab_size_per_layer_input": VOCABULARY}  # fmt: skip
+    settings = from_dict({"algorithm": {"name": "dec_lora"}}, METHODS)[0].algorithm
+    module = add_adapter(made("gemma3n_text", **sizes), settings, 0)
+    trained = {name: p for name, p in module.named_parameters() if "lora_B" in name}
+    model = LanguageModel(module, ModelSection())
+    model.backward(collate(samples(), 0), 1)
+    ours = {name: p.grad.clone() for name, p in trained.items() if p.grad is not None}
+    for layer in plain_layers(module):
+        del layer.forward  # peft's own
+    module.zero_grad()
+    model.backward(collate(samples(), 0), 1)
+    theirs = {name: p.grad for name, p in trained.items() if p.grad is not None}
+    assert any("laurel" in name for name in ours)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
 def test_bottlenecks_have_the_layers_width_not_the_embeddings() -> None:

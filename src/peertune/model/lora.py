@@ -70,7 +70,8 @@ def forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
     down, up = factors or factors_of(layer)
     scale = layer.scaling[layer.active_adapters[0]]
-    return _LowRank.apply(x, base.weight, base.bias, down, up, scale)  # type: ignore[no-any-return, no-untyped-call]
+    out: Tensor = _LowRank.apply(x, base.weight, base.bias, down, up, scale)  # type: ignore[no-untyped-call]
+    return out.view(*x.shape[:-1], out.shape[-1])  # here: what a model changes in place must be no view made inside
 
 
 def factors_of(layer: Any) -> tuple[Tensor, Tensor]:
@@ -114,7 +115,7 @@ class _LowRank(torch.autograd.Function):
     """x [..., inputs], a frozen weight [outputs, inputs] and bias, A [rank, inputs], B [outputs, rank], s.
 
     The weight may be in 4 bits. Or A [G, rank, inputs] and B [G, outputs, rank] of G models; then the first of G equal
-    parts of x is the first's.
+    parts of x is the first's. The result is [rows, outputs], or [G, rows, outputs].
     """
 
     @staticmethod
@@ -126,7 +127,7 @@ class _LowRank(torch.autograd.Function):
         low = rows @ down.mT
         ctx.save_for_backward(rows, weight, down, up, low)
         ctx.scale, ctx.shape = scale, x.shape
-        return _add_product(F.linear(rows, restored(weight), bias), low, up.mT).view(*x.shape[:-1], up.shape[-2])
+        return _add_product(F.linear(rows, restored(weight), bias), low, up.mT)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
