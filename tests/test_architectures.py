@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from peertune.algorithms import METHODS
-from peertune.config import ModelSection, from_dict
+from peertune.config import AlgorithmConfig, ModelSection, from_dict
 from peertune.data.batches import collate
 from peertune.data.render import Sample
 from peertune.errors import ModelError
@@ -139,10 +139,25 @@ def test_bottlenecks_have_the_layers_width_not_the_embeddings() -> None:
     assert model.all_logits(torch.ones(1, 4, dtype=torch.long)).shape == (1, 4, VOCABULARY)
 
 
-def test_a_model_that_looks_ahead_is_refused() -> None:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model("bert", **SIZES, is_decoder=False, initializer_range=0.2)  # less: they hardly look
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("scale", [0.2, 0.02], ids=["trained", "random"])  # with 0.02 they hardly look
+def test_a_model_that_looks_ahead_is_refused(scale: float, dtype: Any) -> None:
+    sizes = {**SIZES, "is_decoder": False, "initializer_range": scale, "dtype": getattr(torch, dtype)}
+    settings = ModelSection(path="some-bert", dtype=dtype)
     with pytest.raises(ModelError, match="tokens see those after them"):
-        LanguageModel(AutoModelForCausalLM.from_config(config), ModelSection(path="some-bert"))
-    config.is_decoder = True
-    LanguageModel(AutoModelForCausalLM.from_config(config), ModelSection(path="some-bert"))
+        LanguageModel(made("bert", **sizes), settings)
+    LanguageModel(made("bert", **{**sizes, "is_decoder": True}), settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "reason"),
+    [
+        ("falcon", {}, r"fails on five tokens, .*Sizes of tensors must match.*; take another adapter"),  # one key head
+        ("mamba2", {}, "makes no use of this kind"),
+    ],
+)
+def test_an_adapter_that_an_architecture_cannot_have_is_refused(name: str, sizes: dict[str, Any], reason: str) -> None:
+    settings = AlgorithmConfig(adapter="prefix", num_virtual_tokens=3)
+    module = add_adapter(made(name, **sizes), settings, 0)
+    with pytest.raises(ModelError, match=reason):
+        LanguageModel(module, ModelSection())

@@ -73,6 +73,17 @@ class ShardedModel(LanguageModel):
         self._place = mesh.get_local_rank(), mesh.size()
         self._rows = {name: _rows(parameter, self.ranks) for name, parameter in module.named_parameters()}
 
+    def _try_out(self, path: str) -> None:
+        # Of tokens alone: FSDP2 gives the derivatives of parameters to its shards, not to whoever asks for them.
+        trained = [p for p in self.module.parameters() if p.requires_grad]
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        try:
+            super()._try_out(path)
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """This rank's rows of each parameter, by name; a whole one where it is not split. `.ranks` are all ranks."""
         return self._rows
