@@ -4,21 +4,29 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from queue import SimpleQueue
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+from peertune.algorithms.base import Algorithm
+from peertune.algorithms.gt import Gt
+from peertune.algorithms.local_steps import LocalStepsConfig
 from peertune.audit import Repeats, contributions
 from peertune.cli_output import print_summary, summary_table
-from peertune.exchange import Hop
+from peertune.exchange import Hop, Inbox
 from peertune.runtimes import network
 from peertune.runtimes.catch_up import Pace
 from peertune.runtimes.edge import Edge
-from peertune.runtimes.network import NetworkExchange, NetworkGroup
+from peertune.runtimes.network import NetworkExchange, NetworkGroup, without
 from peertune.runtimes.presence import Presence
+from peertune.topology import Topology
+from tests.quadratic import SIZE, QuadraticPeer
 
 
 def late_group(log: list[dict[str, Any]]) -> tuple[NetworkGroup, Any, SimpleQueue[Any]]:
@@ -38,6 +46,7 @@ def late_group(log: list[dict[str, Any]]) -> tuple[NetworkGroup, Any, SimpleQueu
         set_shared=held.__setitem__,
         peer=SimpleNamespace(model=SimpleNamespace(forget=lambda: None)),
     )
+    algorithm.take_late = partial(Algorithm.take_late, algorithm)
     return NetworkGroup(node, None), algorithm, late
 
 
@@ -52,6 +61,33 @@ def test_a_late_message_gives_the_mean_back_what_a_round_without_it_took(dtype: 
     group._take_late(algorithm)
     torch.testing.assert_close((algorithm.shared("w") - 1.0 + east) / 2, (mine + theirs) / 2)
     assert log == [{"event": "late", "peer": "east", "round": 4, "used": True, "amount": pytest.approx(0.3 * 32**0.5)}]
+
+
+def test_corrections_of_tracked_gradients_sum_to_zero_again_with_a_late_message() -> None:
+    """All peers would step along a mean gradient that is off by the rest, for ever."""
+    group, _, late = late_group([])
+    topology = Topology("pair", 2, np.array([[0.7, 0.3], [0.3, 0.7]]))
+    config = LocalStepsConfig(lr=0.02, local_steps=2, rounds=3)
+    methods = [Gt(cast(Any, QuadraticPeer(i)), config, topology) for i in range(2)]
+    methods[0].peer.model.forget = lambda: None  # type: ignore[method-assign]
+    for round in range(3):
+        for method in methods:
+            method.local(round)
+        (hop,) = methods[0].hops(round)
+        sent = {i: methods[i].outgoing(hop) for i in range(2)}
+        for i, method in enumerate(methods):
+            is_lost = (round, i) == (1, 0)
+            weights = without(hop.sources(i), [1] if is_lost else [], i)
+            method.mix(hop, Inbox(weights, {j: sent[j] for j in weights}))
+        if round == 1:
+            late.put(((round, 0), sent[1], sent[0]))
+
+    def total() -> Tensor:
+        return torch.cat([methods[0].correction[name] + methods[1].correction[name] for name in "ab"])
+
+    assert total().abs().max() > 0.1
+    group._take_late(methods[0])
+    torch.testing.assert_close(total(), torch.zeros(2 * SIZE), atol=1e-6, rtol=0)
 
 
 def test_late_messages_of_one_absence_do_not_add_up_beyond_a_weight_of_one() -> None:

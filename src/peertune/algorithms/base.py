@@ -159,6 +159,21 @@ class Algorithm(ABC):
         """Replace a shared tensor by float32 `value` of its shape."""
         self.masters.write(name, value)
 
+    def take_late(self, change: Payload) -> bool:
+        """Add to what this peer holds what a late message would have brought.
+
+        Args:
+            change: w_ij (what j sent - what this peer sent), by the names of `outgoing`.
+        Returns:
+            False, with nothing changed, where that belongs to what is no longer there.
+        """
+        if not change.keys() <= set(self.shared_names()):
+            return False
+        for name, value in change.items():
+            held = self.shared(name)
+            self.set_shared(name, held.add_(value.to(held.device)))
+        return True
+
     def state_dict(self, round: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and plain data of a checkpoint after `round` rounds: weights, and what outlives a round."""
         tensors = {f"weights/{n}": p.detach() for n, p in self.masters.parameters.items()}

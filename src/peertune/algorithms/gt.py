@@ -11,17 +11,20 @@ and
     c_i <- c_i - z_i + sum_j w_ij z_j
 
 At K = 1 that is the tracker above. The paper adds the step after mixing; here, as in every method, it comes before.
+
+The update of c_i is linear in the messages: one that i went without, though j heard i, adds w_ij (z_j - z_i) when it
+comes late, and the sum over peers is zero again. Without it all would step along a mean that is off by a constant.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from peertune.algorithms.local_steps import LocalSteps
-from peertune.exchange import Hop, Inbox, Payload, gossip
+from peertune.exchange import Hop, Inbox, Payload
 
 TRACKED = "tracked/"
 
@@ -54,9 +57,13 @@ class Gt(LocalSteps):
         """Never: the sum of all corrections is zero, and one who left took his along."""
         return False
 
-    def hops(self, round: int) -> Sequence[Hop]:
-        """One of gossip; a late message is of no use, as the tracked gradients in it belong to its round."""
-        return (gossip(self.topology, takes_late=False),)
+    def take_late(self, change: Payload) -> bool:
+        weights = {name: value for name, value in change.items() if not name.startswith(TRACKED)}
+        if not super().take_late(weights):
+            return False
+        for name, correction in self.correction.items():
+            correction.add_(change[TRACKED + name].to(correction.device))
+        return True
 
     def outgoing(self, hop: Hop) -> Payload:
         return {**super().outgoing(hop), **{TRACKED + name: z for name, z in self.tracked.items()}}

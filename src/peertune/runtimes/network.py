@@ -119,12 +119,9 @@ class NetworkGroup:
                 weight = algorithm.hops(round)[number].weights[index, self.node.index]
                 change = {name: (theirs[name].float() - mine[name].float()).mul_(weight) for name in mine}
                 total = self._exchange.late_weight[index] + weight
-                used = change.keys() <= set(algorithm.shared_names()) and total <= 1.0 and round >= self._joined
+                used = total <= 1.0 and round >= self._joined and algorithm.take_late(change)
                 if used:
                     self._exchange.late_weight[index] = total
-                    for name, value in change.items():
-                        held = algorithm.shared(name)
-                        algorithm.set_shared(name, held.add_(value.to(held.device)))
                     algorithm.peer.model.forget()
                 amount = torch.linalg.vector_norm(torch.stack([value.norm() for value in change.values()])).item()
                 self.node.log("late", peer=neighbor.name, round=round, used=used, amount=amount)
