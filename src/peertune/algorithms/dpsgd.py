@@ -1,7 +1,8 @@
 """D-PSGD with Adam: DECA on all blocks at once, without moment correction (Lian et al. 2017, arXiv 1705.09056).
 
-x_{i,t+1} = sum_j w_ij (x_j - lr adam(grad F_j(x_j)))_t. As many local steps as DECA takes with the same keys,
-T x B x R, each of all parameters: about B times the updates, the traffic and the optimiser memory.
+x_{i,t+1} = sum_j w_ij (x_j - lr adam(grad F_j(x_j)))_t; the paper mixes first, then adds the step made at x_i.
+As many local steps as DECA takes with the same keys, T x B x R, each of all parameters: about B times the updates, the
+traffic and the optimiser memory.
 """
 
 from dataclasses import replace
