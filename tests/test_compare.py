@@ -39,6 +39,7 @@ from peertune.compare.budget import (
     with_whole_rounds,
 )
 from peertune.compare.cells import Cell, quality, read_cell
+from peertune.compare.charts import memory_axis
 from peertune.compare.contestants import Contestant, Lineup, read_contestants
 from peertune.compare.grid import Grid
 from peertune.compare.inputs import fingerprints
@@ -46,8 +47,10 @@ from peertune.compare.stats import paired_interval, pairs, spread
 from peertune.compare.table import Row, budget_notes, pair_cells, row, terminal_table, verdicts
 from peertune.config import RunConfig, from_dict, load_recipe
 from peertune.errors import CheckpointError, ConfigError, DataError, DivergedError
+from peertune.formatting import memory
 from peertune.prepare import keep_back, prepare_data
 from peertune.progress import Silent
+from peertune.report.charts import tick_texts
 from peertune.run import run
 from tests.recipes import recipe, tree
 from tests.test_bad_input import write_toml
@@ -496,6 +499,33 @@ def test_pairing_sees_what_the_spread_hides_and_words_have_the_metrics_direction
     assert alone[0] == "a and b: a is ahead by 10.0 points with this one seed." and "no noise can be told" in alone[1]
 
 
+def test_of_many_pairs_only_those_beyond_the_noise_have_a_sentence() -> None:
+    """Twelve methods are 66 pairs, which nobody reads."""
+    same = {f"m{i}": [0.5, 0.6, 0.7 + i / 100] for i in range(11)}
+    found = pairs({**same, "best": [0.9, 1.01, 1.1]})
+    clear = [pair for pair in found if pair.is_clear]
+    said = verdicts(found, "accuracy")
+    assert len(found) == 66 and len(clear) == 11 == len(said) - 2
+    assert all(text.startswith("best is better than") for text in said[:11])
+    assert "of all 66 pairs" in said[11] and said[11].endswith("those above can be told from the seed noise.")
+    assert verdicts(pairs(same), "accuracy")[0].endswith("none can be told from the seed noise.")
+    alone = verdicts(pairs({name: values[:1] for name, values in same.items()}), "accuracy")
+    assert len(alone) == 2 and "no noise can be told" in alone[1]
+
+
+def test_memory_has_ticks_at_round_numbers_of_its_unit() -> None:
+    shown = tick_texts(memory_axis(0.0, 0.9 * 2**30), memory)
+    assert [text.replace("\u202f", " ") for text in shown] == [
+        "0 B",
+        "200 MiB",
+        "400 MiB",
+        "600 MiB",
+        "800 MiB",
+        "1000 MiB",
+    ]
+    assert memory_axis(0.0, 1.2 * 2**30).ticks[-1] == 1.25 * 2**30
+
+
 def test_recipes_are_contestants_and_the_command_prints_a_table(
     path: Path, tmp_path: Path, micro_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -855,6 +885,7 @@ def test_long_names_have_folders_and_whole_sentences(
     page = found.files["page"].read_text()
     assert found.verdicts[0].removesuffix("with this one seed.")[-30:].strip() in page
     assert "All have 0" in page  # nothing was sent
+    assert "<h1>2 contestants</h1>" in page and "<title>2 contestants" in page
 
 
 def test_a_budget_that_was_missed_is_said(make: Callable[..., tuple[Comparison, Quiet]]) -> None:
@@ -869,6 +900,9 @@ def test_a_budget_that_was_missed_is_said(make: Callable[..., tuple[Comparison, 
         [said] = budget_notes([rows[0], other], budget)
         assert said.startswith(f"gt took 3.0 times the {budget} of deca")
         assert budget_notes([rows[0], other], "samples") == []
+    others = [replace(rows[1], contestant=name, samples=(rows[0].samples or 0) / 4) for name in ("gt", "qg")]
+    [said] = budget_notes([rows[0], *others], "samples")
+    assert said.startswith("gt, qg took 0.25 times the samples of deca")
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 160])

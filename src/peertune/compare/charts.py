@@ -6,6 +6,7 @@ They look like the run report's charts and share its style sheet and script.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -35,17 +36,34 @@ class Curve:
     marks: Sequence[Mark]
 
 
-def curve_chart(curves: Sequence[Curve], *, x_title: str, y_title: str, show_x: Show, show_y: Show) -> str:
+def memory_axis(low: float, high: float) -> Axis:
+    """An axis of bytes with its ticks at round numbers of the unit that `formatting.memory` writes the highest in."""
+    unit = 1024.0 ** max(0, math.floor(math.log(max(high, 1.0), 1024)))
+    axis = linear_axis(low / unit, high / unit)
+    return Axis(low=axis.low * unit, high=axis.high * unit, ticks=tuple(tick * unit for tick in axis.ticks))
+
+
+def curve_chart(
+    curves: Sequence[Curve],
+    *,
+    x_title: str,
+    y_title: str,
+    show_x: Show,
+    show_y: Show,
+    x_axis: Callable[[float, float], Axis] = linear_axis,
+) -> str:
     """Lines through each curve's points, a bar at each point over its range; x starts at zero.
 
+    Args:
+        x_axis: makes the axis from its ends.
     Returns:
         HTML.
     """
     marks = [mark for curve in curves for mark in curve.marks]
-    x_axis = linear_axis(0.0, max(m.x for m in marks))
+    across = x_axis(0.0, max(m.x for m in marks))
     y_axis = linear_axis(min(m.low for m in marks), max(m.high for m in marks))
     grid = "".join(f'<path class="grid" d="M0 {_down(y_axis, t):.1f}H{SIZE}"/>' for t in y_axis.ticks)
-    shapes = "".join(_shape(curve, x_axis, y_axis) for curve in curves)
+    shapes = "".join(_shape(curve, across, y_axis) for curve in curves)
     legend = "".join(
         f'<span><i class="key mean" style="--c:{curve.color}"></i>{esc(middle(curve.name, 80))}</span>'
         for curve in curves
@@ -53,10 +71,10 @@ def curve_chart(curves: Sequence[Curve], *, x_title: str, y_title: str, show_x: 
     return (
         f'<div class="chart"><div class="y-title">{esc(y_title)}</div><div class="frame">'
         f'<div class="y-ticks">{place_ticks(y_axis, "bottom", tick_texts(y_axis, show_y))}</div>'
-        f'<div class="plot" data-points="{esc(_hover(curves, x_axis, show_x, show_y), 10**9)}">'
+        f'<div class="plot" data-points="{esc(_hover(curves, across, show_x, show_y), 10**9)}">'
         f'<svg viewBox="0 0 {SIZE} {SIZE}" preserveAspectRatio="none" role="img" aria-label="{esc(y_title)}">'
         f"{grid}{shapes}</svg></div>"
-        f'<div class="x-ticks">{place_ticks(x_axis, "left", tick_texts(x_axis, show_x))}</div></div>'
+        f'<div class="x-ticks">{place_ticks(across, "left", tick_texts(across, show_x))}</div></div>'
         f'<div class="x-title">{esc(x_title)}</div><div class="legend">{legend}</div></div>'
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from peertune.compare import table
 from peertune.compare.cells import Cell, Point
-from peertune.compare.charts import Curve, Mark, curve_chart, spread_strip
+from peertune.compare.charts import Curve, Mark, curve_chart, memory_axis, spread_strip
 from peertune.compare.grid import Tuned
 from peertune.compare.options import Options
 from peertune.compare.stats import Pair, mean
@@ -26,8 +26,14 @@ STYLE = """
 .peers .result { stroke: var(--ink); stroke-width: 2.5; }
 .spread td:last-child { width: 72%; }
 .spread td:last-child, .spread th:last-child { text-align: left; padding-right: 12px; }
+#table td:first-child, #peers td:first-child, #pairs td:first-child {
+  white-space: normal; word-break: break-all; min-width: 120px;
+}
 .notes li.clear { background: var(--good-soft); color: var(--good); }
 """
+
+TITLE_MAX = 80
+"""Letters of a title that names the contestants; where that takes more, it says how many there are."""
 
 SECTIONS = {
     "verdicts": "Verdicts",
@@ -57,7 +63,8 @@ def render(
         cells: the finished ones, by contestant; who has none is in the table only.
     """
     metric = rows[0].metric
-    title = " · ".join(esc(row.contestant, 40) for row in rows)
+    title = " · ".join(row.contestant for row in rows)
+    title = esc(title) if len(title) <= TITLE_MAX else f"{len(rows)} contestants"
     colors = {row.contestant: peer_color(i) for i, row in enumerate(rows)}
     sections = {id: name for id, name in SECTIONS.items() if id != "tuning" or tuned}
     facts = [
@@ -110,8 +117,8 @@ _TUNING_LEAD = "On rows kept back from the training data, first seed; the test r
 
 
 def _sentences(found: Sequence[Pair], verdicts: Sequence[str]) -> str:
-    # The first sentences are those of the pairs, in their order.
-    kinds = [" class=clear" if pair.is_clear else "" for pair in found] + [""] * (len(verdicts) - len(found))
+    own = table.told(found)  # whose sentences are the first, in their order
+    kinds = [" class=clear" if pair.is_clear else "" for pair in own] + [""] * (len(verdicts) - len(own))
     items = "".join(f"<li{kind}>{esc(text, 100_000)}</li>" for kind, text in zip(kinds, verdicts, strict=True))
     return f'<ul class="notes">{items}</ul>'
 
@@ -167,6 +174,7 @@ def _over_memory(cells: Cells, colors: Mapping[str, str], metric: str) -> str:
         y_title=METRICS[metric].axis_title,
         show_x=memory,
         show_y=METRICS[metric].show,
+        x_axis=memory_axis,
     )
 
 

@@ -59,6 +59,8 @@ SPARE = ("simulated_s", "cpu_s", "bytes_sent_by_hub", "peak_memory_bytes")
 """Columns that a narrow terminal does without, the first first."""
 NAME_WIDTH = 28
 """Characters of a name in one line of the terminal's table."""
+PAIRS_MAX = 10
+"""Pairs that have a sentence each; of more, those have whose difference is larger than the seed noise."""
 DIVERGED = "diverged"
 """Stands in tables in the place of a number that there is none of."""
 HEAD = {
@@ -254,11 +256,16 @@ def pair_cells(pair: Pair, metric: str) -> list[str]:
     return [f"{pair.one} − {pair.other}", _change(pair.difference, metric), interval, verdict]  # noqa: RUF001
 
 
+def told(found: Sequence[Pair]) -> list[Pair]:
+    """The pairs that have a sentence of their own."""
+    return [pair for pair in found if pair.is_clear or len(found) <= PAIRS_MAX]
+
+
 def verdicts(found: Sequence[Pair], metric: str) -> list[str]:
-    """What the pairs say, in words."""
+    """What the pairs say, in words: first a sentence for each pair of `told`."""
     title = METRICS[metric].title
     sentences = []
-    for pair in found:
+    for pair in told(found):
         ahead, behind = pair.one, pair.other
         if METRICS[metric].is_better(0.0, pair.difference):
             ahead, behind = behind, ahead
@@ -282,6 +289,11 @@ def verdicts(found: Sequence[Pair], metric: str) -> list[str]:
                 f"{pair.one} and {pair.other}: the mean difference of {_change(pair.difference, metric)} {over} is not"
                 f" larger than the seed noise ({_LEVEL} interval {ends})."
             )
+    if len(told(found)) < len(found):
+        above = "none" if not told(found) else "the one above" if len(told(found)) == 1 else "those above"
+        beyond = f"Of these, {above} can be told from the seed noise." if found[0].num_seeds > 1 else ""
+        where = f"The differences of all {len(found)} pairs stand in table.md and on the page under Pairs."
+        sentences.append(f"{where} {beyond}".rstrip())
     if found and found[0].num_seeds == 1:
         sentences.append("With one seed no noise can be told: no difference here is a finding; use --seeds 0,1,2.")
     elif len(found) > 1:
@@ -298,15 +310,16 @@ def budget_notes(rows: Sequence[Row], budget: str) -> list[str]:
         "samples": lambda row: row.samples, "bytes": lambda row: row.bytes_sent, "seconds": lambda row: row.cpu_s
     }  # fmt: skip
     first = spent[budget](rows[0])
-    notes = []
+    missed: dict[str, list[str]] = {}
     for row in rows[1:] if first else []:
         own = spent[budget](row)
         if own and first and abs(own / first - 1) > SLACK[budget]:
-            notes.append(
-                f"{row.contestant} took {number(own / first, 2)} times the {budget} of {rows[0].contestant}: the budget"
-                " could not be met, and what they reached does not compare."
-            )
-    return notes
+            missed.setdefault(number(own / first, 2), []).append(row.contestant)
+    return [
+        f"{', '.join(names)} took {times} times the {budget} of {rows[0].contestant}: the budget could not be met, and"
+        " what they reached does not compare."
+        for times, names in missed.items()
+    ]
 
 
 def diverged_notes(lost: Mapping[str, Sequence[int]], num_seeds: int) -> list[str]:
