@@ -34,10 +34,11 @@ def fragments(state: Snapshot) -> dict[str, str]:
         "boxes": _boxes(state),
         "graph": _graph(state),
         "peers": _peers(state),
-        "loss": _curve(state, state.curve_loss, "mean training loss", "No round is logged yet."),
+        "loss": _curve(state, state.curve_loss, state.loss, "mean training loss", "No round is logged yet."),
         "consensus": _curve(
             state,
             state.curve_consensus,
+            state.consensus_distance,
             "consensus distance",
             "A site sees only its own model: how far the models are apart is known in a simulation and on a cluster."
             if state.is_site
@@ -111,10 +112,10 @@ def _graph(state: Snapshot) -> str:
         return _nothing("The neighbours are not known yet.")
     if not state.is_site:
         return graph_svg(len(state.peers), state.edges, ())
-    places = []
+    places, is_row = [], len(state.peers) <= 2
     for i, peer in enumerate(state.peers):
-        # Two stand side by side, so that this site's name is on no edge.
-        angle = (math.pi if len(state.peers) == 2 else -math.pi / 2) + 2 * math.pi * i / len(state.peers)
+        # One or two stand beside this site, so that its name is on no edge.
+        angle = (math.pi if is_row else -math.pi / 2) + 2 * math.pi * i / len(state.peers)
         places.append((peer, CENTER + AROUND * math.cos(angle), CENTER + AROUND * math.sin(angle)))
     labelled = len(places) <= LABELS_MAX
     size = max(5.0, min(17.0, 300 / len(places)))
@@ -124,15 +125,16 @@ def _graph(state: Snapshot) -> str:
         lines.append(f"<g><title>{esc(peer.name)}: {esc(_edge(peer))}</title>{line}</g>")
         nodes.append(f'<circle class="{peer.status}" cx="{x:.1f}" cy="{y:.1f}" r="{size:.1f}"/>')
         if labelled:
-            up = -size - 18 if y < CENTER + 1 else size + 12
+            up = -size - 21 if y < CENTER + 1 else size + 12
             nodes.append(f'<text x="{x:.1f}" y="{y + up:.1f}" class="name">{esc(peer.name, 18)}</text>')
             nodes.append(f'<text x="{x:.1f}" y="{y + up + 12:.1f}" class="edge">{esc(_edge(peer))}</text>')
     nodes.append(f'<circle class="self" cx="{CENTER}" cy="{CENTER}" r="19"/>')
     nodes.append(f'<text x="{CENTER}" y="{CENTER + 30}" class="name">{esc(state.site or "this site", 18)}</text>')
+    height = BOX / 3 if is_row else BOX
     told = "; ".join(f"{peer.name} {_edge(peer)}" for peer in state.peers)
     title = esc(f"{state.site or 'This site'} and its neighbours: {told}", 2000)
     return (
-        f'<svg class="site" viewBox="0 0 {BOX} {BOX}" role="img" aria-label="{title}">'
+        f'<svg class="site" viewBox="0 {(BOX - height) / 2:g} {BOX} {height:g}" role="img" aria-label="{title}">'
         f"{''.join(lines)}{''.join(nodes)}</svg>"
     )
 
@@ -179,12 +181,11 @@ def _peers(state: Snapshot) -> str:
     )
 
 
-def _curve(state: Snapshot, values: tuple[float | None, ...], title: str, nothing: str) -> str:
+def _curve(state: Snapshot, values: tuple[float | None, ...], last: float | None, title: str, nothing: str) -> str:
     chart = line_chart(state.curve_rounds, [Line(name=title, values=values, style="mean")], y_title=title)
     if not chart:
         return _nothing(nothing)
-    last = next(value for value in reversed(values) if value is not None)
-    return f'{chart}<p class="lead">{title} at the last point: {number(last)}</p>'
+    return f'{chart}<p class="lead">{title} of the last round: {number(last)}</p>'
 
 
 def _recent(state: Snapshot) -> str:
