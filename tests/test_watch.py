@@ -30,6 +30,7 @@ from peertune.audit import AuditLog, Gaps
 from peertune.cli import main
 from peertune.errors import CheckpointError, ConfigError
 from peertune.lock import FolderLock, is_held
+from peertune.logfields import sentence
 from peertune.run import run
 from peertune.run_folder import RunFolder
 from peertune.watch import read_state, status_lines
@@ -149,6 +150,29 @@ def test_a_sites_logs_tell_its_neighbors_and_who_is_missing() -> None:
     ended = [status_lines(folded([START], [*AUDIT, *LOST, *told], alive=False))[0] for told in ([], [own])]
     assert "The same command goes on." in ended[0]
     assert ended[1].startswith("east was ejected from this run, and its process has ended.")
+
+
+def test_the_wait_for_the_first_neighbors_is_no_rounds_pace() -> None:
+    """A site that waits an hour for the others does not take an hour a round."""
+    late = [{**round_event(r), "wall_s": 3600.0 + 2.0 * r} for r in range(3)]
+    assert folded([START, *late], AUDIT).left_s == pytest.approx(2.0 * 17)
+    assert folded([START, late[0]], AUDIT).left_s == pytest.approx(3600.0 * 19), "nothing else is known yet"
+
+
+def test_what_happened_is_told_in_words() -> None:
+    """As `join` notes it, and the page's list has it."""
+    assert sentence("connected", {"peer": "south"}) == "connected to south"
+    unreachable = {"time": T0, "peer": "south", "reason": "nothing listens there"}
+    assert sentence("unreachable", unreachable) == "south cannot be reached: nothing listens there"
+    late = {"peer": "south", "round": 3, "used": True, "amount": 0.1024918332695961}
+    assert sentence("late", late) == "a message of south for round 3 came late, used: yes, amount: 0.1025"
+    assert sentence("left_out", {"round": 3}) == "left out, round: 3", "a field is missing"
+    assert sentence("probed", {"peer": "{round}", "bytes": 5}) == "probed, peer: {round}, bytes: 5"
+    waits = folded([START, round_event(0)], AUDIT + LOST[:2])
+    came = [{"event": "late", "time": T0 + r, "peer": "south", "round": r, "used": True} for r in range(20)]
+    *_, before, last = folded([START], [*AUDIT, *LOST, *came]).recent
+    assert "late" not in before[1] and last[1].startswith("a message of south for round 19"), "one line for them all"
+    assert waits.recent[-1][1] == "waits for south, round 1" and "waits for south" in fragments(waits)["recent"]
 
 
 def test_a_gap_in_the_audit_log_is_told_when_it_begins_and_when_it_ends(
@@ -308,6 +332,8 @@ def test_long_runs_have_curves_of_bounded_length() -> None:
     events = [START | {"rounds": 5000}, *map(round_event, range(5000))]
     state = folded(events, [])
     assert 100 <= len(state.curve_rounds) == len(state.curve_loss) <= 300
+    state = folded([*events, round_event(5000, loss=9.25)], [])
+    assert "of the last round: 9.25" in fragments(state)["loss"], "and not what a point of many rounds has"
 
 
 def test_nothing_from_the_files_becomes_markup() -> None:

@@ -29,6 +29,7 @@ from peertune.ejection import ejection_path, needed, sign_ejection
 from peertune.errors import CharterError, CheckpointError, ConfigError, Left
 from peertune.identity import load_identity
 from peertune.lock import FolderLock, is_held
+from peertune.logfields import sentence
 from peertune.memory import keep_freed
 from peertune.model.load import TINY, resolve_path
 from peertune.plugins import code_version
@@ -158,7 +159,8 @@ def join(options: SiteOptions, progress: Progress) -> dict[str, Any]:
     config = options.config(charter)
     num_peers = config.run.num_peers
     if bool(options.train) != (index < num_peers):
-        role = "a peer, which trains" if index < num_peers else "the server, which has no data"
+        is_peer = index < num_peers
+        role = "a peer, which trains: name its rows" if is_peer else "the server, which has no data: leave it out"
         raise ConfigError(f"--data: got {options.train!r}, but {charter.members[index].name} is {role}")
     audit, repeats = AuditLog(out / AUDIT), Repeats()
     write = Gaps(audit, progress.note)
@@ -166,7 +168,7 @@ def join(options: SiteOptions, progress: Progress) -> dict[str, Any]:
     def log(event: str, **fields: Any) -> None:
         write(event, **fields)
         if event not in ("started", "sent", "fetched", "arrived") and not repeats.is_one(event, fields):
-            progress.note(" ".join([event.replace("_", " "), *(f"{key} {value}" for key, value in fields.items())]))
+            progress.note(sentence(event, fields))
 
     folder, listen = RunFolder(out), options.address(charter, index)
     if not (is_held(out) or folder.summary.exists()):
@@ -226,7 +228,9 @@ def eject(path: Path, member: str, identity: Path) -> str:
     missing = needed(charter) - len(signers)
     told = f"{own}: signed by {', '.join(signers)}; "
     if missing > 0:
-        return told + f"{missing} more must sign: put it beside their charter, there the same command"
+        return (
+            told + f"{missing} more must sign: pass this file on, to lie beside their charter; there the same command"
+        )
     return told + "that is enough: put it beside the charter at every site; those that run take notice within a second"
 
 

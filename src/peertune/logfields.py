@@ -11,6 +11,25 @@ from typing import Any
 
 MAX_NAMES = 1 << 16
 """Letters of a list of names at most."""
+SENTENCES = {
+    "asked": "asked {peer} for its weights",
+    "connected": "connected to {peer}",
+    "disconnected": "no longer connected to {peer}",
+    "ejected": "{peer} is ejected: signed by {signed_by}",
+    "joined": "took a neighbour's weights, goes on with round {round}",
+    "late": "a message of {peer} for round {round} came late",
+    "left_out": "round {round} goes on without {peers}",
+    "paused": "waits for the quorum of {quorum}; here: {present}",
+    "refused": "refused what {peer} sent: {reason}",
+    "refused_by": "{peer} refuses this site: {reason}",
+    "resumed": "the quorum is here again: {present}",
+    "stalled": "nothing from {peer} for {seconds} s: the connection is given up and dialled anew",
+    "unreachable": "{peer} cannot be reached: {reason}",
+    "waiting": "waits for {peer}, round {round}",
+    "was_missed": "{peer} made round {round} without this site",
+}
+"""What the lines of an audit.jsonl say in words; what else a line holds is put behind."""
+_FIELD = re.compile(r"\{(\w+)\}")
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -31,6 +50,27 @@ def text(value: object, limit: int = 80) -> str:
     """A string as it may be shown in a terminal: cut, and `printable`."""
     shown = printable(str(value)) if isinstance(value, str | int | float) else ""
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+
+
+def sentence(kind: str, fields: Mapping[str, Any]) -> str:
+    """A line of an audit log in words; its lists, and what is said elsewhere, left out."""
+    words = {
+        key: _word(value)
+        for key, value in fields.items()
+        if isinstance(value, str | int | float) and key not in ("event", "time", "site")
+    }
+    known = SENTENCES.get(kind, "")
+    said = set(_FIELD.findall(known))
+    if not known or not said <= words.keys():
+        known, said = kind.replace("_", " "), set()
+    rest = [f"{key}: {word}" for key, word in words.items() if key not in said]
+    return ", ".join([_FIELD.sub(lambda field: words[field[1]], known), *rest])
+
+
+def _word(value: str | int | float) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else text(value, 200)
 
 
 def number(value: object) -> float | None:

@@ -91,7 +91,7 @@ def predict(
     lines = {i: workload.line_s(i, found.up, found.down, found.rtt_s) for i, found in measured.items()}
     unknown = [charter.members[i].name for i in others if i not in measured]
     train_s = workload.steps * workload.step_s
-    text = f"{workload.steps:.3g} local steps of {workload.step_s:.3g} s"
+    text = f"{workload.steps:.3g} local step{'' if workload.steps == 1 else 's'} of {workload.step_s:.3g} s"
     values: dict[str, Any] = {"step_s": workload.step_s, "steps": workload.steps, "rounds": workload.rounds}
     if unknown:
         advice = f"measure the line to {', '.join(unknown)} too"

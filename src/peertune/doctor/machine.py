@@ -13,7 +13,7 @@ from peertune.algorithms import Algorithm
 from peertune.config import RunConfig
 from peertune.doctor.finding import Finding, problem
 from peertune.errors import IdentityError, InputError
-from peertune.formatting import memory, traffic
+from peertune.formatting import memory, plural, traffic
 from peertune.prepare import resolve_device
 from peertune.run_folder import RunFolder
 from peertune.runtimes.node import Node
@@ -41,7 +41,7 @@ def check_device(config: RunConfig) -> tuple[torch.device, list[Finding]]:
     except InputError as error:
         return torch.device("cpu"), [problem("device", error, "set run.device")]
     if device.type == "cpu":
-        return device, [Finding("device", "ok", f"no GPU in use: the CPU, {torch.get_num_threads()} threads")]
+        return device, [Finding("device", "ok", f"no GPU in use: the CPU, {plural(torch.get_num_threads(), 'thread')}")]
     free, total = torch.cuda.mem_get_info(device)
     text = f"{torch.cuda.get_device_name(device)}, {memory(free)} of {memory(total)} free"
     return device, [Finding("device", "ok", text, values={"free_bytes": free})]

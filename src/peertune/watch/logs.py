@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from peertune.logfields import MAX_NAMES, items, number, parse_line, text, whole
+from peertune.logfields import MAX_NAMES, items, number, parse_line, sentence, text, whole
 
 MAX_MEMBERS = 4096
 QUORUM = "the quorum"
@@ -90,9 +90,9 @@ class Rounds(_Log):
         return max(self.reached, max(self.rounds, default=-1) + 1)
 
     def seconds_a_round(self) -> float | None:
-        """Mean over the last rounds."""
+        """Mean over the last rounds; without the first, which waits for the neighbours, where there is another."""
         timed = [(r, seen.wall_s) for r, seen in sorted(self.rounds.items()) if seen.wall_s is not None]
-        recent = [(-1, 0.0), *timed][-RECENT_ROUNDS - 1 :]
+        recent = [*([(-1, 0.0)] if len(timed) < 2 else []), *timed][-RECENT_ROUNDS - 1 :]
         (first, began), (last, ended) = recent[0], recent[-1]
         return (ended - began) / (last - first) if last > first and ended >= began else None
 
@@ -124,6 +124,7 @@ class Links(_Log):
         """Newest round of which this site made a message ready since it was started."""
         self.waiting: dict[str, int] = {}
         self.recent: deque[tuple[float, str]] = deque(maxlen=12)
+        self._told = ("", "")
         self.started: float | None = None
         self.is_ejected = False
         """Whether the others put this site out."""
@@ -169,7 +170,10 @@ class Links(_Log):
             self._link(name)
             self.waiting[name] = round or 0
         if kind not in ("sent", "fetched", "arrived", "left_out"):
-            self.recent.append((time, _sentence(kind, event)))
+            if kind in ("late", "was_missed") and (kind, name) == self._told:
+                self.recent.pop()  # one a round, of a long absence: the newest says enough
+            self._told = (kind, name)
+            self.recent.append((time, sentence(kind, event)))
 
     def _started(self, event: Mapping[str, Any], time: float) -> None:
         self.members = [text(name) for name in items(event.get("members"))[:MAX_MEMBERS]]
@@ -203,10 +207,3 @@ class Links(_Log):
     def name_of(self, index: int | None) -> str:
         """A member's name; empty where there is none of that index."""
         return self.members[index] if index is not None and index < len(self.members) else ""
-
-
-def _sentence(kind: str, event: Mapping[str, Any]) -> str:
-    """An event as one line of text; its lists, and what is said elsewhere, left out."""
-    told = {key: value for key, value in event.items() if isinstance(value, str | int | float)}
-    words = [f"{key} {text(value, 200)}" for key, value in told.items() if key not in ("event", "time", "site")]
-    return ", ".join([kind.replace("_", " "), *words])
