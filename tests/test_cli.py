@@ -1,5 +1,6 @@
 """The command line on good input: what it prints, writes and returns."""
 
+import argparse
 import contextlib
 import io
 import json
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import peertune
-from peertune.cli import main
+from peertune.cli import _parser, main
 from peertune.cli_output import Bars, progress_console
 from peertune.demo import comparison, demo
 from peertune.errors import CheckpointError
@@ -165,6 +166,19 @@ def test_eval_takes_the_names_of_fields(finished: Path, tmp_path: Path, capsys: 
     (tmp_path / "named.jsonl").write_text('{"text": "a", "label": "x"}\n')
     assert main(options) == 2
     assert f"{tmp_path / 'named.jsonl'}: got only the class 'x'" in capsys.readouterr().err
+
+
+def test_every_command_and_argument_says_what_it_is() -> None:
+    def silent(parser: argparse.ArgumentParser) -> list[str]:
+        found = [] if parser.description else [parser.prog]
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                found += [name for inner in action.choices.values() for name in silent(inner)]
+            elif not action.help:
+                found.append(f"{parser.prog} {action.metavar}")
+        return found
+
+    assert silent(_parser()) == []
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:

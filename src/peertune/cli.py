@@ -19,7 +19,7 @@ from rich.console import Console
 
 import peertune
 from peertune.cli_consortium import add_consortium
-from peertune.cli_output import Bars, GridBars, loading, print_paths, print_summary, progress_console
+from peertune.cli_output import Bars, GridBars, add_command, loading, print_paths, print_summary, progress_console
 from peertune.cli_watch import add_watch
 from peertune.errors import PeertuneError
 from peertune.logfields import printable
@@ -285,21 +285,24 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"peertune {peertune.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", help="carry out a recipe", formatter_class=raw, add_help=False, allow_abbrev=False)
+    run = add_command(
+        commands, "run", help="carry out a recipe", formatter_class=raw, add_help=False, allow_abbrev=False
+    )
     run.add_argument("-h", "--help", action=_RunHelp, nargs=0, help="show this, and every key of a recipe")
-    run.add_argument("recipe", metavar="RECIPE.toml")
+    run.add_argument("recipe", metavar="RECIPE.toml", help="what to train, on what and how")
     run.add_argument(
         "--set", action="append", default=[], metavar="section.key=value", help="override a key; repeatable"
     )
-    run.add_argument("--out", metavar="DIR", help="folder of the run (run.out)")
+    run.add_argument("--out", metavar="DIR", help="folder of the run (run.out); default: the recipe's")
     run.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in that folder")
     run.set_defaults(command=_run, goes_on="; go on with --resume")
 
-    demo = commands.add_parser("demo", help="DECA on eight peers with Python's own standard library, in minutes")
-    demo.add_argument("--out", default="peertune-demo", metavar="DIR")
+    demo = add_command(commands, "demo", help="DECA on eight peers with Python's own standard library, in minutes")
+    demo.add_argument("--out", default="peertune-demo", metavar="DIR", help="folder; default: peertune-demo")
     demo.set_defaults(command=_demo)
 
-    compare = commands.add_parser(
+    compare = add_command(
+        commands,
         "compare",
         help="methods side by side: the same data and budget, differences tested over seeds",
         allow_abbrev=False,
@@ -325,19 +328,24 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--workers", type=_at_least(1), default=1, metavar="N", help="cells at a time, each in a process (samples only)"
     )
-    compare.add_argument("--out", default="runs/compared", metavar="DIR", help="folder; an unfinished one goes on")
+    compare.add_argument(
+        "--out",
+        default="runs/compared",
+        metavar="DIR",
+        help="folder; an unfinished one goes on; default: runs/compared",
+    )
     compare.set_defaults(command=_compare, goes_on="; the same command goes on")
 
     add_consortium(commands)
     add_watch(commands)
 
-    report = commands.add_parser("report", help="write a run's HTML page anew, also while the run goes on")
-    report.add_argument("folder", metavar="DIR")
+    report = add_command(commands, "report", help="write a run's HTML page anew, also while the run goes on")
+    report.add_argument("folder", metavar="DIR", help="folder of the run")
     report.set_defaults(command=_report)
 
-    export = commands.add_parser("export", help="write a run's average model as a folder that from_pretrained loads")
-    export.add_argument("folder", metavar="DIR")
-    export.add_argument("--to", required=True, metavar="DIR")
+    export = add_command(commands, "export", help="write a run's average model as a folder that from_pretrained loads")
+    export.add_argument("folder", metavar="DIR", help="folder of the run")
+    export.add_argument("--to", required=True, metavar="DIR", help="folder to write, new or empty")
     export.add_argument(
         "--peer", type=_at_least(0), metavar="I", help="with the personal parts of this peer (algorithm.local_modules)"
     )
@@ -349,10 +357,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.set_defaults(command=_export)
 
-    evaluate = commands.add_parser("eval", help="metrics of a model on data files, one JSON line each")
+    evaluate = add_command(commands, "eval", help="metrics of a model on data files, one JSON line each")
     evaluate.add_argument("model", metavar="MODEL", help="folder or hub name")
-    evaluate.add_argument("--data", nargs="+", default=[], metavar="FILE")
-    evaluate.add_argument("--task", choices=["text", "classification", "instruction", "chat"], help="of all files")
+    evaluate.add_argument("--data", nargs="+", default=[], metavar="FILE", help="what to measure on")
+    evaluate.add_argument(
+        "--task", choices=["text", "classification", "instruction", "chat"], help="what the rows of all files are"
+    )
     evaluate.add_argument(
         "--set",
         action="append",
@@ -378,7 +388,11 @@ def _parser() -> argparse.ArgumentParser:
         help="rows of a file answered by greedy generation: calls, final numbers",
     )
     evaluate.add_argument(
-        "--max-new-tokens", type=_at_least(1), default=128, metavar="N", help="tokens of an answer at most"
+        "--max-new-tokens",
+        type=_at_least(1),
+        default=128,
+        metavar="N",
+        help="tokens of an answer at most; default: 128",
     )
     evaluate.add_argument(
         "--choices",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from peertune.cli_output import Bars, print_paths, print_summary
+from peertune.cli_output import Bars, add_command, print_paths, print_summary
 from peertune.logfields import printable
 
 if TYPE_CHECKING:
@@ -52,31 +52,45 @@ def add_consortium(commands: Any) -> None:
         parser.add_argument("--identity", metavar="DIR", help="folder of this site's key; default: ~/.peertune")
 
     def site(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("charter", metavar="CHARTER.toml")
+        parser.add_argument("charter", metavar="CHARTER.toml", help="as all have signed it")
         parser.add_argument("--data", metavar="FILE", help="this site's training data; a server has none")
         parser.add_argument("--test", metavar="FILE", help="its held-out data")
-        parser.add_argument("--out", default="runs/consortium", metavar="DIR", help="folder of the run")
         parser.add_argument(
-            "--listen", metavar="HOST:PORT", help="default: the port of this site's address in the charter"
+            "--out", default="runs/consortium", metavar="DIR", help="folder of the run; default: runs/consortium"
         )
-        parser.add_argument("--model", metavar="PATH", help="where the base lies here")
         parser.add_argument(
-            "--set", action="append", default=[], metavar="section.key=value", help="a key of this site's own"
+            "--listen",
+            metavar="HOST:PORT",
+            help="where to accept connections; default: the port of this site's address in the charter",
+        )
+        parser.add_argument("--model", metavar="PATH", help="where the base lies here, if the charter does not name it")
+        parser.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="section.key=value",
+            help="a key of this site's own, such as data.text_field=note; repeatable",
         )
         own(parser)
 
-    keygen = commands.add_parser("keygen", help="make this site's key and print its id, for a charter")
+    keygen = add_command(commands, "keygen", help="make this site's key and print its id, for a charter")
     own(keygen)
     keygen.set_defaults(command=_keygen)
 
-    charter = commands.add_parser("charter", help="what the sites of a consortium agree on: write it, sign it")
+    charter = add_command(commands, "charter", help="what the sites of a consortium agree on: write it, sign it")
     actions = charter.add_subparsers(required=True, metavar="ACTION")
-    new = actions.add_parser("new", help="write a charter for a recipe and its members", allow_abbrev=False)
-    new.add_argument("recipe", metavar="RECIPE.toml")
+    new = add_command(actions, "new", help="write a charter for a recipe and its members", allow_abbrev=False)
+    new.add_argument("recipe", metavar="RECIPE.toml", help="what all train and how; its data paths are left out")
     new.add_argument(
-        "--member", action="append", required=True, metavar="NAME=ID[@HOST:PORT][#SAMPLES]", help="in order; repeatable"
+        "--member",
+        action="append",
+        required=True,
+        metavar="NAME=ID[@HOST:PORT][#SAMPLES]",
+        help="one each, in the peers' order; ID: what keygen printed there",
     )
-    new.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override a key")
+    new.add_argument(
+        "--set", action="append", default=[], metavar="section.key=value", help="override a key; repeatable"
+    )
     new.add_argument("--expires", type=_date, required=True, metavar="YYYY-MM-DD", help="last day it is valid")
     new.add_argument(
         "--grace",
@@ -97,38 +111,42 @@ def add_consortium(commands: Any) -> None:
         " whose connection stays open, is waited for so long or --grace, whichever is larger; a line has to carry 64 kB"
         " within it; default: 30",
     )
-    new.add_argument("--to", default="charter.toml", metavar="FILE")
+    new.add_argument("--to", default="charter.toml", metavar="FILE", help="default: charter.toml")
     new.set_defaults(command=_charter_new)
-    sign = actions.add_parser("sign", help="add this site's signature")
-    sign.add_argument("charter", metavar="CHARTER.toml")
+    sign = add_command(actions, "sign", help="add this site's signature")
+    sign.add_argument("charter", metavar="CHARTER.toml", help="signed in place")
     sign.add_argument("copies", nargs="*", metavar="COPY.toml", help="others' copies of it, to take signatures from")
     own(sign)
     sign.set_defaults(command=_charter_sign)
 
-    doctor = commands.add_parser("doctor", help="what stands between this site and a join", allow_abbrev=False)
+    doctor = add_command(commands, "doctor", help="what stands between this site and a join", allow_abbrev=False)
     site(doctor)
     doctor.add_argument(
-        "--wait", type=_wait, default=60.0, metavar="S", help="so long for neighbours; 0: ask each once; default: 60"
+        "--wait",
+        type=_wait,
+        default=60.0,
+        metavar="S",
+        help="seconds that neighbours are waited for; 0: ask each once; default: 60",
     )
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     doctor.set_defaults(command=_doctor)
 
-    join = commands.add_parser(
-        "join", help="take part in a charter's run; the same command goes on", allow_abbrev=False
+    join = add_command(
+        commands, "join", help="take part in a charter's run; the same command goes on", allow_abbrev=False
     )
     site(join)
     hint = "; the same command goes on (`peertune leave DIR` ends it in good order, and nobody has to wait)"
     join.set_defaults(command=_join, goes_on=hint)
 
-    eject = commands.add_parser(
-        "eject", help="sign that a member is put out of the run; it needs more than half of all"
+    eject = add_command(
+        commands, "eject", help="sign that a member is put out of the run; it needs more than half of all"
     )
-    eject.add_argument("charter", metavar="CHARTER.toml")
+    eject.add_argument("charter", metavar="CHARTER.toml", help="the run's; what is signed lies beside it")
     eject.add_argument("member", metavar="MEMBER", help="name or id")
     own(eject)
     eject.set_defaults(command=_eject)
 
-    leave = commands.add_parser("leave", help="have this site leave its run in good order; `join` brings it back")
+    leave = add_command(commands, "leave", help="have this site leave its run in good order; `join` brings it back")
     leave.add_argument("run", metavar="DIR", help="folder of the run")
     leave.set_defaults(command=_leave)
 

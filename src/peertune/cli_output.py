@@ -18,6 +18,11 @@ from peertune.logfields import printable
 from peertune.metric import metric_named
 
 
+def add_command(commands: Any, name: str, help: str, **options: Any) -> Any:
+    """A parser for one more command; `--help` of all commands and its own say the same of it."""
+    return commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", **options)
+
+
 class Lossy:
     """A text stream without which the work goes on: what a full disk or a closed pipe does not take is lost."""
 

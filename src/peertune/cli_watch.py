@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from peertune.cli_output import add_command
 from peertune.logfields import printable
 
 PORT = 7017
@@ -24,14 +25,14 @@ def _port(text: str) -> int:
 
 def add_watch(commands: Any) -> None:
     """Add them to the parser."""
-    watch = commands.add_parser("watch", help="a local page that follows a run; also its metrics for Prometheus")
-    watch.add_argument("folder", metavar="DIR")
+    watch = add_command(commands, "watch", help="a local page that follows a run; also its metrics for Prometheus")
+    watch.add_argument("folder", metavar="DIR", help="folder of the run")
     watch.add_argument("--port", type=_port, default=PORT, metavar="N", help=f"default: {PORT}; 0: any that is free")
     watch.add_argument("--open", action="store_true", help="open it in the browser")
     watch.set_defaults(command=_watch)
 
-    status = commands.add_parser("status", help="how a run is getting on; exit code 1 where its process is gone")
-    status.add_argument("folder", metavar="DIR")
+    status = add_command(commands, "status", help="how a run is getting on; exit code 1 where its process is gone")
+    status.add_argument("folder", metavar="DIR", help="folder of the run")
     status.add_argument("--json", action="store_true", help="all that is known, as JSON")
     status.set_defaults(command=_status)
 
