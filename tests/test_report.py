@@ -341,6 +341,28 @@ def test_pooled_training_has_one_model_on_the_data_of_many(tmp_path: Path) -> No
     assert "over 4 peers" in page.texts["data"]
 
 
+def test_a_sites_page_names_no_peer_that_it_does_not_know(tmp_path: Path) -> None:
+    """A site knows its own loss, bytes and data; the page of north is not one of three peers and their mean."""
+    events = synthetic_events(num_peers=3, num_rounds=6)
+    for event in events:
+        for key in ("loss", "bytes_sent", "epochs", "grad_norm"):
+            event |= {key: [None, event[key][1], None]} if key in event else {}
+        event |= {"consensus_distance": None} if "consensus_distance" in event else {}
+    events[0] |= {"peers": [events[0]["peers"][1] | {"peer": 1}], "lambda2": 5.55e-17}
+    *_, end = events
+    end["metrics"]["peers"] = [{}, end["metrics"]["peers"][1], {}]
+    save(tmp_path, events)
+    agreement = {"with": ["north"], "without": ["south"], "unheard": []}
+    (tmp_path / "summary.json").write_text(json.dumps({"agreement": agreement}))
+    page = report(tmp_path, events)
+    names = {row["name"] for points in page.points for row in points["rows"]}
+    assert names == {"this site", "before agreement", "this site's model"}
+    assert "of peers" not in page.texts["heldout"] and "before agreement" in page.texts["heldout"]
+    assert "A site sees only its own model" in page.texts["consensus"]
+    assert "Partition" not in page.texts["data"] and "λ2 = 0," in page.texts["graph"]
+    assert "also that of: north; not that of: south" in page.texts["notes"]
+
+
 def test_many_peers_and_rounds_stay_readable(tmp_path: Path) -> None:
     events = synthetic_events(num_peers=64, num_rounds=450, labels=[f"intent_{i}" for i in range(30)])
     page = report(tmp_path, events)

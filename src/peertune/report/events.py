@@ -88,6 +88,9 @@ class RunRecord:
     """Of the common model with each peer's own parts; empty where no part stays with a peer."""
     bytes_sent: Values
     agreement_hops: int | None
+    agreed_with: tuple[str, ...]
+    """At a site the names of those who end with its model; both are empty elsewhere, and before the end."""
+    agreed_without: tuple[str, ...]
     started: float | None
     wall_s: float | None
     peak_memory_bytes: int | None
@@ -104,6 +107,11 @@ class RunRecord:
         # A pooled run has one model, a site knows its own data, and W is not every method's.
         logged = max((len(r.loss) for r in self.rounds), default=1)
         return max(len(self.holdings), len(self.weights), logged)
+
+    @property
+    def is_site(self) -> bool:
+        """Whether this is one site's view of the run: of the others it knows neither loss nor data."""
+        return len(self.holdings) == 1 < self.num_peers and self.num_models > 1
 
     @property
     def num_models(self) -> int:
@@ -198,6 +206,8 @@ def read_run(run_dir: Path) -> RunRecord:
             or _values((log.agreement or {}).get("bytes_sent"))
             or (rounds[-1].bytes_sent if rounds else ())
         ),
+        agreed_with=tuple(str(name) for name in items(mapping(summary.get("agreement")).get("with"))),
+        agreed_without=tuple(str(name) for name in items(mapping(summary.get("agreement")).get("without"))),
         agreement_hops=whole(log.agreement.get("hops")) or 0 if log.agreement else None,
         started=number(start.get("time")),
         wall_s=_first(end.get("wall_s"), summary.get("wall_s"), rounds[-1].wall_s if rounds else None),

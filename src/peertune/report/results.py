@@ -48,7 +48,7 @@ def headline(run: RunRecord) -> str:
     """Cards with the numbers one asks for first."""
     boxes: list[str] = []
     names = _metric_names(run)
-    models, whose = [e.average_model for e in run.evaluations], "average model"
+    models, whose = [e.average_model for e in run.evaluations], _exported(run)
     own = run.evaluations[-1].peers if run.evaluations else ()
     if not run.agrees and own and all(own):  # nobody holds the average model
         means = {name: statistics.fmean(_known(own, name)) for name in own[0]}
@@ -86,9 +86,11 @@ def loss(run: RunRecord) -> str:
     window = series.window_of(len(curves[0])) if curves else 1
     curves = [series.smooth(c, window) for c in curves]
     x = [v for v in series.downsample([r.round + 1 for r in rounds], size) if v is not None]
-    lines, band = peer_lines(curves, "mean of peers")
+    lines, band = peer_lines(curves, "mean of peers", own="this site" if run.is_site else "")
     chart = line_chart(x, lines, band=band, y_title="training loss (nats)", show=number, tall=True)
     lead = "Each peer's loss on its own data." if run.num_models > 1 else "The model's loss on its batches."
+    if run.is_site:
+        lead = "This site's loss on its own data; of the others it knows none."
     if size * window > 1:
         lead += f" Curves are moving averages over {plural(size * window, 'logged round')}."
     return card("loss", "Training loss", chart or empty("No round has been logged yet."), lead=lead)
@@ -105,10 +107,13 @@ def heldout(run: RunRecord) -> str:
     peers = run.final_peers or next((e.peers for e in reversed(run.evaluations) if e.peers), ())
     rows = [["before training", *(_cell(n, first) for n in names)]] if run.evaluations[0].round == 0 else []
     if len(run.evaluations) > 1 or not rows:
-        when = "average model" if run.finished else f"average model, round {count(run.evaluations[-1].round)}"
+        when = _exported(run) + ("" if run.finished else f", round {count(run.evaluations[-1].round)}")
         rows.append([f"<b>{when}</b>", *(f"<b>{_cell(n, last)}</b>" for n in names)])
     for models, whose in ((peers, "peer"), (run.personal, "personal model")):
-        if len(models) > 1:
+        if run.is_site and any(models):
+            label = "before agreement" if whose == "peer" else "this site's personal model"
+            rows.append([label, *(_cell(n, next(filter(None, models))) for n in names)])
+        elif len(models) > 1:
             for label, reduce in (
                 (f"mean of {whose}s", series.mean),
                 (f"lowest {whose}", _least),
@@ -119,6 +124,8 @@ def heldout(run: RunRecord) -> str:
     lead = (
         "The average model is what the run exports; a peer's model is what that peer ends with. All see the same rows."
     )
+    if run.is_site:
+        lead = "This site's model is what it exports."
     if run.personal:
         lead += " A personal model is the common one with that peer's own parts."
     beside, below = (f"<div>{summary}</div>", "") if len(names) <= 3 else ("", summary)
@@ -134,6 +141,10 @@ def consensus(run: RunRecord) -> str:
     lines = [Line(name="consensus distance", values=measured, color="var(--accent)", style="mean", dots=len(x) <= 40)]
     chart = line_chart(x, lines, y_title="consensus distance (L2 norm, log)", log=True, show=_three_digits)
     reason = "One model: nothing to disagree about." if run.num_models == 1 else "Not measured yet, or zero throughout."
+    if run.is_site:
+        reason = (
+            "A site sees only its own model: how far the models are apart is known in a simulation and on a cluster."
+        )
     lead = "How far the peers' trained weights are from their average."
     return card("consensus", "Consensus distance", chart or empty(reason), wide=False, lead=lead)
 
@@ -147,17 +158,26 @@ def sent(run: RunRecord) -> str:
         x, rows = [*x, x[-1] + 1], [*rows, run.bytes_sent]
     if not any(series.mean(row) for row in rows):
         return card("traffic", "Traffic", empty("Nothing has been sent."), wide=False)
-    lines, band = peer_lines(series.columns(rows), "mean of peers")
+    lines, band = peer_lines(series.columns(rows), "mean of peers", own="this site" if run.is_site else "")
     chart = line_chart(x, lines, band=band, y_title="sent since the start (bytes)", from_zero=True, show=traffic)
-    lead = "What each peer has put on the wire."
+    lead = f"What {'this site' if run.is_site else 'each peer'} has put on the wire."
     if run.agreement_hops is not None:
         lead += f" Last: the final agreement, {plural(run.agreement_hops, 'hop')}."
     return card("traffic", "Traffic", chart, wide=False, lead=lead)
 
 
-def peer_lines(curves: Sequence[series.Column], mean_name: str, dots: bool = False) -> tuple[list[Line], Band | None]:
-    """Curves of N peers: named lines up to 8; beyond that their range, with faint lines up to 32. Always their mean."""
+def peer_lines(
+    curves: Sequence[series.Column], mean_name: str, dots: bool = False, *, own: str = ""
+) -> tuple[list[Line], Band | None]:
+    """Curves of N peers: named lines up to 8; beyond that their range, with faint lines up to 32. Always their mean.
+
+    A site knows its own alone: then that is the only one, under the name `own`.
+    """
     num = len(curves)
+    known = [i for i, curve in enumerate(curves) if any(value is not None for value in curve)]
+    if own and known:
+        index = known[0]
+        return [Line(name=own, values=curves[index], color=peer_color(index), style="mean", dots=dots)], None
     if num == 1:
         return [Line(name="model", values=curves[0], color=peer_color(0), style="mean", dots=dots)], None
     few = num <= LEGEND_MAX
@@ -184,10 +204,17 @@ def _metric_chart(run: RunRecord, name: str) -> str:
     x = [float(e.round) for e in run.evaluations]
     num = max(len(e.peers) for e in run.evaluations)
     rows = [[p.get(name) for p in e.peers] or [None] * num for e in run.evaluations]
-    lines, band = peer_lines(series.columns(rows), "mean of peers", dots=len(x) <= 40) if num > 1 else ([], None)
+    lines: list[Line] = []
+    band, own = None, "before agreement" if run.is_site else ""
+    if num > 1:
+        lines, band = peer_lines(series.columns(rows), "mean of peers", dots=len(x) <= 40, own=own)
     average = [e.average_model.get(name) for e in run.evaluations]
-    lines.append(Line(name="average model", values=average, color="var(--accent)", style="star", dots=len(x) <= 40))
+    lines.append(Line(name=_exported(run), values=average, color="var(--accent)", style="star", dots=len(x) <= 40))
     return line_chart(x, lines, band=band, y_title=metric.axis_title, x_title="rounds done", show=metric.show)
+
+
+def _exported(run: RunRecord) -> str:
+    return "this site's model" if run.is_site else "average model"
 
 
 def _metric_names(run: RunRecord) -> list[str]:
@@ -207,7 +234,7 @@ def _second_metric(names: Sequence[str], models: Sequence[Metrics]) -> str:
         if len(seen) > 1:
             metric = metric_named(name)
             return f"{esc(metric.title, 30)} {metric.show(seen[0])} → {metric.show(seen[-1])}"
-    return "of the average model"
+    return "on held-out rows"
 
 
 def _per_round(run: RunRecord) -> str:

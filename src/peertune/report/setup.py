@@ -27,10 +27,11 @@ def graph(run: RunRecord) -> str:
         facts.append(f"{esc(run.setting('topology', 'weights'), 40)} weights")
     gap = ""
     if run.lambda2 is not None:
+        lambda2 = run.lambda2 if abs(run.lambda2) > 1e-12 else 0.0  # what is less is the arithmetic's
         gap = (
-            f"<b>λ<sub>2</sub> = {number(run.lambda2, 4)}</b>, spectral gap <b>1 − |λ<sub>2</sub>| = "  # noqa: RUF001
-            f"{number(1 - abs(run.lambda2), 4)}</b>: a round of mixing shrinks the peers' disagreement to at most "
-            f"{percent(abs(run.lambda2))}."
+            f"<b>λ<sub>2</sub> = {number(lambda2, 4)}</b>, spectral gap <b>1 − |λ<sub>2</sub>| = "  # noqa: RUF001
+            f"{number(1 - abs(lambda2), 4)}</b>: a round of mixing shrinks the peers' disagreement to at most "
+            f"{percent(abs(lambda2))}."
         )
     drawn = graph_svg(run.num_peers, run.edges, run.weights)
     parts = [f"<figure>{drawn}<figcaption>Width of an edge: its weight. {gap}</figcaption></figure>"]
@@ -75,10 +76,10 @@ def data(run: RunRecord) -> str:
     head = ["peer", bars, "samples", "sequences", "tokens", *lost, "epochs", "sent"]
     total_samples = sum(h.samples for h in run.holdings)
     lead = f"{plural(total_samples, 'sample')} over {plural(len(run.holdings), 'peer')}; none leaves its peer."
-    if len(run.holdings) == 1 < run.num_peers:
+    if run.is_site:
         lead = f"This site's {plural(total_samples, 'sample')}; nobody else sees them, nor this site the others'."
     kind = run.setting("data", "partition")
-    if isinstance(kind, Mapping) and kind.get("kind"):
+    if isinstance(kind, Mapping) and kind.get("kind") and not run.is_site:
         alpha = f", α = {esc(kind.get('alpha'), 20)}" if kind.get("kind") in ("dirichlet", "quantity") else ""  # noqa: RUF001
         lead += f" Partition: {esc(kind.get('kind'), 40)}{alpha}."
     body = _class_legend(run.holdings, colors) + table(head, rows, f"data{_density(rows)}")
@@ -128,6 +129,9 @@ def notes(run: RunRecord) -> str:
     facts = []
     if run.wall_s is not None:
         facts.append(f"{duration(run.wall_s)} of wall time.")
+    if run.agreed_with or run.agreed_without:
+        names = (", ".join(of) or "nobody" for of in (run.agreed_with, run.agreed_without))
+        facts.append("This site's model is also that of: {}; not that of: {}.".format(*names))
     facts += [f"Resumed at round {count(r)}." for r in run.resumes]
     if not run.finished:
         facts.append("The run has not ended: this page shows it so far.")
