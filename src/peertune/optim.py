@@ -69,10 +69,23 @@ def clip_gradients(parameters: Mapping[str, nn.Parameter], max_norm: float) -> T
 
 
 def adam_moments(
-    exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], grads: list[Tensor], betas: tuple[float, float]
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    grads: list[Tensor],
+    betas: tuple[float, float],
+    *,
+    whole: bool = False,
 ) -> None:
-    """m <- a1 m + (1 - a1) g, v <- a2 v + (1 - a2) g g (Kingma & Ba 2015, algorithm 1; DECA's half step r + 1/2)."""
-    torch._foreach_lerp_(exp_avgs, grads, 1 - betas[0])
+    """m <- a1 m + (1 - a1) g, v <- a2 v + (1 - a2) g g (Kingma & Ba 2015, algorithm 1; DECA's half step r + 1/2).
+
+    Args:
+        whole: m <- a1 m + g.
+    """
+    if whole:
+        torch._foreach_mul_(exp_avgs, betas[0])
+        torch._foreach_add_(exp_avgs, grads)
+    else:
+        torch._foreach_lerp_(exp_avgs, grads, 1 - betas[0])
     torch._foreach_mul_(exp_avg_sqs, betas[1])
     torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - betas[1])
 
@@ -235,6 +248,7 @@ def adam_step(
     eps: float,
     weight_decay: float,
     keep_moments: bool = True,
+    whole: bool = False,
 ) -> None:
     """theta <- (1 - lr wd) theta - lr mhat / (sqrt(vhat) + eps), in the order of operations of torch's AdamW.
 
@@ -245,12 +259,13 @@ def adam_step(
         corrections: what m and v are divided by to undo their start at zero: 1 - a1^(r+1), 1 - a2^(r+1).
         weight_decay: decoupled; applied to matrices only, never to norms and biases.
         keep_moments: False takes the step with the half-step moments but leaves `moments` as they were.
+        whole: as for `adam_moments`.
     """
     for pieces in _batches(masters, moments):
         exp_avgs, exp_avg_sqs = [piece.exp_avg for piece in pieces], [piece.exp_avg_sq for piece in pieces]
         if not keep_moments:
             exp_avgs, exp_avg_sqs = ([t.clone() for t in tensors] for tensors in (exp_avgs, exp_avg_sqs))
-        adam_moments(exp_avgs, exp_avg_sqs, [piece.grad.float() for piece in pieces], betas)
+        adam_moments(exp_avgs, exp_avg_sqs, [piece.grad.float() for piece in pieces], betas, whole=whole)
         thetas = [p.theta if p.low is None else join_bfloat16(p.theta, p.low) for p in pieces]
         matrices = [theta for theta, piece in zip(thetas, pieces, strict=True) if piece.is_matrix]
         if weight_decay and matrices:

@@ -53,6 +53,8 @@ class LocalSteps(Algorithm):
     """x_{i,t+1} = sum_j w_ij (x_j after K AdamW steps on F_j). Subclasses say what is sent and how it is mixed."""
 
     Config: ClassVar[type[AlgorithmConfig]] = LocalStepsConfig
+    whole = False
+    """Whether a gradient that only makes its step, and does not stay in m, enters it whole: m + g, not (1 - a1) g."""
 
     def __init__(self, peer: Peer, config: AlgorithmConfig, topology: Topology) -> None:
         super().__init__(peer, config, topology)
@@ -163,6 +165,7 @@ class LocalSteps(Algorithm):
                 eps=self.config.eps,
                 weight_decay=self.config.weight_decay,
                 keep_moments=feeds,
+                whole=self.whole and not feeds,
             )
             if feeds:
                 for state in moments.values():
