@@ -53,8 +53,8 @@ class LocalSteps(Algorithm):
     """x_{i,t+1} = sum_j w_ij (x_j after K AdamW steps on F_j). Subclasses say what is sent and how it is mixed."""
 
     Config: ClassVar[type[AlgorithmConfig]] = LocalStepsConfig
-    whole = False
-    """Whether a gradient that only makes its step, and does not stay in m, enters it whole: m + g, not (1 - a1) g."""
+    takes_whole_gradients = False
+    """Whether a gradient that does not stay in m enters its step whole: a1 m + g in place of a1 m + (1 - a1) g."""
 
     def __init__(self, peer: Peer, config: AlgorithmConfig, topology: Topology) -> None:
         super().__init__(peer, config, topology)
@@ -165,7 +165,7 @@ class LocalSteps(Algorithm):
                 eps=self.config.eps,
                 weight_decay=self.config.weight_decay,
                 keep_moments=feeds,
-                whole=self.whole and not feeds,
+                whole=self.takes_whole_gradients and not feeds,
             )
             if feeds:
                 for state in moments.values():

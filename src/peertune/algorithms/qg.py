@@ -7,10 +7,10 @@ which at a consensus is the same for all peers:
 
 A local step uses them with its fresh gradient g, but leaves them as they are:
 
-    x <- x - lr (a1 m + (1 - a1) g) / (sqrt(a2 v + (1 - a2) g g) + eps)
+    x <- x - lr (a1 m + g) / (sqrt(a2 v + (1 - a2) g g) + eps)
 
-The authors' code (epfml/quasi-global-momentum, decentralized_qg_adam.py) has a1 m + g there, as their SGD has, in which
-a gradient weighs 1 / (1 - a1) times as much beside the momentum: `whole_gradient`.
+The gradient enters whole, as in the authors' code (epfml/quasi-global-momentum, decentralized_qg_adam.py): weighed by
+1 - a1, it hardly counts beside a momentum of unit vectors, and a short run moves by inertia alone.
 
 The norm is over all that is shared. Personal parts, which do not mix, take Adam's own steps. Dividing by the weights
 1 - a^(t+1) that have entered is Adam's own correction.
@@ -18,31 +18,16 @@ The norm is over all that is shared. Personal parts, which do not mix, take Adam
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 
-from peertune.algorithms.local_steps import LocalSteps, LocalStepsConfig
-from peertune.config import AlgorithmConfig
+from peertune.algorithms.local_steps import LocalSteps
 from peertune.exchange import Hop, Inbox
 from peertune.optim import adam_moments
-from peertune.peer import Peer
-from peertune.topology import Topology
-
-
-class QgConfig(LocalStepsConfig):
-    whole_gradient: bool = False
-    """A step goes along a1 m + g, as in the authors' code, whose rates are then smaller; else a1 m + (1 - a1) g."""
 
 
 class Qg(LocalSteps):
-    Config: ClassVar[type[AlgorithmConfig]] = QgConfig
     elementwise = False
-
-    def __init__(self, peer: Peer, config: AlgorithmConfig, topology: Topology) -> None:
-        super().__init__(peer, config, topology)
-        assert isinstance(config, QgConfig)
-        self.whole = config.whole_gradient
+    takes_whole_gradients = True
 
     def feeds_moments(self, name: str) -> bool:
         return name not in self.common
