@@ -34,6 +34,7 @@ UNUSUAL: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 4, "sliding_window": 8},  # a capped head
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 8},  # a window of 0 tokens: none
     "mixtral": {"num_local_experts": 2},
+    "phimoe": {"num_local_experts": 2},
     "llama4_text": {"head_dim": 4, "attention_chunk_size": 8, "num_local_experts": 2, "intermediate_size_mlp": 24},
     "mamba": {},  # no attention
     "mamba2": {"num_heads": 4, "head_dim": 8, "n_groups": 1, "state_size": 8},  # norms that take a gate
@@ -103,9 +104,10 @@ def test_a_state_of_another_type_than_the_heads_is_the_models_own_business() -> 
 
 
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys")  # peft's own patterns for Mixtral
-def test_lora_passes_over_experts_that_are_no_linear_layers() -> None:
+@pytest.mark.parametrize("name", ["mixtral", "phimoe", "llama4_text"])  # the others' routers are linear, but give pairs
+def test_lora_passes_over_experts_and_routers_that_are_no_linear_layers(name: str) -> None:
     settings = from_dict({"algorithm": {"name": "dec_lora"}}, METHODS)[0].algorithm
-    model = LanguageModel(add_adapter(made("mixtral"), settings, 0), ModelSection())
+    model = LanguageModel(add_adapter(made(name), settings, 0), ModelSection())
     assert torch.isfinite(model.all_logits(torch.ones(1, 4, dtype=torch.long))).all()
 
 

@@ -10,17 +10,19 @@ import copy
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peertune.config import AlgorithmConfig
 from peertune.errors import ConfigError, ModelError
 from peertune.model import bottleneck
 from peertune.model.blocks import find_layers, is_tied
 from peertune.model.bottleneck import add_bottlenecks
+from peertune.model.quantization import is_quantized
 
 CODE = "modeling_with_bottlenecks"
 """Name of the module that an exported model with bottlenecks brings along."""
@@ -123,6 +125,7 @@ def _add_peft(module: nn.Module, settings: AlgorithmConfig) -> nn.Module:
             lora_alpha=settings.lora_alpha,
             lora_dropout=settings.lora_dropout,
             target_modules=settings.target_modules,
+            exclude_modules=_no_tensor_givers(module) if settings.target_modules == "all-linear" else None,
         )
     elif settings.adapter == "prompt":
         # Lester et al. 2021 (arXiv 2104.08691, section 3.2): embeddings of sampled tokens train better than noise.
@@ -142,6 +145,32 @@ def _add_peft(module: nn.Module, settings: AlgorithmConfig) -> nn.Module:
         raise ModelError(
             f"algorithm.adapter: {settings.adapter!r} does not fit {type(module).__name__}: {error}"
         ) from error
+
+
+def _no_tensor_givers(module: nn.Module) -> list[str] | None:
+    """Names of linear layers that give something else than a tensor, as some routers do: LoRA cannot be around them."""
+    special = {
+        name: layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear) and type(layer) is not nn.Linear and not is_quantized(layer.weight)
+    }
+    found: list[str] = []
+
+    def note(_layer: nn.Module, _inputs: Any, output: Any, name: str) -> None:
+        if not isinstance(output, Tensor):
+            found.append(name)
+
+    hooks = [layer.register_forward_hook(partial(note, name=name)) for name, layer in special.items()]
+    mode = module.training
+    module.eval()
+    # A model that does not run says so where it is tried out as a whole.
+    with torch.no_grad(), suppress(Exception):
+        if special:
+            module(input_ids=torch.ones(1, 4, dtype=torch.int64, device=next(module.parameters()).device))
+    for hook in hooks:
+        hook.remove()
+    module.train(mode)
+    return found or None
 
 
 @contextmanager
