@@ -35,6 +35,8 @@ UNUSUAL: dict[str, dict[str, Any]] = {
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 8},  # a window of 0 tokens: none
     "mixtral": {"num_local_experts": 2},
     "phimoe": {"num_local_experts": 2},
+    "doge": {},  # makes its own mask
+    "rembert": {"is_decoder": True, "input_embedding_size": 16, "output_embedding_size": 24},  # two widths
     "llama4_text": {"head_dim": 4, "attention_chunk_size": 8, "num_local_experts": 2, "intermediate_size_mlp": 24},
     "mamba": {},  # no attention
     "mamba2": {"num_heads": 4, "head_dim": 8, "n_groups": 1, "state_size": 8},  # norms that take a gate

@@ -64,6 +64,15 @@ def test_a_norm_that_computes_something_else_is_left_alone() -> None:
             found: torch.Tensor = super().forward(hidden_states)
             return found if gate is None else found * gate
 
+    class OfItsInputsType(LlamaRMSNorm):  # which its weight may be wider than
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = super().forward(hidden_states)
+            return found.to(hidden_states.dtype)
+
+    of_its_inputs_type = OfItsInputsType(16)
+    norm.take_over(of_its_inputs_type)
+    assert "forward" not in vars(of_its_inputs_type)
+
     gated = Gated(16)
     norm.take_over(gated)
     assert "forward" not in vars(gated)

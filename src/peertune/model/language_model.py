@@ -222,7 +222,8 @@ class LanguageModel:
         ids = torch.arange(1, 6, device=self.device)[None] % head.weight.shape[0]
         with self.evaluating():
             hidden = self.hidden(ids)[0]
-            return hidden.dtype == head.weight.dtype and torch.equal(head(hidden), self.all_logits(ids))
+            fits = hidden.dtype == head.weight.dtype and hidden.shape[-1] == head.in_features
+            return fits and torch.equal(head(hidden), self.all_logits(ids))
 
     def _check_places(self) -> bool:
         """Whether a model whose output has to be asked for as a whole makes it at some places only."""
@@ -318,8 +319,10 @@ class LanguageModel:
                 [packed_], [beside_another] = (
                     self.hidden_before_targets(pack([b], self.device)) for b in (batch, changed)
                 )
-            except (TypeError, ValueError) as error:
-                return f"it takes no positions: {error}"
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, TypeError, ValueError) as error:  # RuntimeError: a mask of its own, of another size
+                return f"it takes no positions, or makes its own mask: {error}"
         second = slice(3, None)  # the first has three targets
         if not torch.equal(packed_[second], beside_another[second]):
             return "its layers look from one sequence to the next"

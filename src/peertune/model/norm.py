@@ -43,8 +43,12 @@ def _computes_this(norm: Any, weight: Tensor) -> bool:
     """Tried on a few numbers: other norms, such as Gemma's, add one to the weight."""
     drawn = torch.rand(3, *weight.shape, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
     with torch.no_grad():
-        theirs = functional_call(norm, {"weight": drawn[0]}, (drawn[1:],))
-        return torch.equal(theirs, _RMSNorm.apply(drawn[1:], drawn[0], norm.variance_epsilon))  # type: ignore[no-untyped-call]
+        for x in drawn[1:], drawn[1:].bfloat16():  # some give the type of x, whatever the weight's
+            theirs = functional_call(norm, {"weight": drawn[0]}, (x,))
+            ours = _RMSNorm.apply(x, drawn[0], norm.variance_epsilon)  # type: ignore[no-untyped-call]
+            if theirs.dtype != ours.dtype or not torch.equal(theirs, ours):
+                return False
+        return True
 
 
 class _RMSNorm(torch.autograd.Function):
