@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,9 @@ from peertune.evaluation.likelihood import evaluate
 from peertune.model.adapters import add_adapter
 from peertune.model.attention import choose_attention
 from peertune.model.language_model import LanguageModel
+from peertune.model.load import load_trained
 from peertune.model.lora import plain_layers
+from peertune.run_folder import save_trained
 
 CPU = torch.device("cpu")
 VOCABULARY = 61
@@ -41,6 +44,12 @@ UNUSUAL: dict[str, dict[str, Any]] = {
     "mamba": {},  # no attention
     "mamba2": {"num_heads": 4, "head_dim": 8, "n_groups": 1, "state_size": 8},  # norms that take a gate
 }
+
+
+class Tokenizer:
+    """Stands in where a model is exported and none is used."""
+
+    def save_pretrained(self, folder: Path) -> None: ...
 
 
 def made(name: str, dtype: torch.dtype = torch.float32, **sizes: Any) -> Any:
@@ -141,6 +150,21 @@ def test_bottlenecks_have_the_layers_width_not_the_embeddings() -> None:
     settings = from_dict({"algorithm": {"name": "dec_adapter"}}, METHODS)[0].algorithm
     model = LanguageModel(add_adapter(module.requires_grad_(False), settings, 0), ModelSection())
     assert model.all_logits(torch.ones(1, 4, dtype=torch.long)).shape == (1, 4, VOCABULARY)
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "mixtral", "openai-gpt"])  # two of a format older than their classes
+def test_bottlenecks_are_exported_and_come_back(name: str, tmp_path: Path) -> None:
+    sizes = {"tie_word_embeddings": False, "n_layer": 2, "n_embd": 16, "n_head": 4, "n_positions": 64}
+    module = add_adapter(made(name, **(sizes if name == "openai-gpt" else {})), AlgorithmConfig(adapter="bottleneck"), 0)
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter))
+    LanguageModel(module, ModelSection())
+    ids = torch.arange(1, 9)[None]
+    expected = module.eval()(input_ids=ids).logits
+    save_trained(tmp_path / "model", module, Tokenizer(), None)
+    again = load_trained(ModelSection(path=str(tmp_path / "model"), trust_remote_code=True, max_length=32), CPU).eval()
+    torch.testing.assert_close(again(input_ids=ids).logits, expected)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -220,7 +220,8 @@ def save_model(folder: Path, module: Any, tokenizer: Any) -> None:
     with storage_errors(folder):
         module.config.use_cache = True
         code = bottleneck_code(module)
-        module.save_pretrained(folder)
+        # transformers renames and joins weights of older formats for its own classes only.
+        module.save_pretrained(folder, save_original_format=not code)
         share_weights(folder, folder / "config.json")
         for name, text in code.items():
             (folder / name).write_text(text, encoding="utf-8")

@@ -36,4 +36,6 @@ def _through_bottleneck(layer: Any, _inputs: Any, output: Any) -> Any:
     """A function of the module, not a closure, so that a deep copy of a layer uses the copy's own adapter."""
     if isinstance(output, tuple):
         return (layer.bottleneck(output[0]), *output[1:])
+    if isinstance(output, list):
+        return [layer.bottleneck(output[0]), *output[1:]]
     return layer.bottleneck(output)
