@@ -20,7 +20,7 @@ from peertune.evaluation.likelihood import evaluate
 from peertune.model.adapters import add_adapter
 from peertune.model.attention import choose_attention
 from peertune.model.language_model import LanguageModel
-from peertune.model.load import load_trained
+from peertune.model.load import load_model, load_trained
 from peertune.model.lora import plain_layers
 from peertune.run_folder import save_trained
 
@@ -155,7 +155,8 @@ def test_bottlenecks_have_the_layers_width_not_the_embeddings() -> None:
 @pytest.mark.parametrize("name", ["gpt_neox", "mixtral", "openai-gpt"])  # two of a format older than their classes
 def test_bottlenecks_are_exported_and_come_back(name: str, tmp_path: Path) -> None:
     sizes = {"tie_word_embeddings": False, "n_layer": 2, "n_embd": 16, "n_head": 4, "n_positions": 64}
-    module = add_adapter(made(name, **(sizes if name == "openai-gpt" else {})), AlgorithmConfig(adapter="bottleneck"), 0)
+    base = made(name, **(sizes if name == "openai-gpt" else {}))
+    module = add_adapter(base, AlgorithmConfig(adapter="bottleneck"), 0)
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.data.add_(torch.randn_like(parameter))
@@ -165,6 +166,35 @@ def test_bottlenecks_are_exported_and_come_back(name: str, tmp_path: Path) -> No
     save_trained(tmp_path / "model", module, Tokenizer(), None)
     again = load_trained(ModelSection(path=str(tmp_path / "model"), trust_remote_code=True, max_length=32), CPU).eval()
     torch.testing.assert_close(again(input_ids=ids).logits, expected)
+
+
+OTHER_NAMES: dict[str, dict[str, Any]] = {
+    "opt": {
+        "hidden_size": 16,
+        "word_embed_proj_dim": 8,
+        "ffn_dim": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    },
+    "xglm": {"d_model": 16, "ffn_dim": 24, "num_layers": 2, "attention_heads": 4},
+    "mpt": {"d_model": 16, "n_heads": 4, "n_layers": 2, "max_seq_len": 64},
+    "mamba": {"hidden_size": 16, "num_hidden_layers": 2},
+}
+"""Of heads and widths; OPT-350M has an embedding narrower than its layers."""
+
+
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in OTHER_NAMES for kind in ("prompt", "prefix")][:-1])
+def test_prompts_and_prefixes_come_back(name: str, kind: Any, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    config = AutoConfig.for_model(name, vocab_size=VOCABULARY, **OTHER_NAMES[name])
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    settings = ModelSection(path=str(base), max_length=32)
+    module = add_adapter(load_model(settings, CPU), AlgorithmConfig(adapter=kind), 0)
+    LanguageModel(module, settings)
+    save_trained(tmp_path / "model", module, Tokenizer(), None)
+    again = load_trained(ModelSection(path=str(tmp_path / "model"), max_length=32), CPU)
+    found, expected = (m.eval()(input_ids=torch.arange(1, 9)[None]).logits for m in (again, module))
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -117,6 +117,8 @@ def _add_peft(module: nn.Module, settings: AlgorithmConfig) -> nn.Module:
     import peft
 
     task, tokens = peft.TaskType.CAUSAL_LM, settings.num_virtual_tokens
+    text: Any = module.config.get_text_config()  # type: ignore[union-attr, operator]
+    heads = getattr(text, "num_attention_heads", None)  # peft looks for it by a few names only
     config: Any
     if settings.adapter == "lora":
         config = peft.LoraConfig(
@@ -130,13 +132,17 @@ def _add_peft(module: nn.Module, settings: AlgorithmConfig) -> nn.Module:
     elif settings.adapter == "prompt":
         # Lester et al. 2021 (arXiv 2104.08691, section 3.2): embeddings of sampled tokens train better than noise.
         config = peft.PromptTuningConfig(
-            task_type=task, num_virtual_tokens=tokens, prompt_tuning_init=peft.PromptTuningInit.SAMPLE_VOCAB
+            task_type=task,
+            num_virtual_tokens=tokens,
+            prompt_tuning_init=peft.PromptTuningInit.SAMPLE_VOCAB,
+            token_dim=module.get_input_embeddings().weight.shape[1],  # type: ignore[operator]
+            num_attention_heads=heads or 1,  # which a prompt has no use for
         )
     else:
-        config = peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=tokens)
+        config = peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=tokens, num_attention_heads=heads)
     try:
         return _wrap(module, config)
-    except ValueError as error:
+    except (AttributeError, ValueError) as error:
         if settings.adapter == "lora":
             raise ConfigError(
                 f"algorithm.target_modules: got {settings.target_modules!r}, expected names of linear layers of"
