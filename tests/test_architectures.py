@@ -19,6 +19,7 @@ from peertune.evaluation.label_scores import cache_is_exact, label_scores, label
 from peertune.evaluation.likelihood import evaluate
 from peertune.model.adapters import add_adapter
 from peertune.model.attention import choose_attention
+from peertune.model.blocks import partition_blocks
 from peertune.model.language_model import LanguageModel
 from peertune.model.load import load_model, load_trained
 from peertune.model.lora import plain_layers
@@ -123,11 +124,8 @@ def test_lora_passes_over_experts_and_routers_that_are_no_linear_layers(name: st
 
 
 def test_lora_where_a_model_adds_to_a_layers_output_in_place() -> None:
-    sizes = {"head_dim": 4, "num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"],
-             "activation_sparsity_pattern": [0.0, 0.0], "laurel_rank": 4, "hidden_size_per_layer_input": 4,
-             "vocab_size_per_layer_input": VOCABULARY}  # fmt: skip
     settings = from_dict({"algorithm": {"name": "dec_lora"}}, METHODS)[0].algorithm
-    module = add_adapter(made("gemma3n_text", **sizes), settings, 0)
+    module = add_adapter(made("gemma3n_text", **PER_LAYER), settings, 0)
     trained = {name: p for name, p in module.named_parameters() if "lora_B" in name}
     model = LanguageModel(module, ModelSection())
     model.backward(collate(samples(), 0), 1)
@@ -166,6 +164,54 @@ def test_bottlenecks_are_exported_and_come_back(name: str, tmp_path: Path) -> No
     save_trained(tmp_path / "model", module, Tokenizer(), None)
     again = load_trained(ModelSection(path=str(tmp_path / "model"), trust_remote_code=True, max_length=32), CPU).eval()
     torch.testing.assert_close(again(input_ids=ids).logits, expected)
+
+
+PER_LAYER = {
+    "head_dim": 4, "num_kv_shared_layers": 0, "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2, "activation_sparsity_pattern": [0.0] * 4,
+    "laurel_rank": 4, "hidden_size_per_layer_input": 4,
+    "vocab_size_per_layer_input": VOCABULARY,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("bart", {"d_model": 16, "decoder_layers": 2, "decoder_ffn_dim": 24, "dropout": 0.0}),  # a norm before them
+        ("rwkv", {"num_key_value_heads": None}),  # gives three things a layer
+        ("bamba", {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1}),
+    ],
+    ids=["bart", "rwkv", "bamba"],
+)
+def test_the_prefix_cache_goes_by_what_reaches_a_layer(name: str, sizes: dict[str, Any]) -> None:
+    batch = collate(samples(), 0)
+    grads: list[list[dict[str, torch.Tensor]]] = []
+    for cached in (False, True):
+        module = made(name, **sizes)
+        for parameter in module.parameters():
+            parameter.data.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) / 10)
+        model = LanguageModel(module, ModelSection(prefix_cache=cached))
+        grads.append([])
+        for block in [*partition_blocks(module, 1)] * 2:
+            active = model.activate(block)
+            for _visit in range(2):
+                for parameter in active.values():
+                    parameter.grad = None
+                model.backward(batch, batch.num_targets)
+                grads[-1].append({n: p.grad.clone() for n, p in active.items() if p.grad is not None})
+            for parameter in active.values():
+                parameter.data.add_(0.01)
+    for expected, got in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["xlm", "gemma3n_text"])  # residuals outside; four states
+def test_the_prefix_cache_is_refused_where_layers_hand_on_something_else(name: str) -> None:
+    xlm = {"emb_dim": 16, "n_layers": 2, "n_heads": 4, "causal": True, "dropout": 0.0, "attention_dropout": 0.0}
+    sizes = {"vocab_size": VOCABULARY, **xlm} if name == "xlm" else {**SIZES, **PER_LAYER}
+    config = AutoConfig.for_model(name, **sizes)
+    with pytest.raises(ModelError, match=r"hand on other than one state.*leave the cache off"):
+        LanguageModel(AutoModelForCausalLM.from_config(config).requires_grad_(False), ModelSection(prefix_cache=True))
 
 
 OTHER_NAMES: dict[str, dict[str, Any]] = {

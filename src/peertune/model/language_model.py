@@ -18,7 +18,7 @@ from peertune.errors import ModelError
 from peertune.model import attention, lora, norm
 from peertune.model.adapters import core_of
 from peertune.model.blocks import Block, find_layers
-from peertune.model.layers import LayerStack, draws_in_training
+from peertune.model.layers import LayerStack, draws_in_training, lowest_layers
 from peertune.model.loss import chunked_cross_entropy
 from peertune.model.packing import Packing, is_worth_packing, pack, packed
 
@@ -55,13 +55,19 @@ class LanguageModel:
                 f"model.prefix_cache: got true, but {config.path!r} has dropout or jitter, drawn anew at each visit;"
                 " set it to 0 in its config.json, or leave the cache off"
             )
+        layers = find_layers(self.core)[1]
+        self._lowest: dict[str, int] = {}
+        if config.prefix_cache:
+            self._lowest = self._lowest_layers(layers) if like is None else like._lowest
         self.stack = LayerStack(
-            find_layers(self.core)[1],
+            layers,
             activation_budget=config.activation_budget_mb * 1_000_000,
             prefix_cache=config.prefix_cache,
             compile=config.compile,
             draws=draws,
         )
+        if config.prefix_cache and like is None:
+            self._try_cache(config.path, len(layers))
         self.has_plain_head: bool = self._check_plain_head() if like is None else like.has_plain_head
         self._keeps_places: bool = self._check_places() if like is None else like._keeps_places
         self.no_packing: str = self._try_packing(config) if like is None else like.no_packing
@@ -92,7 +98,7 @@ class LanguageModel:
                 active[name] = parameter
             else:
                 parameter.grad = None
-        self.stack.begin_turn(block.first_layer)
+        self.stack.begin_turn(min([block.first_layer, *(self._lowest.get(n, block.first_layer) for n in wanted)]))
         return active
 
     def backward(self, batch: Batch, num_targets: int) -> Tensor:
@@ -250,8 +256,7 @@ class LanguageModel:
         Raises:
             ModelError: a pass fails; the states depend on what comes after them, or not on the adapter.
         """
-        size = self.core.get_input_embeddings().weight.shape[0]
-        ids = torch.arange(1, 6, device=self.device).expand(1, -1) % size
+        ids = self._few_tokens()
         seen: list[Tensor] = []
 
         def note(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
@@ -289,6 +294,36 @@ class LanguageModel:
             raise ModelError(
                 f"algorithm.adapter: {type(self.core).__name__} makes no use of this kind, expected one that changes"
                 " what it says; take another"
+            )
+
+    def _lowest_layers(self, layers: nn.ModuleList) -> dict[str, int]:
+        """By parameter, as `lowest_layers`."""
+        return lowest_layers(self.module, layers, lambda: self.hidden(self._few_tokens()))
+
+    def _few_tokens(self) -> Tensor:
+        """Token ids [1, 5]."""
+        return torch.arange(1, 6, device=self.device)[None] % int(self.core.get_input_embeddings().weight.shape[0])
+
+    def _try_cache(self, path: str, num_layers: int) -> None:
+        """Refuse the prefix cache where the last layer alone does not give what all do. Raises ModelError."""
+        self.stack.begin_turn(num_layers - 1)
+        found: list[Tensor] = []
+        with self.evaluating():
+            try:
+                for _visit in range(2):
+                    self.stack.begin_batch((0,))
+                    found.append(self.hidden(self._few_tokens())[0])
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # whatever a model's own code makes of a layer that was skipped
+                found = found[:1]
+        self.stack.begin_batch(None)
+        self.stack.forget()
+        self.stack.begin_turn(0)
+        if len(found) < 2 or not torch.equal(*found):
+            raise ModelError(
+                f"model.prefix_cache: got true, but layers of {path!r} ({type(self.core).__name__}) hand on other"
+                " than one state [batch, length, hidden]; leave the cache off"
             )
 
     def window(self) -> float:

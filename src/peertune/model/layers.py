@@ -7,6 +7,7 @@ wrapper goes by the layer's place in the stack and by `active`, the lowest layer
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,7 +70,8 @@ class LayerStack:
         self._measured = (0, 0)
         self._samples: Sequence[int] | None = None
         self._start = 0
-        self._returns_tuple = False
+        self._returns: tuple[type, int] | None = None
+        """Of what a layer gives: tuple or list, and how long; None: the hidden states by themselves."""
         self._draws = draws
         self._layers = list(layers)
         for index, layer in enumerate(layers):
@@ -99,7 +101,8 @@ class LayerStack:
             named = "hidden_states" in kwargs
             hidden = kwargs["hidden_states"] if named else args[0]
             if index < self._start:
-                return (hidden,) if self._returns_tuple else hidden
+                kind, length = self._returns or (None, 1)
+                return hidden if kind is None else kind([hidden, *[None] * (length - 1)])
             if self._samples is not None and self.cache is not None and index in (self._start, self.active):
                 if index == self._start and self._start > 0:
                     hidden = self.cache.get(self._samples, hidden)
@@ -114,7 +117,7 @@ class LayerStack:
                 out = self._within_budget(index, compiled, hidden, args, kwargs)
             else:
                 out = compiled(*args, **kwargs)
-            self._returns_tuple = isinstance(out, tuple)
+            self._returns = (type(out), len(out)) if isinstance(out, (tuple, list)) else None
             return out
 
         return run
@@ -151,6 +154,53 @@ class LayerStack:
         with torch.random.fork_rng(devices), saved_tensors_hooks(note, lambda tensor: tensor):
             forward(*args, **kwargs)
         return sum(saved.values())
+
+
+def lowest_layers(module: nn.Module, layers: nn.ModuleList, forward: Callable[[], object]) -> dict[str, int]:
+    """For each parameter the highest layer up to whose input nothing depends on it, as found in a forward pass.
+
+    It is not always where its name stands: a norm behind the embedding may be listed behind the layers.
+
+    Args:
+        layers: the module's, not yet taken over.
+        forward: runs the module on a few tokens.
+    Returns:
+        By name; 0 for what comes before the layers, their number for what comes behind them all.
+    """
+    inputs: list[tuple[int, Any]] = []
+
+    def note(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> None:
+        inputs.append((index, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]))
+
+    hooks = [
+        layer.register_forward_pre_hook(partial(note, index=index), with_kwargs=True)
+        for index, layer in enumerate(layers)
+    ]
+    frozen = [p for p in module.parameters() if not p.requires_grad and p.is_floating_point()]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            forward()
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        for hook in hooks:
+            hook.remove()
+    names = {id(p): name for name, p in module.named_parameters()}
+    found = {name: len(layers) for name in names.values()}
+    visited: set[Any] = set()
+    for index, hidden in sorted(inputs, key=lambda pair: pair[0]):
+        waiting = [hidden.grad_fn]
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in visited:
+                continue
+            visited.add(node)
+            if (name := names.get(id(getattr(node, "variable", None)))) is not None:
+                found[name] = max(0, index - 1)
+            waiting.extend(below for below, _ in node.next_functions)
+    return found
 
 
 def draws_in_training(module: nn.Module) -> bool:

@@ -84,6 +84,9 @@ class ShardedModel(LanguageModel):
             for parameter in trained:
                 parameter.requires_grad_(True)
 
+    def _lowest_layers(self, layers: nn.ModuleList) -> dict[str, int]:
+        return {}  # what stands outside of the layers, the embedding and the head is refused
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """This rank's rows of each parameter, by name; a whole one where it is not split. `.ranks` are all ranks."""
         return self._rows
