@@ -258,6 +258,11 @@ def test_a_model_that_looks_ahead_is_refused(scale: float, dtype: Any) -> None:
     [
         ("falcon", {}, r"fails on five tokens, .*Sizes of tensors must match.*; take another adapter"),  # one key head
         ("mamba2", {}, "makes no use of this kind"),
+        (
+            "whisper",
+            {"decoder_layers": 2, "decoder_attention_heads": 4, "pad_token_id": 0},
+            "fails on five tokens",
+        ),  # its head's own pass
     ],
 )
 def test_an_adapter_that_an_architecture_cannot_have_is_refused(name: str, sizes: dict[str, Any], reason: str) -> None:

@@ -272,6 +272,9 @@ class LanguageModel:
                 hidden = self.hidden(ids)[0][:, :4].float()
                 drawn = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden.device)
                 found = torch.autograd.grad((hidden * drawn).sum(), [*seen, *trained], allow_unused=True)
+            of_tokens, of_adapter = found[: len(seen)], found[len(seen) :]
+            with torch.no_grad():
+                self.all_logits(ids)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a model's own code runs into
@@ -284,13 +287,13 @@ class LanguageModel:
         finally:
             hook.remove()
             self.module.train(mode)
-        of_tokens = [g for g in found[: len(seen)] if g is not None and g.shape[:2] == ids.shape]
-        if any(g[:, 4:].norm() > 1e-6 * g.norm() for g in of_tokens):  # through a mask nothing comes at all
+        own = [g for g in of_tokens if g is not None and g.shape[:2] == ids.shape]
+        if any(g[:, 4:].norm() > 1e-6 * g.norm() for g in own):  # through a mask nothing comes at all
             raise ModelError(
                 f"model.path: in {path!r} tokens see those after them, expected a causal language model; a BERT needs"
                 " is_decoder = true in its config.json, and weights that were trained so"
             )
-        if trained and all(g is None for g in found[len(seen) :]):
+        if trained and all(g is None for g in of_adapter):
             raise ModelError(
                 f"algorithm.adapter: {type(self.core).__name__} makes no use of this kind, expected one that changes"
                 " what it says; take another"
