@@ -15,6 +15,7 @@ from peertune.config import AlgorithmConfig, ModelSection, from_dict
 from peertune.data.batches import collate
 from peertune.data.render import Sample
 from peertune.errors import ModelError
+from peertune.evaluation.generation import generate
 from peertune.evaluation.label_scores import cache_is_exact, label_scores, label_scores_plainly
 from peertune.evaluation.likelihood import evaluate
 from peertune.model.adapters import add_adapter
@@ -48,9 +49,14 @@ UNUSUAL: dict[str, dict[str, Any]] = {
 
 
 class Tokenizer:
-    """Stands in where a model is exported and none is used."""
+    """Of numbers."""
+
+    pad_token_id, bos_token_id, eos_token_id = 0, 1, 2
 
     def save_pretrained(self, folder: Path) -> None: ...
+
+    def decode(self, tokens: list[int], **_options: Any) -> str:
+        return " ".join(map(str, tokens))
 
 
 def made(name: str, dtype: torch.dtype = torch.float32, **sizes: Any) -> Any:
@@ -212,6 +218,17 @@ def test_the_prefix_cache_is_refused_where_layers_hand_on_something_else(name: s
     config = AutoConfig.for_model(name, **sizes)
     with pytest.raises(ModelError, match=r"hand on other than one state.*leave the cache off"):
         LanguageModel(AutoModelForCausalLM.from_config(config).requires_grad_(False), ModelSection(prefix_cache=True))
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")  # peft lets the model count them
+def test_prompts_that_cannot_be_padded_together_are_answered_one_by_one() -> None:
+    sizes = {"head_dim": 4, "num_local_experts": 2, "layer_types": ["linear_attention", "full_attention"]}
+    settings = AlgorithmConfig(adapter="prompt", num_virtual_tokens=3)
+    model = LanguageModel(add_adapter(made("minimax", **sizes), settings, 0), ModelSection())
+    rows: Any = [sample.input_ids for sample in samples()]
+    tokenizer: Any = Tokenizer()
+    alone = [generate(model, tokenizer, [row], max_new_tokens=3)[0] for row in rows]
+    assert generate(model, tokenizer, rows, max_new_tokens=3) == alone
 
 
 OTHER_NAMES: dict[str, dict[str, Any]] = {

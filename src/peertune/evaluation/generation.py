@@ -129,7 +129,9 @@ def _padding_is_exact(
     try:
         alone = _continue(model, tokenizer, [short], [], 2, logits=True).logits
         padded = _continue(model, tokenizer, [short, long], [], 2, logits=True).logits
-    except (AttributeError, TypeError, ValueError, NotImplementedError):  # a model without such a cache or mask
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, RuntimeError, TypeError, ValueError):  # a model without such a cache or mask
         return False
     tolerance = 1e-3 if next(model.module.parameters()).dtype == torch.float32 else 0.1
     return all(
