@@ -112,6 +112,14 @@ def test_the_recipe_in_a_runs_folder_lets_no_code_run(
     assert ran.exists()
 
 
+def test_a_recipe_that_nests_without_end_is_a_damaged_one(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (finished / "recipe.json").write_text('{"config": ' + 100_000 * "[")
+    assert main(["export", str(finished), "--to", str(tmp_path / "exported")]) == 2
+    assert "damaged or missing" in capsys.readouterr().err
+
+
 def test_eval_repeats_the_runs_own_figures(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     options = ["--data", str(tmp_path / "test.jsonl"), "--task", "classification", "--max-length", "40"]

@@ -26,6 +26,8 @@ from peertune.report.events import read_run
 from peertune.report.page import SECTIONS
 from peertune.run import run
 from peertune.seeds import numpy_rng
+from peertune.watch import read_state, status_lines
+from peertune.watch.page import fragments
 from tests.recipes import recipe
 
 LABELS = ("Business", "Sci/Tech", "Sports", "World")
@@ -283,6 +285,19 @@ def test_hostile_strings_stay_text(tmp_path: Path) -> None:
     assert page.tags["script"] == 1 and page.tags["img"] == 0
     assert evil in page.texts["data"] and evil in page.texts["notes"] and quote in page.texts["blocks"]
     assert "1 warning" in page.texts[""]
+
+
+@pytest.mark.parametrize("huge", [1e308, 2**63, 10**400])
+def test_numbers_that_nobody_measured_take_no_memory_and_end_no_command(huge: float, tmp_path: Path) -> None:
+    """A folder may come from anybody: an edge to peer 2**63 would be a list as long, a loss of 1e308 no axis."""
+    events = synthetic_events()
+    events[0]["edges"] += [[0, huge], [huge, huge]]
+    for event in events[2:4]:
+        event |= {"loss": [huge] * 8, "consensus_distance": huge, "bytes_sent": [huge] * 8}
+    page = report(tmp_path, events)
+    assert page.tags["svg"]
+    state = read_state(tmp_path)
+    assert len(state.edges) == len(synthetic_events()[0]["edges"]) and status_lines(state) and fragments(state)
 
 
 def test_a_run_in_progress(tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ class CheckpointStore:
             if shard == self.shard:
                 self._sound[peer][round] = hashes
             return tensors, dict(state["state"])
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
             if isinstance(error, CheckpointError):
                 raise
             is_first = min(self._rounds(peer, shard), default=round) >= round

@@ -4,11 +4,13 @@ nothing, never an error."""
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+LARGEST = 1e100
+"""Beyond it a number is nothing that was measured, and what is worked out from it may be no float any more."""
+MAX_MEMBERS = 4096
 MAX_NAMES = 1 << 16
 """Letters of a list of names at most."""
 SENTENCES = {
@@ -74,13 +76,10 @@ def _word(value: str | int | float) -> str:
 
 
 def number(value: object) -> float | None:
-    """A finite number, or None."""
+    """A number of at most `LARGEST`, or None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:
-        return None
+    return float(value) if -LARGEST <= value <= LARGEST else None  # false of NaN
 
 
 def whole(value: object) -> int | None:
@@ -90,9 +89,9 @@ def whole(value: object) -> int | None:
 
 
 def pair(value: object) -> tuple[int, int] | None:
-    """Two whole numbers, the lower one first, or None."""
+    """The places of two members, the lower one first, or None."""
     ends = [whole(end) for end in items(value)]
-    if len(ends) != 2 or ends[0] is None or ends[1] is None:
+    if len(ends) != 2 or ends[0] is None or ends[1] is None or max(ends[0], ends[1]) >= MAX_MEMBERS:
         return None
     return min(ends[0], ends[1]), max(ends[0], ends[1])
 

@@ -159,7 +159,7 @@ class RunFolder:
             if not isinstance(recipe["config"], dict):
                 raise TypeError("config is no object")
             return dict(recipe)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(
                 f"{self.recipe}: damaged or missing: {error}; start anew in another folder with --out"
             ) from error
@@ -168,7 +168,7 @@ class RunFolder:
         """What `write_summary` wrote. Raises CheckpointError where it is damaged."""
         try:
             return dict(json.loads(self.summary.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise CheckpointError(
                 f"{self.summary}: damaged: {error}; delete it and go on with --resume, which makes it anew"
             ) from error

@@ -12,9 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from peertune.logfields import MAX_NAMES, items, number, parse_line, sentence, text, whole
+from peertune.logfields import MAX_MEMBERS, MAX_NAMES, items, number, parse_line, sentence, text, whole
 
-MAX_MEMBERS = 4096
 QUORUM = "the quorum"
 """What a paused run waits for."""
 RECENT_ROUNDS = 32

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from peertune.logfields import items, mapping, number, pair, text, whole
+from peertune.logfields import MAX_MEMBERS, items, mapping, number, pair, text, whole
 from peertune.report.series import bin_size, downsample, mean
-from peertune.watch.logs import MAX_MEMBERS, Links, LoggedRound, Rounds
+from peertune.watch.logs import Links, LoggedRound, Rounds
 
 MAX_POINTS = 300
 """Points of a curve at most; more rounds are averaged over bins."""
@@ -111,7 +111,7 @@ def snapshot(rounds: Rounds, links: Links, now: float, alive: bool | None, finis
     peers = _neighbors(links, done, state) if is_site else _simulated(start, last)
     config = mapping(start.get("config"))
     curves = _curves(rounds)
-    edges = tuple(e for e in map(pair, items(start.get("edges"))) if e is not None and e[0] < e[1] < MAX_MEMBERS)
+    edges = tuple(e for e in map(pair, items(start.get("edges"))) if e is not None and e[0] < e[1])
     sent = [peer.bytes_sent for peer in peers if peer.bytes_sent is not None]
     return Snapshot(
         now=now,
