@@ -66,6 +66,11 @@ def test_set_values_are_toml_and_bare_words_are_strings(tmp_path: Path, micro_mo
     assert config["run"]["seed"] == 7
 
 
+def test_a_note_keeps_its_lines_and_cannot_write_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
+    Bars(progress_console()).note("blocks:\n  0  head\x1b[2J\r")
+    assert capsys.readouterr().err == "note: blocks:\n  0  head\ufffd[2J\ufffd\n"
+
+
 def test_report_is_written_anew(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (finished / "report.html").unlink()
     assert main(["report", str(finished)]) == 0

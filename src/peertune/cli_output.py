@@ -75,7 +75,7 @@ class Bars:
             self._bars.stop()
 
     def note(self, message: str) -> None:
-        said = printable(f"note: {message}")
+        said = "\n".join(map(printable, f"note: {message}".split("\n")))  # a table has lines
         self._console.print(said, style="dim", markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     def rounds(self, done: int, total: int, loss: float | None) -> None:
