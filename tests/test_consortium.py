@@ -59,7 +59,7 @@ from peertune.consortium import join, leave
 from peertune.ejection import Ejection, ejected, ejection_path, needed, sign_ejection
 from peertune.errors import CharterError, CheckpointError, IdentityError, Left, TurnedAwayError
 from peertune.exchange import Hop
-from peertune.identity import ALWAYS, Identity, load_identity, make_identity
+from peertune.identity import ALWAYS, Identity, certificate_id, load_identity, make_identity
 from peertune.progress import Silent
 from peertune.run import run
 from peertune.runtimes import node as node_module
@@ -1107,6 +1107,25 @@ def test_a_certificate_is_of_its_keys_id_and_signed_by_that_key(tmp_path: Path) 
         changed = charter.signatures[member].model_copy(update={"certificate": forged})
         with pytest.raises(CharterError, match=f"{member}'s certificate is not the one"):
             charter.model_copy(update={"signatures": {**charter.signatures, member: changed}}).check()
+
+
+OF_ANOTHER_CURVE = """\
+-----BEGIN CERTIFICATE-----
+MIIBOTCB+KADAgECAhQMFErhrnL/A0aJbBV7ojpF0UMVfjAKBggqhkjOPQQDAjAM
+MQowCAYDVQQDDAF4MB4XDTI2MTEyNzAzMjM0NVoXDTI5MDgyMzAzMjM0NVowDDEK
+MAgGA1UEAwwBeDA+MBAGByqGSM49AgEGBSuBBAAIAyoABJ0gqE4KWkzgO8mUyv6N
+7QT0OdIIyqAiANHIh5DbIw5iEhIgcumDkwGjUzBRMB0GA1UdDgQWBBRNxIRvCOUJ
+NItmCLN2WnsALscJRDAfBgNVHSMEGDAWgBRNxIRvCOUJNItmCLN2WnsALscJRDAP
+BgNVHRMBAf8EBTADAQH/MAoGCCqGSM49BAMCAzAAMC0CFGetFRFuR7TtwH1ZVT/L
+m5Xv90I2AhUAkykrMaoA+GdfMdcMWGgy0ggkPAo=
+-----END CERTIFICATE-----
+"""
+
+
+def test_a_certificate_of_a_curve_that_nobody_here_knows_is_refused() -> None:
+    """In a charter, or of whoever answers at a member's address: it was a traceback."""
+    with pytest.raises(IdentityError, match="a certificate cannot be read"):
+        certificate_id(OF_ANOTHER_CURVE.encode())
 
 
 def test_one_neighbor_alone_does_not_end_a_sites_run(tmp_path: Path) -> None:

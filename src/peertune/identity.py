@@ -133,7 +133,7 @@ def certificate_id(certificate_pem: bytes) -> str:
     """The id of a certificate's key: 52 letters and digits. Raises IdentityError where it is none of ours."""
     try:
         key = x509.load_pem_x509_certificate(certificate_pem).public_key()
-    except ValueError as error:
+    except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
         raise IdentityError("a certificate cannot be read; ask its owner to sign the charter again") from error
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise IdentityError("a certificate holds a key of another kind; ask its owner to use `peertune keygen`")
