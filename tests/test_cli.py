@@ -117,6 +117,15 @@ def test_the_recipe_in_a_runs_folder_lets_no_code_run(
     assert ran.exists()
 
 
+def test_export_follows_no_link_in_a_runs_folder(finished: Path, tmp_path: Path) -> None:
+    """The folder may come from anybody, and the model be passed on."""
+    (tmp_path / "secret").write_text("a key")
+    (finished / "model" / "merges.txt").symlink_to(tmp_path / "secret")
+    assert main(["export", str(finished), "--to", str(tmp_path / "exported")]) == 0
+    names = {path.name for path in (tmp_path / "exported").iterdir()}
+    assert "model.safetensors" in names and "merges.txt" not in names
+
+
 def test_a_recipe_that_nests_without_end_is_a_damaged_one(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -58,7 +58,7 @@ def export(
     finished = [path for path in kept if path.exists() and folder.summary.exists()]
     if finished and peer is None:
         with storage_errors(to):
-            shutil.copytree(finished[0], to, dirs_exist_ok=True)
+            shutil.copytree(finished[0], to, dirs_exist_ok=True, ignore=_links)
         return None
     if peer is not None:
         _check_peer(recipe["config"], peer)
@@ -100,6 +100,11 @@ def export(
     load_base = None if adapter else partial(load_full_model, config.model, cpu, base)
     save_trained(to, module, tokenizer, load_base, labels=labels)
     return done
+
+
+def _links(folder: str, names: list[str]) -> list[str]:
+    """Of a folder's files those that are links: no run makes one, and what one leads to may be no model's."""
+    return [name for name in names if (Path(folder) / name).is_symlink()]
 
 
 def _check_peer(config: dict[str, Any], peer: int) -> None:
