@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -802,6 +803,12 @@ def test_what_a_contestants_name_sets_goes_before_what_is_set_for_all(path: Path
     asked = Options.parse([str(path)], "", algorithms="deca:lr=0.5,deca:topology.kind=complete", overrides=chosen)
     found = [each.config for each in read_contestants(asked).contestants]
     assert [(config.algorithm.lr, config.topology.kind) for config in found] == [(0.5, "star"), (0.25, "complete")]
+
+
+def test_a_recipes_file_name_cannot_write_to_the_terminal(path: Path, tmp_path: Path) -> None:
+    other = shutil.copy(path, tmp_path / "fast\x1b[2J.toml")
+    asked = Options.parse([str(path), str(other)], "")
+    assert read_contestants(asked).contestants[1].name == "fast\ufffd[2J"
 
 
 def lineup(path: Path, names: str) -> Lineup:

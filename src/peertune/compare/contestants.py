@@ -11,6 +11,7 @@ from peertune.algorithms import METHODS
 from peertune.compare.options import Options, split_outside_brackets
 from peertune.config import RunConfig, flatten, load_recipe
 from peertune.errors import ConfigError
+from peertune.logfields import printable
 
 AXES = ("topology.", "data.partition.", "exchange.", "link.", "model.quantization", "run.batched_peers")
 """How the keys begin that a contestant may set for itself, beside those of [algorithm]. The last is here because not
@@ -82,8 +83,9 @@ def read_contestants(options: Options) -> Lineup:
     else:
         for path in options.recipes:
             config, remarks = load_recipe(path, options.overrides, METHODS)
-            contestants.append(Contestant(name=path.stem, config=config))
-            notes += [f"{path.stem}: {remark}" for remark in remarks]
+            name = printable(path.stem)
+            contestants.append(Contestant(name=name, config=config))
+            notes += [f"{name}: {remark}" for remark in remarks]
         _require_agreement(contestants)
         pace = contestants[0]
     if len(contestants) < 2:
