@@ -1,5 +1,6 @@
 """A port that anybody may knock at: hostile bytes, frames, replays and connections, at one edge and at a real node."""
 
+import json
 import multiprocessing
 import os
 import random
@@ -11,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 import torch
 from hypothesis import given, settings
@@ -329,6 +331,7 @@ class Honest:
         identities = [load_identity(folder / name) for name in "abc"]
         for identity in identities:
             charter = charter.signed(identity)
+        self.charter, self.liar = charter, identities[2]
         fork = multiprocessing.get_context("fork")
         self.pipes, self.processes = [], []
         for identity, listen in zip(identities, (address, ""), strict=False):
@@ -362,6 +365,20 @@ class Honest:
             pipe.send(False)
             process.join(60)
             assert process.exitcode == 0
+
+
+def send_packed(charter: Charter, identity: Identity) -> None:
+    """A member sends a frame that is a thousand times as large when it is unpacked; ends with what it is told."""
+    trusted = charter.certificate(0), identity.key_pem, identity.certificate_pem
+    named = [("grpc.ssl_target_name_override", charter.members[0].id)]
+    channel = grpc.secure_channel(charter.members[0].address, grpc.ssl_channel_credentials(*trusted), options=named)
+    call = channel.stream_stream(node_module.METHOD)
+    metadata = [(node_module.CHARTER_KEY, json.dumps(charter.parts()))]
+    try:
+        list(call(iter([bytes(1 << 20)]), metadata=metadata, compression=grpc.Compression.Gzip, timeout=60))
+    except grpc.RpcError as error:
+        os._exit(error.code() is grpc.StatusCode.UNIMPLEMENTED)
+    os._exit(0)
 
 
 def client_hello() -> bytes:
@@ -447,4 +464,14 @@ def test_a_member_who_sends_a_byte_at_a_time_does_not_disturb_the_others(honest:
         assert all(is_let_go(session) for session in sessions)
         after = honest.exchange()
     assert after["descriptors"] <= before["descriptors"] + 8
+    honest.end()
+
+
+def test_nothing_that_a_member_packed_is_unpacked(honest: Honest) -> None:
+    """No site packs anything; a kilobyte of a liar's would take the memory and the time of a megabyte."""
+    process = multiprocessing.get_context("fork").Process(target=send_packed, args=(honest.charter, honest.liar))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 1
+    honest.exchange()
     honest.end()

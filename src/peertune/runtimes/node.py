@@ -37,7 +37,11 @@ from peertune.runtimes.strangers import Strangers
 T = TypeVar("T")
 METHOD, EJECTION = "/peertune.Peer/Link", "/peertune.Peer/Ejection"
 CHARTER_KEY, PIECES_KEY = "peertune-charter", "peertune-charter-pieces"
-OPTIONS = [("grpc.max_receive_message_length", MAX_FRAME), ("grpc.max_send_message_length", MAX_FRAME)]
+OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_FRAME),
+    ("grpc.max_send_message_length", MAX_FRAME),
+    ("grpc.compression_enabled_algorithms_bitset", 1),  # none: a kilobyte would be a megabyte to be unpacked
+]
 HANDSHAKE_S = 10.0
 """Seconds after which one who dialled and has not shown a member's key is let go of; gRPC's own choice is 120. After
 twice as many one who has made no member's call is taken for a stranger."""
