@@ -551,6 +551,18 @@ def test_toml_that_nobody_writes_is_refused_and_ends_no_run(
     assert main(["charter", "sign", str(path), "--identity", str(tmp_path / "a")]) == 2
 
 
+@pytest.mark.parametrize("value", ["2024-01-01", "01:02:03", "2024-01-01T01:02:03", "nan", "-inf"])
+def test_no_signature_covers_two_recipes(value: str, tmp_path: Path) -> None:
+    """What is signed is JSON, which would write a date as the text of one."""
+    path, charter = tmp_path / "charter.toml", make_charter(tmp_path, ["a", "b"])
+    charter = charter.model_copy(update={"recipe": {"data": {"text_field": value}}})
+    write_charter(charter.signed(load_identity(tmp_path / "a")), path)
+    assert read_charter(path).digest() == charter.digest()
+    path.write_text(path.read_text().replace(f'"{value}"', value))
+    with pytest.raises(CharterError, match=r"recipe: .*holds a date"):
+        read_charter(path)
+
+
 def test_no_signature_of_the_ejected_counts_and_no_other_file_is_in_the_way(tmp_path: Path) -> None:
     charter = make_charter(tmp_path, ["a", "b", "c"])
     sites = {name: load_identity(tmp_path / name) for name in "abc"}

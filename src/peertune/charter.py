@@ -47,6 +47,15 @@ def _address(text: str) -> str:
     return text
 
 
+def _plain(recipe: dict[str, Any]) -> dict[str, Any]:
+    """What JSON tells apart: else a date and the text of one, which differ, would have one signature."""
+    try:
+        json.dumps(recipe, allow_nan=False)
+    except (TypeError, ValueError):
+        raise ValueError("holds a date, a time, infinity or what is no number, which no key is") from None
+    return recipe
+
+
 class Member(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")]
     """What people call it."""
@@ -77,7 +86,7 @@ class Charter(Section):
     """Members that have to be there, or the run waits; a server counts."""
     stall_s: Annotated[float, Field(gt=0)] = 30.0
     """Seconds without a byte after which a connection is given up and dialled anew."""
-    recipe: dict[str, Any]
+    recipe: Annotated[dict[str, Any], AfterValidator(_plain)]
     members: Annotated[list[Member], Field(min_length=1)]
     signatures: dict[str, Signature] = Field(default_factory=dict)
 
