@@ -26,6 +26,7 @@ SENTENCES = {
     "refused_by": "{peer} refuses this site: {reason}",
     "resumed": "the quorum is here again: {present}",
     "stalled": "nothing from {peer} for {seconds} s: the connection is given up and dialled anew",
+    "stranger": "somebody connected from {peer}, but {reason}",
     "unreachable": "{peer} cannot be reached: {reason}",
     "waiting": "waits for {peer}, round {round}",
     "was_missed": "{peer} made round {round} without this site",
