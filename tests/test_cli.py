@@ -209,6 +209,8 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["--help"], "examples:"),
         (["run", "--help"], "inner_steps = 48"),
         (["run", "--help"], "[diloco: 500; noloco: 50]"),
+        (["run", "--help"], "One of iid, dirichlet, quantity, column, files."),
+        (["run", "--help"], "One of paper, descent, descent_scaled, none, trivial."),
     ):
         with pytest.raises(SystemExit) as stopped:
             main(arguments)

@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from rich.console import Console
 
@@ -219,6 +219,9 @@ def _keys_help() -> str:
 
     def line(name: str, field: Any, remark: str = "", after: str = "") -> None:
         meaning = " ".join((field.description or "").split())
+        allowed = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+        if len(allowed) > 1:
+            meaning += f" One of {', '.join(allowed)}."
         lines.append(f"    {name} = {shown(field)}".ljust(38) + remark + meaning + after)
 
     def elsewhere(key: str, method: str) -> str:
