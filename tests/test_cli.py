@@ -241,8 +241,15 @@ def silent(label: str) -> Iterator[Silent]:
 
 def test_demo_compares_local_deca_and_pooled(tmp_path: Path) -> None:
     short = ["algorithm.outer_rounds=1", "algorithm.inner_steps=1", "data.max_samples=4", "eval.max_samples=8"]
-    table = demo(tmp_path / "demo", silent, short)
-    assert table.row_count == 5
+    said: list[str] = []
+
+    class Told(Silent):
+        def note(self, message: str) -> None:
+            said.append(message)
+
+    table = demo(tmp_path / "demo", lambda label: contextlib.nullcontext(Told()), short)
+    assert table.row_count == 5 and said
+    assert not [note for note in said if "checkpoint" in note], "there was nothing to go on from, nor to be missed"
     summaries = {
         n: json.loads((tmp_path / "demo" / n / "summary.json").read_text()) for n in ("local", "deca", "pooled")
     }

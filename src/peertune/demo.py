@@ -45,11 +45,12 @@ def demo(out: Path, bars: Callable[[str], AbstractContextManager[Progress]], ove
             )[0]
             for name in RUNS
         }
-    for config in configs.values():
-        RunFolder(Path(config.run.out)).check(config.to_dict(), resume=True)
+    folders = {name: RunFolder(Path(config.run.out)) for name, config in configs.items()}
+    for name, config in configs.items():
+        folders[name].check(config.to_dict(), resume=True)
     for name, config in configs.items():
         with bars(RUNS[name]) as progress:
-            summaries[name] = run(config, resume=True, progress=progress)
+            summaries[name] = run(config, resume=folders[name].holds_run, progress=progress)
     return comparison(summaries)
 
 
