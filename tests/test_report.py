@@ -23,6 +23,7 @@ from peertune import formatting
 from peertune.errors import CheckpointError
 from peertune.report import charts, series, write_report
 from peertune.report.events import read_run
+from peertune.report.graph import heat_map
 from peertune.report.page import SECTIONS
 from peertune.run import run
 from peertune.seeds import numpy_rng
@@ -394,6 +395,13 @@ def test_a_hub_stands_in_the_middle(tmp_path: Path) -> None:
     events[0]["edges"] = [[0, 3], [1, 3], [2, 3]]
     page = report(tmp_path, events)
     assert "hub" in page.texts["graph"] and 'cx="200.0" cy="200.0"' in page.source
+
+
+def test_a_weight_is_written_in_the_colour_that_can_be_read_on_its_square() -> None:
+    shown = heat_map([[1.0, 0.6], [0.75, 0.2]])
+    assert re.findall(r"<text( class=\"strong\")?[^>]*>([0-9.]+)", shown) == [
+        (' class="strong"', "1.00"), ("", "0.60"), (' class="strong"', "0.75"), ("", "0.20"),
+    ]  # fmt: skip
 
 
 def test_unknown_values_are_gaps(tmp_path: Path) -> None:

@@ -233,6 +233,8 @@ def test_a_simulation_shows_all_its_peers() -> None:
     assert not state.is_site and state.consensus_distance == 0.25 and state.loss == 2.0 and state.bytes_sent == 60
     assert [(peer.name, peer.loss, peer.bytes_sent) for peer in state.peers][2] == ("peer 2", 3.0, 30)
     assert state.edges == ((0, 1), (1, 2))
+    assert "training loss (nats)" in fragments(state)["loss"]
+    assert "consensus distance (L2 norm)" in fragments(state)["consensus"]
     assert 'aria-label="Graph of 3 nodes and 2 edges"' in fragments(state)["graph"]
 
 

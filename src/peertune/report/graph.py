@@ -17,6 +17,8 @@ CELLS = 1000
 SHADES = 20
 TIPS_MAX = 16
 """Largest N whose matrix has a tooltip a cell: a page of 64 peers would carry 4096."""
+STRONG = 0.7
+"""From this share of the largest weight on, a number is in the card's colour: so all are readable, in light and in dark."""
 
 
 def graph_svg(num_peers: int, edges: Sequence[tuple[int, int]], weights: Matrix) -> str:
@@ -79,7 +81,7 @@ def heat_map(weights: Matrix) -> str:
         for i, row in enumerate(weights):
             for j, weight in enumerate(row):
                 if weight:
-                    strong = ' class="strong"' if weight > 0.55 * largest else ""
+                    strong = ' class="strong"' if weight > STRONG * largest else ""
                     x, y = (j + 0.5) * side, (i + 0.5) * side
                     parts.append(f'<text{strong} x="{x:.0f}" y="{y:.0f}" font-size="{font:.0f}">{weight:.2f}</text>')
     title = f"Mixing matrix W, {size} by {size}"

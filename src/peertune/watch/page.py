@@ -34,12 +34,12 @@ def fragments(state: Snapshot) -> dict[str, str]:
         "boxes": _boxes(state),
         "graph": _graph(state),
         "peers": _peers(state),
-        "loss": _curve(state, state.curve_loss, state.loss, "mean training loss", "No round is logged yet."),
+        "loss": _curve(state, state.curve_loss, state.loss, ("mean training loss", "nats"), "No round is logged yet."),
         "consensus": _curve(
             state,
             state.curve_consensus,
             state.consensus_distance,
-            "consensus distance",
+            ("consensus distance", "L2 norm"),
             "A site sees only its own model: how far the models are apart is known in a simulation and on a cluster."
             if state.is_site
             else "Not known for any round yet.",
@@ -181,8 +181,12 @@ def _peers(state: Snapshot) -> str:
     )
 
 
-def _curve(state: Snapshot, values: tuple[float | None, ...], last: float | None, title: str, nothing: str) -> str:
-    chart = line_chart(state.curve_rounds, [Line(name=title, values=values, style="mean")], y_title=title)
+def _curve(
+    state: Snapshot, values: tuple[float | None, ...], last: float | None, told: tuple[str, str], nothing: str
+) -> str:
+    title, unit = told
+    x = [round + 1 for round in state.curve_rounds]  # as the report counts them, and "rounds done"
+    chart = line_chart(x, [Line(name=title, values=values, style="mean")], y_title=f"{title} ({unit})")
     if not chart:
         return _nothing(nothing)
     return f'{chart}<p class="lead">{title} of the last round: {number(last)}</p>'
