@@ -390,6 +390,14 @@ def test_many_peers_and_rounds_stay_readable(tmp_path: Path) -> None:
     assert len(page.source) < 1_000_000
 
 
+def test_one_round_is_seen_and_long_classes_are_told_apart(tmp_path: Path) -> None:
+    long = [f"{'a class with a long name ' * 3}{i}" for i in range(3)]
+    events = synthetic_events(num_peers=2, num_rounds=1, labels=long)
+    page = report(tmp_path, [e for e in events if e["event"] in ("start", "round")])
+    assert page.classes["dots"] >= 3 * 2, "two peers and their mean, of loss and of traffic"
+    assert all(f"long name {i}</bdi>" in page.source for i in range(3))
+
+
 def test_a_hub_stands_in_the_middle(tmp_path: Path) -> None:
     events = synthetic_events(num_peers=3, num_rounds=2)
     events[0]["edges"] = [[0, 3], [1, 3], [2, 3]]

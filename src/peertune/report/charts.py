@@ -104,7 +104,7 @@ def line_chart(
     for line, values in zip(lines, curves, strict=True):
         d = _path(across, values, y_axis)
         shapes.append(f'<path class="line {line.style}" stroke="{line.color}" d="{d}"/>')
-        if line.dots:
+        if line.dots or len(x) == 1:  # a line of one point is hardly to be seen
             d = "".join(f"{_point(a, y_axis.place(v))}h0" for a, v in zip(across, values, strict=True) if v is not None)
             shapes.append(f'<path class="dots {line.style}" stroke="{line.color}" d="{d}"/>')
     grid = "".join(f'<path class="grid" d="M0 {_down(y_axis.place(t)):.1f}H{SIZE}"/>' for t in y_axis.ticks)

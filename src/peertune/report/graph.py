@@ -18,7 +18,7 @@ SHADES = 20
 TIPS_MAX = 16
 """Largest N whose matrix has a tooltip a cell: a page of 64 peers would carry 4096."""
 STRONG = 0.7
-"""From this share of the largest weight on, a number is in the card's colour: so all are readable, in light and in dark."""
+"""From this share of the largest weight on, a number is in the card's colour, so that light and dark can be read."""
 
 
 def graph_svg(num_peers: int, edges: Sequence[tuple[int, int]], weights: Matrix) -> str:

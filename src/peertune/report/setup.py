@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from peertune.formatting import count, duration, number, percent, plural, short_count, traffic
+from peertune.formatting import count, duration, middle, number, percent, plural, short_count, traffic
 from peertune.report.charts import SIZE, Axis, peer_color, place_ticks, round_axis
 from peertune.report.events import Holding, RunRecord
 from peertune.report.graph import graph_svg, heat_map
@@ -219,8 +219,8 @@ def _class_legend(holdings: Sequence[Holding], colors: Mapping[str, str]) -> str
     totals = _totals(holdings)
     named = [(n, t) for n, t in totals if colors[n] != "var(--other)"]
     entries = [
-        f'<span title="{esc(name)}"><i class="key swatch" style="--c:{colors[name]}"></i><bdi>{esc(name, 36)}</bdi> '
-        f"<small>{count(total)}</small></span>"
+        f'<span title="{esc(name)}"><i class="key swatch" style="--c:{colors[name]}"></i>'
+        f"<bdi>{esc(middle(name, 36))}</bdi> <small>{count(total)}</small></span>"
         for name, total in named
     ]
     others = totals[len(named) :]
