@@ -21,13 +21,14 @@ import torch
 from _harness import finish, ratio
 
 from peertune.algorithms import METHODS
-from peertune.config import AlgorithmConfig, ModelSection, load_recipe
+from peertune.config import AlgorithmConfig, ModelSection
 from peertune.data.batches import Batch, Batches
 from peertune.model.adapters import adapter_names, add_adapter
 from peertune.model.language_model import LanguageModel
 from peertune.model.load import clone_model, load_model
 from peertune.model.stacked import StackedModels
 from peertune.prepare import prepare_data
+from peertune.recipe import load_recipe
 
 SHARED = Path(os.environ.get("PEERTUNE_TEST_DATA") or Path(__file__).parents[2] / "shared")
 CPU = torch.device("cpu")

@@ -31,11 +31,12 @@ import torch
 from _harness import RESULTS, finish
 
 from peertune.algorithms import ALGORITHMS, METHODS
-from peertune.config import RunConfig, load_recipe
+from peertune.config import RunConfig
 from peertune.data.batches import Batches
 from peertune.model.load import load_model
 from peertune.prepare import prepare_data
 from peertune.progress import Silent
+from peertune.recipe import load_recipe
 from peertune.run import run
 from peertune.seeds import derive_seed
 

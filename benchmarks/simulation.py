@@ -21,9 +21,9 @@ import torch
 from _harness import finish
 
 from peertune.algorithms import METHODS
-from peertune.config import load_recipe
 from peertune.prepare import prepare_data, prepare_model
 from peertune.progress import Silent
+from peertune.recipe import load_recipe
 from peertune.run import Run
 from peertune.run_folder import RunFolder
 from peertune.run_setup import Inputs

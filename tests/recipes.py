@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from peertune.algorithms import METHODS
-from peertune.config import RunConfig, from_dict
+from peertune.config import RunConfig
+from peertune.recipe import from_dict
 
 WORDS = {"red": "apple cherry brick rose", "blue": "sky sea ink ice", "green": "grass leaf lime moss"}
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from peertune.algorithms import METHODS
-from peertune.config import AlgorithmConfig, ModelSection, from_dict
+from peertune.config import AlgorithmConfig, ModelSection
 from peertune.data.batches import collate
 from peertune.data.render import Sample
 from peertune.errors import ModelError
@@ -24,6 +24,7 @@ from peertune.model.blocks import partition_blocks
 from peertune.model.language_model import LanguageModel
 from peertune.model.load import load_model, load_trained
 from peertune.model.lora import plain_layers
+from peertune.recipe import from_dict
 from peertune.run_folder import save_trained
 
 CPU = torch.device("cpu")

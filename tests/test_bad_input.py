@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from peertune.algorithms import METHODS
 from peertune.cli import main
-from peertune.config import from_dict
 from peertune.errors import DataError
 from peertune.prepare import prepare_data
+from peertune.recipe import from_dict
 from tests.recipes import tree
 
 Recipe = dict[str, dict[str, Any]]

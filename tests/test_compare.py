@@ -46,11 +46,12 @@ from peertune.compare.grid import Grid
 from peertune.compare.inputs import fingerprints
 from peertune.compare.stats import paired_interval, pairs, spread
 from peertune.compare.table import Row, budget_notes, pair_cells, row, terminal_table, verdicts
-from peertune.config import RunConfig, from_dict, load_recipe
+from peertune.config import RunConfig
 from peertune.errors import CheckpointError, ConfigError, DataError, DivergedError
 from peertune.formatting import memory
 from peertune.prepare import keep_back, prepare_data
 from peertune.progress import Silent
+from peertune.recipe import from_dict, load_recipe
 from peertune.report.charts import tick_texts
 from peertune.run import run
 from tests.recipes import recipe, tree

@@ -54,13 +54,13 @@ from peertune.charter import (
 )
 from peertune.checkpoint import CheckpointStore
 from peertune.cli import main
-from peertune.config import from_dict
 from peertune.consortium import join, leave
 from peertune.ejection import Ejection, ejected, ejection_path, needed, sign_ejection
 from peertune.errors import CharterError, CheckpointError, IdentityError, Left, TurnedAwayError
 from peertune.exchange import Hop
 from peertune.identity import ALWAYS, Identity, certificate_id, load_identity, make_identity
 from peertune.progress import Silent
+from peertune.recipe import from_dict
 from peertune.run import run
 from peertune.runtimes import node as node_module
 from peertune.runtimes import outbox

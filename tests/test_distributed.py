@@ -19,10 +19,11 @@ from peertune import runtimes
 from peertune.algorithms import METHODS
 from peertune.assemble import make_parts
 from peertune.checkpoint import CheckpointStore
-from peertune.config import RunConfig, from_dict
+from peertune.config import RunConfig
 from peertune.errors import ConfigError, DivergedError, PeertuneError
 from peertune.launch import launch
 from peertune.progress import Silent
+from peertune.recipe import from_dict
 from peertune.run import run
 from peertune.runtimes.distributed import is_launched, local_device, process_group
 from peertune.workload import foreseen_bytes

@@ -11,7 +11,8 @@ import pytest
 
 from peertune.algorithms import METHODS
 from peertune.cli import main
-from peertune.config import RunConfig, Section, keys_of, load_recipe
+from peertune.config import RunConfig, Section
+from peertune.recipe import keys_of, load_recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))

@@ -11,6 +11,7 @@ LAYERS = [
     "plugins",
     "logfields",
     "config",
+    "recipe",
     "seeds",
     "memory",
     "flat",

@@ -25,11 +25,12 @@ from peertune.algorithms.rw_lora import RwLora
 from peertune.algorithms.scaffold import Scaffold, ScaffoldConfig
 from peertune.algorithms.turns import BlockwiseConfig
 from peertune.assemble import make_topology
-from peertune.config import TopologySection, from_dict
+from peertune.config import TopologySection
 from peertune.errors import ConfigError
 from peertune.exchange import Hop, Inbox
 from peertune.optim import learning_rate
 from peertune.peer import Peer
+from peertune.recipe import from_dict
 from peertune.runtimes import play_round
 from peertune.runtimes.message import LARGEST
 from peertune.runtimes.network import without

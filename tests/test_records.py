@@ -8,8 +8,8 @@ import torch
 from peertune.algorithms import METHODS
 from peertune.algorithms.base import LocalReport
 from peertune.algorithms.fedavg import Fedavg, FedavgConfig
-from peertune.config import from_dict
 from peertune.evaluation import Measured
+from peertune.recipe import from_dict
 from peertune.records import agreement_of, combined_fields, peer_fields, quality_of, round_event, summary_of, totals
 from tests.quadratic import NUM_PEERS, SIZE, simulate
 from tests.test_methods import SHORT, server

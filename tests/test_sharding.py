@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from peertune.algorithms import METHODS
-from peertune.config import ModelSection, RunConfig, from_dict
+from peertune.config import ModelSection, RunConfig
 from peertune.consortium import new_charter
 from peertune.data.batches import Batch
 from peertune.errors import CharterError, CheckpointError, ConfigError
@@ -29,6 +29,7 @@ from peertune.model.language_model import LanguageModel
 from peertune.model.load import clone_model
 from peertune.model.sharding import ShardedModel, _own_frozen, check_shardable
 from peertune.optim import gradient_norm
+from peertune.recipe import from_dict
 from peertune.run import run
 from peertune.runtimes.distributed import process_group
 from tests.recipes import recipe, tree

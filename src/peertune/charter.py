@@ -17,11 +17,12 @@ from typing import Annotated, Any
 import tomli_w
 from pydantic import AfterValidator, Field, ValidationError
 
-from peertune.config import Methods, NonNegative, Positive, RunConfig, Section, flatten, from_dict, parse_toml
+from peertune.config import NonNegative, Positive, RunConfig, Section
 from peertune.errors import CharterError
 from peertune.identity import Identity, certificate_id, is_own, is_signed
 from peertune.logfields import text
 from peertune.plugins import code_version
+from peertune.recipe import Methods, flatten, from_dict, parse_toml
 from peertune.storage import write_atomically
 
 MAX_PIECES = 400

@@ -107,7 +107,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _run(options: argparse.Namespace, console: Console) -> None:
     from peertune.algorithms import METHODS
-    from peertune.config import load_recipe
+    from peertune.recipe import load_recipe
 
     overrides = list(options.set)
     if options.out is not None:

@@ -24,7 +24,6 @@ from peertune.charter import (
     shared_recipe,
     write_charter,
 )
-from peertune.config import load_recipe
 from peertune.ejection import ejection_path, needed, sign_ejection
 from peertune.errors import CharterError, CheckpointError, ConfigError, Left
 from peertune.identity import load_identity
@@ -35,6 +34,7 @@ from peertune.model.load import TINY, resolve_path
 from peertune.plugins import code_version
 from peertune.prepare import prepare_model, prepare_tokenizer
 from peertune.progress import Progress
+from peertune.recipe import load_recipe
 from peertune.run import run
 from peertune.run_folder import RunFolder
 from peertune.run_setup import Site

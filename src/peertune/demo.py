@@ -15,8 +15,8 @@ from typing import Any
 from rich.table import Table
 
 from peertune.algorithms import METHODS
-from peertune.config import load_recipe
 from peertune.progress import Progress
+from peertune.recipe import load_recipe
 from peertune.run import run
 from peertune.run_folder import RunFolder
 

@@ -15,9 +15,10 @@ import tomli_w
 from pydantic import Field
 
 from peertune.charter import Charter
-from peertune.config import Section, parse_toml
+from peertune.config import Section
 from peertune.errors import CharterError
 from peertune.identity import Identity, is_signed
+from peertune.recipe import parse_toml
 from peertune.storage import write_atomically
 
 

@@ -11,11 +11,11 @@ import torch
 
 from peertune.algorithms import METHODS
 from peertune.checkpoint import CheckpointStore
-from peertune.config import from_dict
 from peertune.errors import CheckpointError, ConfigError
 from peertune.model.load import load_full_model
 from peertune.optim import join_bfloat16
 from peertune.prepare import prepare_model, prepare_tokenizer
+from peertune.recipe import from_dict
 from peertune.run_folder import RunFolder, save_trained
 from peertune.storage import check_writable, storage_errors
 

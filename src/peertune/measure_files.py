@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from peertune.algorithms import METHODS
-from peertune.config import DataSection, EvalSection, ModelSection, apply_override, from_dict
+from peertune.config import DataSection, EvalSection, ModelSection
 from peertune.data.load import load_table
 from peertune.data.render import Rows, find_labels
 from peertune.errors import ConfigError, DataError
@@ -17,6 +17,7 @@ from peertune.evaluation import measure, require_harness, run_harness
 from peertune.model.language_model import LanguageModel
 from peertune.model.load import load_tokenizer, load_trained
 from peertune.prepare import check_vocabulary, held_out
+from peertune.recipe import apply_override, from_dict
 from peertune.run_folder import read_labels
 from peertune.seeds import numpy_rng
 

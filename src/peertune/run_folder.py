@@ -19,11 +19,11 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-from peertune.config import flatten
 from peertune.errors import CheckpointError, StorageError
 from peertune.lock import FolderLock
 from peertune.logfields import parse_line, whole
 from peertune.model.adapters import bottleneck_code, core_of, merge_adapter, peft_is_quiet
+from peertune.recipe import flatten
 from peertune.storage import (
     append_line,
     check_writable,

@@ -10,10 +10,11 @@ from typing import Any
 
 from peertune.algorithms import METHODS
 from peertune.charter import Charter, is_address
-from peertune.config import RunConfig, apply_override, from_dict
+from peertune.config import RunConfig
 from peertune.errors import CharterError, ConfigError
 from peertune.model.load import TINY
 from peertune.prepare import base_fingerprint
+from peertune.recipe import apply_override, from_dict
 
 SITE_KEYS = (
     *("run.device", "run.threads", "run.log_every", "model.trust_remote_code"),

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from peertune.algorithms import METHODS
 from peertune.compare.options import Options, split_outside_brackets
-from peertune.config import RunConfig, flatten, load_recipe
+from peertune.config import RunConfig
 from peertune.errors import ConfigError
 from peertune.logfields import printable
+from peertune.recipe import flatten, load_recipe
 
 AXES = ("topology.", "data.partition.", "exchange.", "link.", "model.quantization", "run.batched_peers")
 """How the keys begin that a contestant may set for itself, beside those of [algorithm]. The last is here because not

@@ -20,12 +20,13 @@ from peertune.compare.contestants import Contestant, Lineup
 from peertune.compare.inputs import check_inputs, fingerprints, write_inputs
 from peertune.compare.options import Options
 from peertune.compare.workers import carry_out, diverged, play_ahead
-from peertune.config import AlgorithmConfig, RunConfig, from_dict
+from peertune.config import AlgorithmConfig, RunConfig
 from peertune.data.load import load_table
 from peertune.errors import ConfigError, DivergedError
 from peertune.memory import release
 from peertune.metric import METRICS
 from peertune.progress import Progress
+from peertune.recipe import from_dict
 from peertune.report.events import read_run
 from peertune.run_folder import RunFolder
 from peertune.storage import check_writable
