@@ -17,7 +17,7 @@ from peertune.config import TopologySection
 from peertune.errors import PeerLostError
 from peertune.exchange import Hop, Inbox, Payload
 from peertune.runtimes import Member, agree
-from peertune.runtimes.rounds import PLAN
+from peertune.runtimes.rounds import PLAN, Agreement
 from peertune.runtimes.simulation import Mailbox, SimulatedExchange
 from peertune.topology import build_topology
 from tests.quadratic import NUM_PEERS, simulate, weights_of
@@ -58,17 +58,17 @@ def test_those_who_hear_each_other_agree_without_the_lost(wave: int) -> None:
     """Also where the loss is noticed as late as all can still learn of it."""
     members = ring(lambda mailbox, peer: LossyExchange(mailbox, peer, {(0, 1), (1, 2)}, wave))
     before = weights_of(members)
-    hops, absent = agree(0, members, may_lose=True)
+    hops, absent, is_one = agree(0, members, may_lose=True)
     after = weights_of(members)
     others = [0, 2, 3, 4]
-    assert hops and absent == [1]
+    assert hops and absent == [1] and is_one
     assert (after[others] == after[0]).all() and (after[1] == before[1]).all()
     np.testing.assert_allclose(after[0], before[others].mean(0), rtol=0, atol=1e-6)
 
 
 def test_with_nobody_lost_it_is_bitwise_the_agreement_of_all() -> None:
     asked, not_asked = ring(SimulatedExchange), ring(SimulatedExchange)
-    assert agree(0, asked, may_lose=True)[1] == [] and agree(0, not_asked)[1] == []
+    assert agree(0, asked, may_lose=True) == agree(0, not_asked) == (4, (), True)
     assert (weights_of(asked) == weights_of(not_asked)).all()
 
 
@@ -89,6 +89,24 @@ def test_messages_of_another_plan_are_mixed_into_nothing(monkeypatch: pytest.Mon
     assert (weights_of(members) == before).all()
 
 
+@pytest.mark.parametrize("place", [0, -1], ids=["root", "between"])
+def test_who_passes_on_another_model_than_it_holds_is_found_out(place: int) -> None:
+    """Nobody can keep it from that; but all who hear of each other by another way learn that they do not hold one."""
+    tree = build_topology(TopologySection(kind="ring"), NUM_PEERS, 0).tree()
+    liar = tree[place][0]
+
+    class Lying(SimulatedExchange):
+        def start(self, round: int, hop: Hop, out: Payload | None) -> None:
+            goes_down = any((liar, child) in hop.weights for parent, child in tree if parent == liar)
+            if hop.name == "agree" and out is not None and self._peer == liar and goes_down:
+                out = {name: tensor + (name != PLAN) for name, tensor in out.items()}
+            super().start(round, hop, out)
+
+    members = ring(Lying)
+    assert not agree(0, members, may_lose=True).is_one
+    assert len(np.unique(weights_of(members), axis=0)) == 2
+
+
 @pytest.mark.parametrize("is_apart", [False, True])
 def test_peers_who_went_on_without_another_agree_though_all_are_back(is_apart: bool) -> None:
     """Federated averaging without a server needs no agreement, unless some round had losses."""
@@ -98,8 +116,8 @@ def test_peers_who_went_on_without_another_agree_though_all_are_back(is_apart: b
         members[3].exchange.rounds_without = {1: 1}  # type: ignore[misc]
         members[3].algorithm.set_shared("a", members[3].algorithm.shared("a") + 1)
     before = weights_of(members)
-    hops, absent = agree(0, members, may_lose=True)
-    assert (hops > 0) == is_apart and absent == []
+    hops, absent, is_one = agree(0, members, may_lose=True)
+    assert (hops > 0) == is_apart and not absent and is_one
     np.testing.assert_allclose(weights_of(members), np.tile(before.mean(0), (NUM_PEERS, 1)), atol=1e-6)
 
 
@@ -171,7 +189,7 @@ def test_one_who_is_lost_in_the_agreement_is_agreed_without(who: int, hop: int) 
     """In whichever of its hops: two blocks up and down a tree of depth 2, and the first of the waves that follow."""
     waves, wires = 2 * (NUM_PEERS - 1), Wires()
     members = ring(lambda mailbox, peer: Wire(wires, peer, waves + hop if peer == who else math.inf))
-    told: dict[int, tuple[int, list[int]]] = {}
+    told: dict[int, Agreement] = {}
 
     def play(member: Member) -> None:
         with suppress(Dies):
@@ -187,7 +205,7 @@ def test_one_who_is_lost_in_the_agreement_is_agreed_without(who: int, hop: int) 
         thread.join()
     others = [peer for peer in range(NUM_PEERS) if peer != who]
     assert sorted(told) == others, "nobody else has failed"
-    after, absent = weights_of(members), {tuple(told[peer][1]) for peer in others}
+    after, absent = weights_of(members), {tuple(told[peer].absent) for peer in others}
     assert (after[others] == after[others[0]]).all()
     assert absent in ({()}, {(who,)}), "all say the same of it"
 

@@ -258,7 +258,7 @@ def test_a_site_that_is_killed_while_it_writes_the_model_keeps_the_one_agreed_on
     consortium.ended(processes)
     consortium.ended({"east": consortium.site("east")})
     summary = json.loads((tmp_path / "east" / "run" / "summary.json").read_text())
-    assert summary["agreement"] == {"with": ["north", "south", "west"], "without": [], "unheard": []}
+    assert summary["agreement"] == {"with": ["north", "south", "west"], "without": [], "unheard": [], "is_one": True}
     assert len(summary["metrics"]["peers"]) == 4 and summary["metrics"]["peers"][1]
     assert all(consortium.same_model(site) for site in NAMES)
 
@@ -356,7 +356,7 @@ def test_a_site_that_stays_away_is_left_out_and_the_others_finish(tmp_path: Path
         (lost,) = [each for each in summary["contributions"] if each["neighbor"] == "east"]
         assert (lost["in_time"], lost["missed"]) == (64 - len(left), len(left))
         others = [name for name in ("north", "south", "west") if name != site]
-        assert summary["agreement"] == {"with": others, "without": ["east"], "unheard": []}
+        assert summary["agreement"] == {"with": others, "without": ["east"], "unheard": [], "is_one": True}
         assert "without: east" in (tmp_path / site / "log").read_text()
     for site in processes:
         assert "nothing was heard of east: the" in " ".join((tmp_path / site / "log").read_text().split())

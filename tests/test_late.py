@@ -308,9 +308,12 @@ def test_a_sites_summary_says_what_came_from_whom_and_with_whom_it_agreed() -> N
         **{"algorithm": "deca", "bytes_sent_per_peer": [1], "rounds": 5, "wall_s": 1.0, "peak_memory_bytes": 1},
         "metrics": {"average_model": {}, "peers": []},
     }
-    agreement = {"with": ["east"], "without": ["west"], "unheard": ["east"]}
+    agreement: dict[str, Any] = {"with": ["east"], "without": ["west"], "unheard": ["east"], "is_one": True}
     caption = str(summary_table({**summary, "agreement": agreement}).caption)
     assert "agreed with: east; without: west\nnot heard in the last round: east" in caption
+    assert "do not all hold one model" not in caption
+    agreement["is_one"] = False
+    assert "do not all hold one model" in str(summary_table({**summary, "agreement": agreement}).caption)
     assert "agreed" not in str(summary_table(summary).caption)
 
 
@@ -339,7 +342,11 @@ def test_a_sites_table_says_whose_numbers_they_are() -> None:
     }  # fmt: skip
     heads = [str(column.header) for column in summary_table(summary).columns]
     assert heads == ["held-out", "before", "average model", "peers' own, mean", "worst peer"]
-    alone = {**summary, "contributions": [], "agreement": {"with": [], "without": ["east"], "unheard": []}}
+    alone = {
+        **summary,
+        "contributions": [],
+        "agreement": {"with": [], "without": ["east"], "unheard": [], "is_one": True},
+    }
     table = summary_table(alone)
     assert [str(column.header) for column in table.columns][2:] == ["this site's model", "before agreement"]
     assert "sent by this site: 4" in str(table.caption) and "warning: the others end with other" in str(table.caption)
@@ -349,7 +356,8 @@ def test_no_empty_table_is_printed_where_nothing_was_held_out(capsys: pytest.Cap
     metrics: dict[str, Any] = {"before": {}, "average_model": {}, "peers": [{}, None]}
     summary: dict[str, Any] = {
         "algorithm": "deca", "bytes_sent_per_peer": [4_000, None], "rounds": 3, "peak_memory_bytes": 1, "wall_s": 1.0,
-        "metrics": metrics, "contributions": [], "agreement": {"with": ["east"], "without": [], "unheard": []},
+        "metrics": metrics, "contributions": [],
+        "agreement": {"with": ["east"], "without": [], "unheard": [], "is_one": True},
     }  # fmt: skip
     print_summary(summary)
     told = capsys.readouterr().out

@@ -93,8 +93,11 @@ def test_quality_before_after_and_of_each_peer_do_not_change_places() -> None:
 
 def test_a_site_tells_with_whom_it_agreed() -> None:
     names = ["east", "north", "south"]
-    assert agreement_of(names, 1, 4, [2], []) == {"with": ["east"], "without": ["south"], "unheard": []}
-    assert agreement_of(names, 1, 4, [], [0]) == {"with": ["east", "south"], "without": [], "unheard": ["east"]}
-    alone = {"with": [], "without": ["east", "south"], "unheard": []}
-    assert agreement_of(names, 1, 0, None, []) == alone, "the model is its own"
-    assert agreement_of(names, 1, 0, [], []) is None, "there is one anyway"
+    both = ["east", "south"]
+    found = agreement_of(names, 1, 4, [2], [], is_one=True)
+    assert found == {"with": ["east"], "without": ["south"], "unheard": [], "is_one": True}
+    found = agreement_of(names, 1, 4, [], [0], is_one=False)
+    assert found == {"with": both, "without": [], "unheard": ["east"], "is_one": False}
+    alone = {"with": [], "without": both, "unheard": [], "is_one": True}
+    assert agreement_of(names, 1, 0, None, [], is_one=True) == alone, "the model is its own"
+    assert agreement_of(names, 1, 0, [], [], is_one=True) is None, "there is one anyway"

@@ -368,7 +368,7 @@ def test_a_sites_page_names_no_peer_that_it_does_not_know(tmp_path: Path) -> Non
     *_, end = events
     end["metrics"]["peers"] = [{}, end["metrics"]["peers"][1], {}]
     save(tmp_path, events)
-    agreement = {"with": ["north"], "without": ["south"], "unheard": []}
+    agreement = {"with": ["north"], "without": ["south"], "unheard": [], "is_one": True}
     (tmp_path / "summary.json").write_text(json.dumps({"agreement": agreement}))
     page = report(tmp_path, events)
     names = {row["name"] for points in page.points for row in points["rows"]}

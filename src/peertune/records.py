@@ -235,8 +235,8 @@ def _describe(block: Block, sizes: Mapping[str, int]) -> dict[str, Any]:
 
 
 def agreement_of(
-    peers: Sequence[str], own: int, hops: int, absent: Sequence[int] | None, unheard: Sequence[int]
-) -> dict[str, list[str]] | None:
+    peers: Sequence[str], own: int, hops: int, absent: Sequence[int] | None, unheard: Sequence[int], *, is_one: bool
+) -> dict[str, Any] | None:
     """With whom a site agreed on its model in the end, by name; None where there is one anyway, as over a server.
 
     Args:
@@ -245,6 +245,7 @@ def agreement_of(
         hops: of the final agreement.
         absent: peers who are not in it; None: there was none, and the model is this site's own.
         unheard: peers who are in it, but were not heard in the last round.
+        is_one: whether all who were asked after it hold one model.
     """
     others = [peer for peer in range(len(peers)) if peer != own]
     if absent is not None and not hops and not absent:
@@ -254,4 +255,5 @@ def agreement_of(
         "with": [peers[peer] for peer in others if peer not in lost],
         "without": [peers[peer] for peer in others if peer in lost],
         "unheard": [peers[peer] for peer in unheard],
+        "is_one": is_one,
     }

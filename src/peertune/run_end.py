@@ -36,7 +36,7 @@ def agree_on_model(run: RunSetup) -> Agreed:
         return Agreed(is_reached=False, before=before)
     away = run.members[0].exchange.left_out  # in the last round
     try:
-        hops, absent = agree(run.method.num_rounds, run.members, may_lose=run.group.survives_loss)
+        hops, absent, is_one = agree(run.method.num_rounds, run.members, may_lose=run.group.survives_loss)
     except PeerLostError as error:
         if not run.group.survives_loss:
             raise
@@ -53,7 +53,12 @@ def agree_on_model(run: RunSetup) -> Agreed:
             f"nothing was heard of {names} in the last round, but again in the final agreement: what is held there"
             " counts as much as anyone's, also where it was trained apart"
         )
-    return Agreed(is_reached=True, hops=hops, absent=absent, unheard=unheard, before=before)
+    if not is_one:
+        run.progress.note(
+            "warning: after the final agreement not all sites hold one model: one has passed on another than its own;"
+            " compare the hashes of the sites' model folders"
+        )
+    return Agreed(is_reached=True, hops=hops, absent=absent, unheard=unheard, is_one=is_one, before=before)
 
 
 def conclude(run: RunSetup, agreed: Agreed) -> dict[str, Any]:
@@ -98,7 +103,7 @@ def _write(
             told_of |= {key: run.name_of(told_of[key]) for key in ("peer", "went_without")}
         absent = agreed.absent if agreed.is_reached else None
         peers, own = run.site.members[: run.num_peers], run.site.index
-        found["agreement"] = agreement_of(peers, own, agreed.hops, absent, agreed.unheard)
+        found["agreement"] = agreement_of(peers, own, agreed.hops, absent, agreed.unheard, is_one=agreed.is_one)
         found["contributions"] = run.site.contributions(rounds)
     folder.event("end", metrics=metrics, wall_s=wall_s, peak_memory_bytes=found["peak_memory_bytes"])
     module = whole_module(run.average.model, run.config, run.base, run.method.masters)

@@ -33,6 +33,8 @@ class Agreed:
     """Peers who are not in it."""
     unheard: Sequence[int] = ()
     """Peers who are in it, though nothing was heard of them in the last round."""
+    is_one: bool = True
+    """Whether all who were asked after it hold one model, as far as is known."""
     before: Sequence[Measured | None] = ()
     """Quality of each peer's own model before it."""
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,18 +85,26 @@ def _timed_local(
     return [None if report is None else replace(report, cpu_s=cpu_s, wall_s=wall_s) for report in reports]
 
 
-def agree(round: int, members: Sequence[Member], may_lose: bool = False) -> tuple[int, list[int]]:
+class Agreement(NamedTuple):
+    """How an agreement ended."""
+
+    hops: int = 0
+    absent: Sequence[int] = ()
+    """Peers who are not in the average."""
+    is_one: bool = True
+    """Whether all who were asked after it hold one model, as far as is known; a peer may have passed on another."""
+
+
+def agree(round: int, members: Sequence[Member], may_lose: bool = False) -> Agreement:
     """Give every peer the bitwise same model, the weighted average of what the peers share, a block at a time.
 
     Where peers may be lost, all ask first who is still there, and agree without those who are not. Then they ask anew,
-    and agree once more if that failed anywhere, at most `ATTEMPTS` times; what some peers had agreed on by then counts
-    as theirs. Rounds are numbered on, one for each attempt.
+    and which model each holds, and agree once more if that failed anywhere, at most `ATTEMPTS` times; what some peers
+    had agreed on by then counts as theirs. Rounds are numbered on, one for each attempt.
 
     Args:
         round: the number of the run's rounds.
         may_lose: a peer may be lost.
-    Returns:
-        The number of hops it took, and the peers who are not in the average.
     Raises:
         PeerLostError: a peer was lost on the way each time, and with it the blocks still to come.
     """
@@ -102,28 +112,38 @@ def agree(round: int, members: Sequence[Member], may_lose: bool = False) -> tupl
     hops, known = algorithm.agreement(), edges(algorithm)
     if not may_lose or not algorithm.agreement(known):
         _agree_on(hops, {}, round, members)
-        return len(hops), []
-    absent, failure = list[int](), None
+        return Agreement(len(hops))
+    absent: Sequence[int] = ()
+    failure, is_one, held = None, True, dict[int, float]()
     for attempt in range(ATTEMPTS):
-        told = roll_call(round + attempt, members, known, has_failed=failure is not None)
-        *lost, had_losses, any_failed = told.tolist()
+        told = roll_call(round + attempt, members, known, held, has_failed=failure is not None)
+        *lost, had_losses, any_failed, highest, lowest = told.tolist()
+        is_one = highest == -lowest
         if attempt and not any_failed:
             break
         plan = dict[str, Tensor]()
         if any(lost) or any_failed or (had_losses and not hops):
             pairs = [pair for pair, is_lost in zip(known, lost, strict=True) if not is_lost]
-            hops, plan = algorithm.agreement(pairs), {PLAN: told}
+            hops, plan = algorithm.agreement(pairs), {PLAN: told[:-2]}
             absent = algorithm.topology.cut_off_from(members[0].index, pairs)
         if not hops:
             break
         try:
             _agree_on(hops, plan, round + attempt, members, keeps=True)
-            failure = None
+            failure, held = None, {member.index: _print_of(member.algorithm) for member in members}
         except PeerLostError as error:
             failure = error
     if failure is not None:
         raise failure
-    return len(hops), absent
+    return Agreement(len(hops), absent, is_one)
+
+
+def _print_of(algorithm: Algorithm) -> float:
+    """Of what a peer shares, to the bit: a number that float32 holds."""
+    digest = hashlib.sha256()
+    for name in algorithm.shared_names():
+        digest.update(algorithm.shared(name).contiguous().cpu().numpy().data)
+    return float(int.from_bytes(digest.digest()[:3], "big"))
 
 
 def _agree_on(
@@ -166,7 +186,12 @@ def _agree_on(
 
 
 def roll_call(
-    round: int, members: Sequence[Member], pairs: Sequence[tuple[int, int]], *, has_failed: bool = False
+    round: int,
+    members: Sequence[Member],
+    pairs: Sequence[tuple[int, int]],
+    held: Mapping[int, float],
+    *,
+    has_failed: bool = False,
 ) -> Tensor:
     """Who still hears whom, the same for all who do: everybody floods what he knows over the graph.
 
@@ -176,17 +201,20 @@ def roll_call(
 
     Args:
         pairs: the run's `edges`.
+        held: by member the fingerprint of the model it agreed on just before; none: it did not.
         has_failed: whether the agreement before it failed here.
     Returns:
-        By pair, 1 where no message comes any more; at the end 1 if any peer once went on without another, and 1 if the
-        agreement before failed at any; float32.
+        By pair, 1 where no message comes any more; then 1 if any peer once went on without another, 1 if the agreement
+        before failed at any, and of all fingerprints, 0 where there is none, the highest and minus the lowest; float32.
     """
     num_peers = members[0].algorithm.topology.num_peers
     own = {(peer, peer): 1.0 for peer in range(num_peers)}
     wave = Hop(ROLL, own | {way: 1.0 for i, j in pairs for way in ((i, j), (j, i))})
-    lost = {member.index: torch.zeros(len(pairs) + 2) for member in members}
+    lost = {member.index: torch.zeros(len(pairs) + 4) for member in members}
     for member in members:
-        lost[member.index][-2:] = torch.tensor([bool(member.exchange.rounds_without), has_failed])
+        own_print = held.get(member.index, 0.0)
+        own_fields = [float(bool(member.exchange.rounds_without)), float(has_failed), own_print, -own_print]
+        lost[member.index][-4:] = torch.tensor(own_fields)
     for _ in range(2 * (num_peers - 1)):
         for member, inbox in _carry(round, wave, members, lambda member, hop: {"lost": lost[member.index].clone()}):
             known = lost[member.index]
