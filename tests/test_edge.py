@@ -351,11 +351,21 @@ def test_a_state_nobody_asked_for_takes_no_memory() -> None:
 
 
 def test_one_who_leaves_is_away_until_it_is_back() -> None:
-    pair = Pair()
+    class Farewells(Listener):
+        def has_left(self) -> None:
+            said.append("left")
+
+        def has_finished(self) -> None:
+            said.append("finished")
+
+    pair, said = Pair(), list[str]()
+    pair.ends[0] = Edge(Farewells())
     pair.connect()
-    pair.say(1, pair.ends[1].leaving())
+    for _ in range(2):
+        pair.say(1, pair.ends[1].leaving())
+        pair.say(1, pair.ends[1].finished())
     pair.run()
-    assert pair.ends[0].peer_has_left
+    assert pair.ends[0].peer_has_left and said == ["left", "finished"], "each is told once"
     pair.ends[1] = Edge()
     pair.connect()
     pair.run()

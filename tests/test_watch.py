@@ -146,6 +146,12 @@ def test_a_sites_logs_tell_its_neighbors_and_who_is_missing() -> None:
     assert back.missing == () and back.peers[1].since == T0 + 9 and back.peers[1].rounds_without == 2
     out = folded([START], [*AUDIT, *LOST, {"event": "ejected", "time": T0 + 9, "peer": "south", "signed_by": "north"}])
     assert out.missing == () and out.peers[1].status == "ejected"
+    for kind, then in (("left", "missing"), ("finished", "finished")):
+        told: list[dict[str, Any]] = [{"event": kind, "time": T0 + 4, "peer": "south"}, *LOST[:1]]
+        gone = folded([START], [*AUDIT, *told])
+        assert gone.missing == () and gone.peers[1].status == kind
+        told += [{"event": "connected", "time": T0 + 6, "peer": "south"}, *LOST[:1]]
+        assert folded([START], [*AUDIT, *told]).peers[1].status == then, "it was back for a moment"
     own = {"event": "ejected", "time": T0 + 9, "peer": "east", "signed_by": "north, south"}
     ended = [status_lines(folded([START], [*AUDIT, *LOST, *told], alive=False))[0] for told in ([], [own])]
     assert "The same command goes on." in ended[0]

@@ -65,6 +65,12 @@ class Listener:
     def refused_by(self, reason: str) -> None:
         """The neighbour refuses what this site sent, in its own words, and ends the stream."""
 
+    def has_left(self) -> None:
+        """The neighbour goes, and need not be waited for until it is back."""
+
+    def has_finished(self) -> None:
+        """The neighbour has finished the run."""
+
     def runs_twice(self) -> None:
         """A process of the neighbour is back that another one had replaced: there are two."""
 
@@ -291,10 +297,14 @@ class Edge:
         elif kind is Kind.ASK:
             self.peer_asks = True
         elif kind is Kind.LEAVE:
+            if not self.peer_has_left:
+                self._listener.has_left()
             self.peer_has_left = True
         elif kind is Kind.REFUSED:
             self._listener.refused_by(bytes(rest).decode(errors="replace"))
         else:
+            if not self.peer_is_finished:
+                self._listener.has_finished()
             self.peer_is_finished = True
             self.no_state()
             for key in [key for key in self.inbox if key not in self.offers]:

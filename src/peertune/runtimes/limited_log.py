@@ -15,8 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 CAUSED_BY_CONNECTIONS = {
-    "connected", "disconnected", "failed", "probed", "refused", "refused_by", "runs_twice", "stalled", "stranger",
-    "turned_away", "unreachable",
+    "connected", "disconnected", "failed", "finished", "left", "probed", "refused", "refused_by", "runs_twice",
+    "stalled", "stranger", "turned_away", "unreachable",
 }  # fmt: skip
 BURST = 100
 """Lines of one member's that may come at once."""

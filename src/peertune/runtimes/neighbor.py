@@ -85,6 +85,12 @@ class Neighbor(Listener):
         self._is_refused = True
         self.log("refused_by", peer=self.name, reason=text(reason, MAX_REASON))
 
+    def has_left(self) -> None:
+        self.log("left", peer=self.name)
+
+    def has_finished(self) -> None:
+        self.log("finished", peer=self.name)
+
     def runs_twice(self) -> None:
         self.log("runs_twice", peer=self.name)
 

@@ -108,6 +108,8 @@ class _Link:
     without: set[int] = field(default_factory=set)
     refusal: str = ""
     is_ejected: bool = False
+    farewell: str = ""
+    """The last it said: "left", until it is back, or "finished"."""
 
 
 class Links(_Log):
@@ -137,7 +139,11 @@ class Links(_Log):
             link.connected, link.since = kind == "connected", time
             if link.connected:
                 link.heard, link.refusal = time, ""
+                link.farewell = "" if link.farewell == "left" else link.farewell
                 self.waiting.pop(name, None)
+        elif kind in ("left", "finished") and name:
+            self._link(name).farewell = kind
+            self.waiting.pop(name, None)
         elif kind == "unreachable" and name:
             self._link(name).refusal = f"cannot be reached: {text(event.get('reason'), 300)}"
         elif kind in ("refused", "refused_by") and name:

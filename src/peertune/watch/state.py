@@ -23,8 +23,8 @@ class PeerState:
     index: int | None
     name: str
     status: str
-    """Of a neighbour "connected", "missing", "ejected", or "offline": this site's own process has ended; of a peer
-    "here"."""
+    """Of a neighbour "connected", "missing", "left" in good order, "finished", "ejected", or "offline": this site's own
+    process has ended; of a peer "here"."""
     since: float | None = None
     """Unix seconds since which it is connected or missing."""
     heard: float | None = None
@@ -146,7 +146,8 @@ def snapshot(rounds: Rounds, links: Links, now: float, alive: bool | None, finis
 def _neighbors(links: Links, done: int, state: str) -> tuple[PeerState, ...]:
     found = []
     for name, link in links.links.items():
-        status = "ejected" if link.is_ejected else "connected" if link.connected else "missing"
+        gone = link.farewell or "missing"
+        status = "ejected" if link.is_ejected else "connected" if link.connected else gone
         moved, seconds = sum(size for size, _ in link.arrivals), sum(seconds for _, seconds in link.arrivals)
         found.append(
             PeerState(
