@@ -1,5 +1,6 @@
 """Who connects to a port and shows no member's key."""
 
+import errno
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -111,3 +112,20 @@ def test_what_is_remembered_is_bounded(door: Door, clock: list[float], monkeypat
     door.strangers.knocked()
     door.strangers.look(clock[0] + PATIENCE_S + 0.1)
     assert len(door.lines) == module.MAX_KNOWN
+
+
+def test_a_look_that_fails_makes_no_stranger_of_a_member(
+    door: Door, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One takes a descriptor, and who floods the port may have taken the last."""
+    door.strangers.is_member(f"ipv4:127.0.0.1:{door.come()}")
+
+    def none_left(path: str) -> list[str]:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "listdir", none_left)
+        door.strangers.knocked()
+    door.strangers.knocked()
+    door.strangers.look(clock[0] + PATIENCE_S + 0.1)
+    assert door.lines == []

@@ -57,6 +57,8 @@ class Strangers:
             if now < self._next_look:
                 return  # the next look finds it, if it is still there
             here = _peers(self.port)
+            if here is None:
+                return  # else all who are there would look new at the next look
             for address in here - self._open:
                 if len(self._since) < MAX_KNOWN:
                     self._since[address] = now
@@ -101,19 +103,24 @@ class Strangers:
             self._hosts[host] = now, 0
 
 
-def _peers(port: int) -> set[Address]:
-    """Who is at the other end of this process's connections to one of its ports; nobody where no system says it."""
+def _peers(port: int) -> set[Address] | None:
+    """Who is at the other end of this process's connections to one of its ports; None: no system says it, or not now,
+    as where the process has no descriptor left to ask with.
+    """
+    try:
+        names = os.listdir("/dev/fd")
+    except OSError:
+        return None
     found: set[Address] = set()
-    with suppress(OSError):
-        for name in os.listdir("/dev/fd"):
-            with suppress(OSError, ValueError):  # no socket, no connection, or just closed
-                connection = socket.socket(fileno=int(name))
-                try:
-                    is_ip = connection.family in (socket.AF_INET, socket.AF_INET6)
-                    if is_ip and connection.getsockname()[1] == port:
-                        found.add(_address(*connection.getpeername()[:2]))
-                finally:
-                    connection.detach()  # it is gRPC's
+    for name in names:
+        with suppress(OSError, ValueError):  # no socket, no connection, or just closed
+            connection = socket.socket(fileno=int(name))
+            try:
+                is_ip = connection.family in (socket.AF_INET, socket.AF_INET6)
+                if is_ip and connection.getsockname()[1] == port:
+                    found.add(_address(*connection.getpeername()[:2]))
+            finally:
+                connection.detach()  # it is gRPC's
     return found
 
 
