@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -16,7 +16,7 @@ from peertune.algorithms.fedavg import Fedavg, FedavgConfig
 from peertune.config import TopologySection
 from peertune.errors import PeerLostError
 from peertune.exchange import Hop, Inbox, Payload
-from peertune.runtimes import Member, agree
+from peertune.runtimes import Member, agree, rounds
 from peertune.runtimes.rounds import PLAN, Agreement
 from peertune.runtimes.simulation import Mailbox, SimulatedExchange
 from peertune.topology import build_topology
@@ -105,6 +105,23 @@ def test_who_passes_on_another_model_than_it_holds_is_found_out(place: int) -> N
     members = ring(Lying)
     assert not agree(0, members, may_lose=True).is_one
     assert len(np.unique(weights_of(members), axis=0)) == 2
+
+
+def test_nobody_is_suspected_for_an_attempt_that_failed_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who failed has no model to tell of, and after the last attempt nobody is asked."""
+
+    def failed_elsewhere(
+        round: int, members: Sequence[Member], pairs: Sequence[tuple[int, int]], *_: object, **__: object
+    ) -> torch.Tensor:
+        told = torch.zeros(len(pairs) + 4)
+        if round:
+            told[-3:] = torch.tensor([1.0, 5.0, 0.0])
+        return told
+
+    monkeypatch.setattr(rounds, "roll_call", failed_elsewhere)
+    members = ring(SimulatedExchange)
+    assert agree(0, members, may_lose=True).is_one
+    assert len(np.unique(weights_of(members), axis=0)) == 1
 
 
 @pytest.mark.parametrize("is_apart", [False, True])

@@ -92,7 +92,8 @@ class Agreement(NamedTuple):
     absent: Sequence[int] = ()
     """Peers who are not in the average."""
     is_one: bool = True
-    """Whether all who were asked after it hold one model, as far as is known; a peer may have passed on another."""
+    """Whether all who were asked after it hold one model, as far as is known; a peer may have passed on another. After
+    the last attempt nobody is asked."""
 
 
 def agree(round: int, members: Sequence[Member], may_lose: bool = False) -> Agreement:
@@ -118,8 +119,8 @@ def agree(round: int, members: Sequence[Member], may_lose: bool = False) -> Agre
     for attempt in range(ATTEMPTS):
         told = roll_call(round + attempt, members, known, held, has_failed=failure is not None)
         *lost, had_losses, any_failed, highest, lowest = told.tolist()
-        is_one = highest == -lowest
         if attempt and not any_failed:
+            is_one = highest == -lowest
             break
         plan = dict[str, Tensor]()
         if any(lost) or any_failed or (had_losses and not hops):
