@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from peertune import run_folder, run_state
+from peertune.algorithms import METHODS
 from peertune.algorithms.fedavg import Fedavg, FedavgConfig
 from peertune.algorithms.rw_lora import RwLora, RwLoraConfig
 from peertune.checkpoint import CheckpointStore, newest_common
@@ -21,6 +22,7 @@ from peertune.data.render import Sample
 from peertune.errors import CheckpointError, StorageError
 from peertune.evaluation import Measured
 from peertune.link import Clock
+from peertune.recipe import from_dict
 from peertune.run_folder import RunFolder
 from peertune.run_state import Agreed, RunState
 from peertune.runtimes import Member
@@ -204,6 +206,16 @@ def test_a_resumed_recipe_may_differ_in_what_computes_nothing_alone(tmp_path: Pa
     ):
         with pytest.raises(CheckpointError, match="resume with the same recipe"):
             folder.check(other, resume=True)
+
+
+def test_a_key_that_is_newer_than_a_run_does_not_keep_it_from_going_on(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    config = from_dict({}, METHODS)[0].to_dict()
+    older = {**config, "topology": {key: value for key, value in config["topology"].items() if key != "matrix"}}
+    folder.create({"config": older})
+    folder.check(config, resume=True)
+    with pytest.raises(CheckpointError, match=r"topology.matrix = \[\], got \[\[1.0\]\]"):
+        folder.check({**config, "topology": {**config["topology"], "matrix": [[1.0]]}}, resume=True)
 
 
 def test_a_run_that_begins_anew_leaves_nothing_of_an_earlier_start(tmp_path: Path) -> None:

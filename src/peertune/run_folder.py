@@ -16,14 +16,16 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from peertune.errors import CheckpointError, StorageError
+from peertune.algorithms import METHODS
+from peertune.errors import CheckpointError, ConfigError, StorageError
 from peertune.lock import FolderLock
 from peertune.logfields import parse_line, whole
 from peertune.model.adapters import bottleneck_code, core_of, merge_adapter, peft_is_quiet
-from peertune.recipe import flatten
+from peertune.recipe import flatten, from_dict
 from peertune.storage import (
     append_line,
     check_writable,
@@ -76,8 +78,8 @@ class RunFolder:
             raise CheckpointError(
                 f"run.out: {self.path} already holds a run; go on with --resume, or name another folder with --out"
             )
-        before = flatten(self.read_recipe()["config"])
-        now = flatten(config)
+        then, now = self.read_recipe()["config"], flatten(config)
+        before = {key: value for key, value in _defaults(then).items() if key in now} | flatten(then)
         for key in sorted((before.keys() | now.keys()) - free):
             if before.get(key) != now.get(key):
                 raise CheckpointError(
@@ -172,6 +174,13 @@ class RunFolder:
             raise CheckpointError(
                 f"{self.summary}: damaged: {error}; delete it and go on with --resume, which makes it anew"
             ) from error
+
+
+def _defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """By dotted key, what a run's recipe says without saying it: keys may be newer than the recipe."""
+    with suppress(ConfigError):
+        return flatten(from_dict(config, METHODS)[0].to_dict())
+    return {}
 
 
 def save_trained(
