@@ -124,6 +124,11 @@ def test_export_follows_no_link_in_a_runs_folder(finished: Path, tmp_path: Path)
     assert main(["export", str(finished), "--to", str(tmp_path / "exported")]) == 0
     names = {path.name for path in (tmp_path / "exported").iterdir()}
     assert "model.safetensors" in names and "merges.txt" not in names
+    (finished / "model").rename(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "notes").touch()
+    (finished / "model").symlink_to(tmp_path / "elsewhere")
+    assert main(["export", str(finished), "--to", str(tmp_path / "again")]) == 0
+    assert not (tmp_path / "again" / "notes").exists(), "it is the checkpoint's"
 
 
 def test_a_recipe_that_nests_without_end_is_a_damaged_one(

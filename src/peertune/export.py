@@ -55,7 +55,7 @@ def export(
             " it out"
         )
     kept = (folder.adapter,) if adapter else (folder.model, folder.adapter)
-    finished = [path for path in kept if path.exists() and folder.summary.exists()]
+    finished = [path for path in kept if path.exists() and not path.is_symlink() and folder.summary.exists()]
     if finished and peer is None:
         with storage_errors(to):
             shutil.copytree(finished[0], to, dirs_exist_ok=True, ignore=_links)
