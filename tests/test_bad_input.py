@@ -190,6 +190,7 @@ def test_one_line_exit_2_nothing_written(
         (["run", "missing.toml"], "missing.toml"),
         (["run", "broken.toml"], "not valid TOML"),
         (["run", "empty.toml", "--set", "nonsense"], "section.key=value"),
+        (["run", "empty.toml", "--set", f"run.seed={'9' * 5000}"], "run.seed"),
         (["run", "empty.toml", "--set", "run.num_peers=[1"], "run.num_peers"),
         (["run", "empty.toml", "--set", "algorithm.betas=[0.9]"], "algorithm.betas"),
         (["report", "."], "no run"),

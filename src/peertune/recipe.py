@@ -159,11 +159,13 @@ def apply_override(tree: dict[str, Any], text: str) -> None:
     if not equals or len(parts) < 2 or not all(parts):
         raise ConfigError(f"--set {text!r}: expected section.key=value, such as algorithm.lr=1e-4")
     try:
-        parsed = tomllib.loads(f"value = {value.strip()}")
+        parsed = parse_toml(f"value = {value.strip()}")
         if list(parsed) != ["value"]:
             raise ConfigError(f"--set {text!r}: expected one value")
         item: Any = parsed["value"]
-    except tomllib.TOMLDecodeError:
+    except ConfigError:
+        raise
+    except ValueError:
         item = value.strip()
     node = tree
     for part in parts[:-1]:
