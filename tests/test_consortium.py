@@ -201,6 +201,7 @@ def test_sites_end_with_bitwise_the_weights_of_the_simulation(name: str, tmp_pat
             assert sent == told["bytes_sent_per_peer"][index] + told["header_bytes_sent_per_peer"][index]
         page = (tmp_path / site / "run" / "report.html").read_text()
         assert "4 peers" in page and ("This site's " in page) == (site in NAMES)
+        assert ("model is also that of" in page) == (site in NAMES and "topology" not in TRIED[name])
 
 
 def test_a_killed_site_comes_back_and_nothing_is_lost(tmp_path: Path, micro_model: Path) -> None:

@@ -377,6 +377,10 @@ def test_a_sites_page_names_no_peer_that_it_does_not_know(tmp_path: Path) -> Non
     assert "A site sees only its own model" in page.texts["consensus"]
     assert "Partition" not in page.texts["data"] and "λ2 = 0," in page.texts["graph"]
     assert "also that of: north; not that of: south" in page.texts["notes"]
+    (tmp_path / "summary.json").unlink()  # the run's own report is written before it
+    end["agreement"] = agreement | {"is_one": False}
+    page = report(tmp_path, events)
+    assert "agreed with: north; without: south; but they do not all hold one model" in page.texts["notes"]
 
 
 def test_many_peers_and_rounds_stay_readable(tmp_path: Path) -> None:

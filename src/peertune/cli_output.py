@@ -129,7 +129,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
         table.caption += f"\nagreed with: {agreed}; without: {without}"
         if agreement["unheard"]:
             table.caption += f"\nnot heard in the last round: {', '.join(agreement['unheard'])}"
-        if not agreement["is_one"]:
+        if not agreement.get("is_one", True):  # a summary may be of an older version
             table.caption += "\nwarning: they do not all hold one model; compare the hashes of the sites' model folders"
     if is_alone:
         table.caption += "\nwarning: the others end with other models than this one"

@@ -55,8 +55,8 @@ def agree_on_model(run: RunSetup) -> Agreed:
         )
     if not is_one:
         run.progress.note(
-            "warning: after the final agreement not all sites hold one model: one has passed on another than its own;"
-            " compare the hashes of the sites' model folders"
+            "warning: after the final agreement not all sites hold one model: one has passed on another than its own,"
+            " or some were out of reach meanwhile; compare the hashes of the sites' model folders"
         )
     return Agreed(is_reached=True, hops=hops, absent=absent, unheard=unheard, is_one=is_one, before=before)
 
@@ -105,7 +105,8 @@ def _write(
         peers, own = run.site.members[: run.num_peers], run.site.index
         found["agreement"] = agreement_of(peers, own, agreed.hops, absent, agreed.unheard, is_one=agreed.is_one)
         found["contributions"] = run.site.contributions(rounds)
-    folder.event("end", metrics=metrics, wall_s=wall_s, peak_memory_bytes=found["peak_memory_bytes"])
+    agreed_with = {} if run.site is None else {"agreement": found["agreement"]}
+    folder.event("end", metrics=metrics, wall_s=wall_s, peak_memory_bytes=found["peak_memory_bytes"], **agreed_with)
     module = whole_module(run.average.model, run.config, run.base, run.method.masters)
     if not folder.is_written:
         return {}

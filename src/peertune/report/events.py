@@ -90,6 +90,8 @@ class RunRecord:
     agreement_hops: int | None
     agreed_with: tuple[str, ...]
     """At a site the names of those who end with its model; both are empty elsewhere, and before the end."""
+    agreed_is_one: bool
+    """Whether they do end with it, as far as is known."""
     agreed_without: tuple[str, ...]
     started: float | None
     wall_s: float | None
@@ -178,6 +180,8 @@ def read_run(run_dir: Path) -> RunRecord:
     start, end = log.start, log.end or {}
     rounds = tuple(_round(r, log.rounds[r]) for r in sorted(log.rounds))
     metrics = mapping(end.get("metrics")) or mapping(summary.get("metrics"))
+    # A run's own report is written before its summary.
+    agreement = mapping(end.get("agreement")) or mapping(summary.get("agreement"))
     model = mapping(start.get("model"))
     return RunRecord(
         config=mapping(start.get("config")) or mapping(summary.get("config")),
@@ -206,8 +210,9 @@ def read_run(run_dir: Path) -> RunRecord:
             or _values((log.agreement or {}).get("bytes_sent"))
             or (rounds[-1].bytes_sent if rounds else ())
         ),
-        agreed_with=tuple(str(name) for name in items(mapping(summary.get("agreement")).get("with"))),
-        agreed_without=tuple(str(name) for name in items(mapping(summary.get("agreement")).get("without"))),
+        agreed_with=tuple(str(name) for name in items(agreement.get("with"))),
+        agreed_without=tuple(str(name) for name in items(agreement.get("without"))),
+        agreed_is_one=agreement.get("is_one") is not False,
         agreement_hops=whole(log.agreement.get("hops")) or 0 if log.agreement else None,
         started=number(start.get("time")),
         wall_s=_first(end.get("wall_s"), summary.get("wall_s"), rounds[-1].wall_s if rounds else None),

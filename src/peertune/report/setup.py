@@ -131,7 +131,10 @@ def notes(run: RunRecord) -> str:
         facts.append(f"{duration(run.wall_s)} of wall time.")
     if run.agreed_with or run.agreed_without:
         names = (", ".join(of) or "nobody" for of in (run.agreed_with, run.agreed_without))
-        facts.append("This site's model is also that of: {}; not that of: {}.".format(*names))
+        agreed = "This site's model is also that of: {}; not that of: {}."
+        if not run.agreed_is_one:
+            agreed = "Warning: agreed with: {}; without: {}; but they do not all hold one model."
+        facts.append(agreed.format(*names))
     facts += [f"Resumed at round {count(r)}." for r in run.resumes]
     if not run.finished:
         facts.append("The run has not ended: this page shows it so far.")
