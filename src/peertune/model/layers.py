@@ -165,7 +165,7 @@ def lowest_layers(module: nn.Module, layers: nn.ModuleList, forward: Callable[[]
         layers: the module's, not yet taken over.
         forward: runs the module on a few tokens.
     Returns:
-        By name; 0 for what comes before the layers, their number for what comes behind them all.
+        By name; 0 for what comes before the layers, their number for the last one and what comes behind it.
     """
     inputs: list[tuple[int, Any]] = []
 
