@@ -1,6 +1,7 @@
 """Who connects to a port and shows no member's key."""
 
 import errno
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -129,3 +130,17 @@ def test_a_look_that_fails_makes_no_stranger_of_a_member(
     door.strangers.knocked()
     door.strangers.look(clock[0] + PATIENCE_S + 0.1)
     assert door.lines == []
+
+
+def test_nobody_elses_socket_is_changed(door: Door) -> None:
+    """A default timeout, which a plugin may set, is one for each socket that Python takes in hand."""
+    near, far = socket.socketpair()
+    with near, far:
+        socket.setdefaulttimeout(5.0)
+        try:
+            door.strangers.knocked()
+        finally:
+            socket.setdefaulttimeout(None)
+        assert os.get_blocking(near.fileno())
+        door.strangers.knocked()
+        assert os.get_blocking(near.fileno())
