@@ -75,9 +75,10 @@ def read_contestants(options: Options) -> Lineup:
             own = _item_overrides(item)
             config, remarks = load_recipe(options.recipes[0], [*options.overrides, *own], METHODS)
             contestants.append(Contestant(name=item, config=config))
-            unused.append({remark.partition(" ")[0] for remark in remarks})
+            by_key = {remark.partition(" ")[0]: remark for remark in remarks}
+            unused.append(set(by_key))
             set_here = {override.partition("=")[0] for override in own}
-            notes += [f"{item}: {remark}" for remark in remarks if remark.partition(" ")[0] in set_here]
+            notes += [f"{item}: {remark}" for key, remark in by_key.items() if key in set_here]
         # What the recipe or --set says for all is meant for some; what none uses is a mistake.
         notes += [f"{key} is used by none of those compared" for key in sorted(set.intersection(*unused))]
         pace = _pace(options, contestants[0])

@@ -90,9 +90,9 @@ class RunRecord:
     agreement_hops: int | None
     agreed_with: tuple[str, ...]
     """At a site the names of those who end with its model; both are empty elsewhere, and before the end."""
-    agreed_is_one: bool
-    """Whether they do end with it, as far as is known."""
     agreed_without: tuple[str, ...]
+    agreed_is_one: bool
+    """Whether those named first do end with it, as far as is known."""
     started: float | None
     wall_s: float | None
     peak_memory_bytes: int | None

@@ -108,9 +108,7 @@ class Outbox:
 
     def chunks(self, key: Key, offset: int) -> Iterator[tuple[int, list[memoryview]]]:
         """A message from an offset on: offset and pieces of each chunk, as large as the line bears by then."""
-        return self._cut(self.messages[key], offset)  # which may be dropped while it is on its way
-
-    def _cut(self, sent: Outgoing, offset: int) -> Iterator[tuple[int, list[memoryview]]]:
+        sent = self.messages[key]  # which may be dropped while it is on its way
         while offset < sent.size:
             size = min(self._chunk_size, message.CHUNK_SIZE)
             yield offset, sent.cut(offset, size)
