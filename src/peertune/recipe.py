@@ -160,20 +160,17 @@ def apply_override(tree: dict[str, Any], text: str) -> None:
         raise ConfigError(f"--set {text!r}: expected section.key=value, such as algorithm.lr=1e-4")
     try:
         parsed = parse_toml(f"value = {value.strip()}")
-        if list(parsed) != ["value"]:
-            raise ConfigError(f"--set {text!r}: expected one value")
-        item: Any = parsed["value"]
-    except ConfigError:
-        raise
     except ValueError:
-        item = value.strip()
+        parsed = {"value": value.strip()}
+    if list(parsed) != ["value"]:
+        raise ConfigError(f"--set {text!r}: expected one value")
     node = tree
     for part in parts[:-1]:
         child = node.setdefault(part, {})
         if not isinstance(child, dict):
             raise ConfigError(f"--set {text!r}: {part!r} is a value, not a section")
         node = child
-    node[parts[-1]] = item
+    node[parts[-1]] = parsed["value"]
 
 
 def _explain(error: ValidationError, prefix: tuple[str, ...], section: type[Section]) -> str:
