@@ -57,7 +57,6 @@ class Rendered:
     num_dropped: int
     """Rows with nothing to learn from: an empty text or answer, or no room for one."""
     num_tokens: int
-    num_target_tokens: int
     tools_cut: Mapping[str, int] = field(default_factory=dict)
     """Rows whose function schemas were shortened to make room, by what the schemas lost; see `data.tools.LOSSES`."""
 
@@ -148,8 +147,7 @@ def render(
             "are empty or too long; raise model.max_length, or check the fields' names under [data]"
         )
     num_tokens = sum(len(sample.input_ids) for sample in samples)
-    num_targets = sum(int(sample.loss_mask.sum()) for sample in samples)
-    return Rendered(samples, len(rows), num_cut, num_dropped, num_tokens, num_targets, tools_cut)
+    return Rendered(samples, len(rows), num_cut, num_dropped, num_tokens, tools_cut)
 
 
 def _pack(
