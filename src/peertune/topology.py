@@ -159,14 +159,6 @@ class Topology:
         """The peers, ascending, whom no word from `peer` reaches over the edges given."""
         return sorted(set(range(self.num_peers)) - nx.node_connected_component(_graph(self.num_peers, pairs), peer))
 
-    @cached_property
-    def tree_depth(self) -> int:
-        """Edges between the root of `tree()` and its furthest peer: hops of a reduce, and again of a broadcast."""
-        depth: dict[int, int] = {}
-        for parent, child in self.tree():
-            depth[child] = depth.get(parent, 0) + 1
-        return max(depth.values(), default=0)
-
 
 def build_topology(
     config: TopologySection, num_peers: int, seed: int, sample_counts: Sequence[int] | None = None
