@@ -114,8 +114,6 @@ def test_union_names_every_sample_once(counts: list[int], batch_size: int) -> No
 def test_refuses_nothing_to_draw_from_and_foreign_states() -> None:
     with pytest.raises(DataError, match="no sample"):
         Batches([], 2, seed=0, pad_id=0)
-    with pytest.raises(DataError, match="no peer"):
-        UnionBatches([])
     for state in ({}, {"drawn": -1}, {"drawn": "3"}, {"drawn": True}):
         with pytest.raises(CheckpointError, match="drawn"):
             batches(3, 2).load_state_dict(state)

@@ -135,14 +135,12 @@ class UnionBatches:
     """The batches of several peers as one: each step's batch is the union of the members' batches of that step.
 
     Args:
-        members: batches of the peers, in peer order. Sample ids count on from one member to the next.
+        members: batches of the peers, one at least, in peer order. Sample ids count on from one member to the next.
     """
 
     def __init__(self, members: Sequence[Batches]) -> None:
-        if not members:
-            raise DataError("data: got no peer to pool the data of, expected at least one")
         self.members = list(members)
-        sizes = [len(member.samples) for member in self.members]
+        sizes = [member.num_samples for member in self.members]
         self._offsets = [sum(sizes[:i]) for i in range(len(sizes))]
 
     def next(self) -> Batch:
@@ -169,8 +167,7 @@ class UnionBatches:
     @property
     def epochs(self) -> float:
         """Samples drawn over samples held, by all members together."""
-        held = [len(member.samples) for member in self.members]
-        return sum(member.epochs * size for member, size in zip(self.members, held, strict=True)) / sum(held)
+        return sum(member.epochs * member.num_samples for member in self.members) / self.num_samples
 
     def state_dict(self) -> dict[str, Any]:
         return {"members": [member.state_dict() for member in self.members]}
