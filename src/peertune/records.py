@@ -35,9 +35,7 @@ def start_event(
     held = [
         {
             "peer": peer,
-            "samples": shown["samples"],
-            "classes": shown["classes"],
-            "others": shown["others"],
+            **shown,
             "sequences": len(rendered.samples),
             "tokens": rendered.num_tokens,
             "cut": rendered.num_cut,
