@@ -11,7 +11,7 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -35,7 +35,8 @@ from peertune.runtimes.proxy import take_upper_case
 from peertune.runtimes.strangers import Strangers
 
 T = TypeVar("T")
-METHOD, EJECTION = "/peertune.Peer/Link", "/peertune.Peer/Ejection"
+SERVICE = "peertune.Peer"
+METHOD, EJECTION = f"/{SERVICE}/Link", f"/{SERVICE}/Ejection"
 CHARTER_KEY, PIECES_KEY = "peertune-charter", "peertune-charter-pieces"
 OPTIONS = [
     ("grpc.max_receive_message_length", MAX_FRAME),
@@ -201,9 +202,11 @@ class Node:
         patience = ("grpc.server_handshake_timeout_ms", int(1000 * HANDSHAKE_S))
         streams = ("grpc.max_concurrent_streams", MAX_STREAMS)
         self._server = grpc.aio.server(options=[*OPTIONS, ("grpc.so_reuseport", 0), patience, streams])
-        self._server.add_generic_rpc_handlers(
-            [_Handler({METHOD: self._serve, PROBE: self._probed, EJECTION: self._told})]
-        )
+        serves = {METHOD: self._serve, PROBE: self._probed, EJECTION: self._told}
+        handlers = {
+            path.rpartition("/")[2]: grpc.stream_stream_rpc_method_handler(serve) for path, serve in serves.items()
+        }
+        self._server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, handlers)])
         try:
             self._strangers.port = self._server.add_secure_port(self.listen, credentials)
         except RuntimeError as error:
@@ -410,11 +413,3 @@ class Node:
         if self._refusals.get((event, index)) != reason:
             self._refusals[event, index] = reason
             self.log(event, peer=self.charter.members[index].name, reason=reason)
-
-
-class _Handler(grpc.GenericRpcHandler):  # type: ignore[misc]
-    def __init__(self, methods: Mapping[str, Callable[[Any, Any], Awaitable[None]]]) -> None:
-        self._handlers = {name: grpc.stream_stream_rpc_method_handler(serve) for name, serve in methods.items()}
-
-    def service(self, details: Any) -> Any:
-        return self._handlers.get(details.method)
