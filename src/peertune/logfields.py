@@ -93,10 +93,10 @@ def whole(value: object) -> int | None:
 
 def pair(value: object) -> tuple[int, int] | None:
     """The places of two members, the lower one first, or None."""
-    ends = [whole(end) for end in items(value)]
-    if len(ends) != 2 or ends[0] is None or ends[1] is None or max(ends[0], ends[1]) >= MAX_MEMBERS:
+    one, other = map(whole, value) if isinstance(value, list) and len(value) == 2 else (None, None)
+    if one is None or other is None or one == other or max(one, other) >= MAX_MEMBERS:
         return None
-    return min(ends[0], ends[1]), max(ends[0], ends[1])
+    return min(one, other), max(one, other)
 
 
 def items(value: object) -> Sequence[Any]:

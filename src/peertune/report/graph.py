@@ -22,9 +22,13 @@ STRONG = 0.7
 
 
 def graph_svg(num_peers: int, edges: Sequence[tuple[int, int]], weights: Matrix) -> str:
-    """Peers on a circle, edges as wide as their weight; a node beyond the peers (a hub) stands in the middle."""
-    num_nodes = max([num_peers, *(1 + max(edge) for edge in edges)])
-    pairs = sorted({(min(e), max(e)) for e in edges if e[0] != e[1] and min(e) >= 0})
+    """Peers on a circle, edges as wide as their weight; a node beyond the peers (a hub) stands in the middle.
+
+    Args:
+        edges: as `logfields.pair` reads them.
+    """
+    num_nodes = max([num_peers, *(1 + high for _, high in edges)])
+    pairs = sorted(set(edges))
     largest = max((_weight(weights, a, b) for a, b in pairs), default=0.0)
     places = [_place(node, num_peers) for node in range(num_nodes)]
     crowd = min(1.0, 60 / max(1, len(pairs)))

@@ -22,7 +22,7 @@ def graph(run: RunRecord) -> str:
         reason = "One model: no graph." if run.num_models == 1 else "The run has no graph: no peer has a neighbor."
         return card("graph", "Graph and mixing matrix", empty(reason))
     kind = esc(str(run.setting("topology", "kind") or "graph").replace("_", " "), 40)
-    facts = [kind, plural(run.num_peers, "peer"), plural(len({tuple(sorted(e)) for e in run.edges}), "edge")]
+    facts = [kind, plural(run.num_peers, "peer"), plural(len(set(run.edges)), "edge")]
     if run.weights and run.setting("topology", "weights"):
         facts.append(f"{esc(run.setting('topology', 'weights'), 40)} weights")
     gap = ""

@@ -111,7 +111,6 @@ def snapshot(rounds: Rounds, links: Links, now: float, alive: bool | None, finis
     peers = _neighbors(links, done, state) if is_site else _simulated(start, last)
     config = mapping(start.get("config"))
     curves = _curves(rounds)
-    edges = tuple(e for e in map(pair, items(start.get("edges"))) if e is not None and e[0] < e[1])
     sent = [peer.bytes_sent for peer in peers if peer.bytes_sent is not None]
     return Snapshot(
         now=now,
@@ -133,7 +132,7 @@ def snapshot(rounds: Rounds, links: Links, now: float, alive: bool | None, finis
         waiting_for=tuple(links.waiting) if state == "running" else (),
         missing=tuple(peer.name for peer in peers if peer.status == "missing"),
         peers=peers,
-        edges=edges,
+        edges=tuple(e for e in map(pair, items(start.get("edges"))) if e is not None),
         hub=whole(start.get("hub")),
         curve_rounds=curves[0],
         curve_loss=curves[1],
