@@ -69,6 +69,12 @@ def card(id: str, title: str, body: str, *, wide: bool = True, lead: str = "") -
     return f'<section id="{id}" class="card{" wide" if wide else ""}"><h2>{title}</h2>{intro}{body}</section>'
 
 
+def box(label: str, value: str, note: str) -> str:
+    """A number with what it is above it, and a remark below. All are HTML."""
+    parts = f'<div class="label">{label}</div><div class="value">{value}</div><div class="note">{note}</div>'
+    return f'<div class="box">{parts}</div>'
+
+
 def empty(text: str) -> str:
     """What stands where there is nothing to show yet."""
     return f'<p class="empty">{esc(text)}</p>'

@@ -11,7 +11,7 @@ from peertune.metric import METRICS, metric_named
 from peertune.report import series
 from peertune.report.charts import LEGEND_MAX, NUM_COLORS, Band, Line, line_chart, peer_color
 from peertune.report.events import Metrics, RunRecord
-from peertune.report.html import card, empty, esc, page_header, table
+from peertune.report.html import box, card, empty, esc, page_header, table
 
 
 def title(run: RunRecord) -> str:
@@ -59,21 +59,21 @@ def headline(run: RunRecord) -> str:
         first, last = seen[0], seen[-1]
         what = f"Held-out {esc(metric.title)}, {whose}"
         if len(seen) == 1:
-            boxes.append(_box(what, metric.show(first), "before training" if not run.rounds else "one evaluation"))
+            boxes.append(box(what, metric.show(first), "before training" if not run.rounds else "one evaluation"))
         else:
             span = f"{metric.show(first)} <em>→</em> {metric.show(last)}"
-            boxes.append(_box(what, span, "before → after" if run.finished else "before → so far"))
-            boxes.append(_box("Gain", metric.gain(first, last), _second_metric(names, models)))
+            boxes.append(box(what, span, "before → after" if run.finished else "before → so far"))
+            boxes.append(box("Gain", metric.gain(first, last), _second_metric(names, models)))
     else:
         last_loss = series.mean(run.rounds[-1].loss) if run.rounds else None
-        boxes.append(_box("Training loss, mean of peers", number(last_loss), "no held-out metric yet"))
+        boxes.append(box("Training loss, mean of peers", number(last_loss), "no held-out metric yet"))
     most, average = max((b for b in run.bytes_sent if b is not None), default=None), series.mean(run.bytes_sent)
     same = most is None or average is None or most - average <= 0.01 * most
     boxes += [
-        _box("Sent per peer", traffic(average), "each" if same else f"mean; at most {traffic(most)}"),
-        _box("Peak memory", memory(run.peak_memory_bytes), "whole run" if run.finished else "known at the end"),
-        _box("Wall time", duration(run.wall_s), _per_round(run)),
-        _box("Rounds", count(run.rounds_done), f"of {count(run.planned_rounds)} planned"),
+        box("Sent per peer", traffic(average), "each" if same else f"mean; at most {traffic(most)}"),
+        box("Peak memory", memory(run.peak_memory_bytes), "whole run" if run.finished else "known at the end"),
+        box("Wall time", duration(run.wall_s), _per_round(run)),
+        box("Rounds", count(run.rounds_done), f"of {count(run.planned_rounds)} planned"),
     ]
     return f'<div id="summary" class="boxes">{"".join(boxes)}</div>'
 
@@ -241,11 +241,6 @@ def _per_round(run: RunRecord) -> str:
     if run.wall_s is None or not run.rounds_done:
         return "no round yet"
     return f"{duration(run.wall_s / run.rounds_done)} a round"
-
-
-def _box(label: str, value: str, note: str) -> str:
-    parts = (("label", label), ("value", value), ("note", note))
-    return f'<div class="box">{"".join(f"<div class={kind}>{text}</div>" for kind, text in parts)}</div>'
 
 
 def _cell(name: str, metrics: Metrics) -> str:

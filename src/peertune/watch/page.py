@@ -10,7 +10,7 @@ import math
 from peertune.formatting import NONE, count, duration, number, percent, plural, traffic
 from peertune.report.charts import Line, line_chart
 from peertune.report.graph import BOX, CENTER, graph_svg
-from peertune.report.html import esc
+from peertune.report.html import box, empty, esc
 from peertune.watch.state import PeerState, Snapshot
 
 STATES = {
@@ -100,16 +100,12 @@ def _boxes(state: Snapshot) -> str:
         boxes.append(("consensus distance", number(state.consensus_distance), "of the last round"))
     if state.is_site:
         boxes.append(("missing", missing, plural(len(state.missing), "neighbour") if state.missing else ""))
-    return "".join(
-        f'<div class="box"><div class="label">{label}</div><div class="value">{value}</div>'
-        f'<div class="note">{note}</div></div>'
-        for label, value, note in boxes
-    )
+    return "".join(box(*each) for each in boxes)
 
 
 def _graph(state: Snapshot) -> str:
     if not state.peers:
-        return _nothing("The neighbours are not known yet.")
+        return empty("The neighbours are not known yet.")
     if not state.is_site:
         return graph_svg(len(state.peers), state.edges, ())
     places, is_row = [], len(state.peers) <= 2
@@ -188,7 +184,7 @@ def _curve(
     x = [round + 1 for round in state.curve_rounds]  # as the report counts them, and "rounds done"
     chart = line_chart(x, [Line(name=title, values=values, style="mean")], y_title=f"{title} ({unit})")
     if not chart:
-        return _nothing(nothing)
+        return empty(nothing)
     return f'{chart}<p class="lead">{title} of the last round: {number(last)}</p>'
 
 
@@ -197,10 +193,6 @@ def _recent(state: Snapshot) -> str:
         return ""
     entries = "".join(f"<li>{_age(when)}: {esc(text)}</li>" for when, text in reversed(state.recent))
     return f'<h2>What happened last</h2><ul class="notes">{entries}</ul>'
-
-
-def _nothing(text: str) -> str:
-    return f'<div class="empty">{esc(text)}</div>'
 
 
 def _age(when: float | None, way: str = "ago") -> str:
