@@ -178,7 +178,7 @@ def test_personal_models_are_what_is_compared(make: Callable[..., tuple[Comparis
     assert quality(summary, "loss") == pytest.approx(sum(own) / 4) != summary["metrics"]["average_model"]["loss"]
     cell = replace(read_cell(name, 0, folder, summary), metric="loss")
     assert cell.worst_peer == max(own) and len(cell.points) == 2, "on the way nobody holds the average model"
-    assert cell.f1 == pytest.approx(sum(peer["macro_f1"] for peer in summary["metrics"]["personal"]) / 4)
+    assert cell.macro_f1 == pytest.approx(sum(peer["macro_f1"] for peer in summary["metrics"]["personal"]) / 4)
 
 
 def test_one_seeds_cells_share_partition_graph_and_start(make: Callable[..., tuple[Comparison, Quiet]]) -> None:

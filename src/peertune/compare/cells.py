@@ -46,7 +46,7 @@ class Cell:
         return quality(self.summary, self.metric)
 
     @property
-    def f1(self) -> float | None:
+    def macro_f1(self) -> float | None:
         """Macro F1 of what peers end with; None where there are no classes."""
         return quality(self.summary, "macro_f1") if "macro_f1" in self.summary["metrics"]["average_model"] else None
 
@@ -109,15 +109,9 @@ def _own(summary: Summary) -> list[dict[str, float]]:
 
 def _has_one_model(summary: Summary) -> bool:
     """Whether what all peers end with is one model, without personal parts."""
-    return _agrees(summary) and not summary["metrics"].get("personal")
-
-
-def _agrees(summary: Summary) -> bool:
-    """Whether all peers held one model in the end."""
     rule = summary["config"].get("exchange", {}).get("robust", "none")
-    return ALGORITHMS[summary["algorithm"]].agrees and ends_in_agreement(
-        rule, summary.get("bytes_sent_by_hub") is not None
-    )
+    agrees = ends_in_agreement(rule, has_hub=summary.get("bytes_sent_by_hub") is not None)
+    return agrees and ALGORITHMS[summary["algorithm"]].agrees and not summary["metrics"].get("personal")
 
 
 def read_cell(contestant: str, seed: int, folder: Path, summary: Summary) -> Cell:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from peertune.compare import table
 from peertune.compare.cells import Cell, Point
@@ -62,7 +63,8 @@ def render(
     Args:
         cells: the finished ones, by contestant; who has none is in the table only.
     """
-    metric = rows[0].metric
+    metric, (first, own) = rows[0].metric, next(iter(cells.items()))
+    config = own[0].summary["config"]
     title = " · ".join(row.contestant for row in rows)
     title = esc(title) if len(title) <= TITLE_MAX else f"{len(rows)} contestants"
     colors = {row.contestant: peer_color(i) for i, row in enumerate(rows)}
@@ -80,12 +82,12 @@ def render(
         card(
             "samples",
             "Quality over samples",
-            _over(cells, colors, metric, _of_samples, "samples drawn by a peer", count),
+            _over(cells, colors, metric, lambda point: point.samples, "samples drawn by a peer", count),
         ),
         card(
             "bytes",
             "Quality over bytes",
-            _over(cells, colors, metric, _of_bytes, "sent by a peer (bytes)", traffic),
+            _over(cells, colors, metric, lambda point: point.bytes, "sent by a peer (bytes)", traffic),
             wide=False,
             lead="The last point has the final agreement in it.",
         ),
@@ -93,8 +95,8 @@ def render(
         card("peers", "The peers' spread", _peers(cells, colors, metric), lead=_PEERS_LEAD),
         card("pairs", "Pairs", _pairs(found, metric), lead=_PAIRS_LEAD),
         *([card("tuning", "Tuning", _tuning(tuned, metric), lead=_TUNING_LEAD)] if tuned else []),
-        card("fairness", "What is shared", _fairness(options, cells), wide=False),
-        card("recipe", f"Recipe of {esc(next(iter(cells)), 40)}", _recipe(cells), wide=False),
+        card("fairness", "What is shared", _fairness(options, config), wide=False),
+        card("recipe", f"Recipe of {esc(first, 40)}", recipe_text(config), wide=False),
     ]
     return document(f"{title} · peertune compare", "\n".join(body), STYLE)
 
@@ -130,14 +132,6 @@ def _table(rows: Sequence[table.Row]) -> str:
     return html_table([esc(head) for head in table.heads(rows)], body)
 
 
-def _of_samples(point: Point) -> float:
-    return point.samples
-
-
-def _of_bytes(point: Point) -> float:
-    return point.bytes
-
-
 def _over(
     cells: Cells,
     colors: Mapping[str, str],
@@ -155,7 +149,11 @@ def _over(
         return empty(f"All have {show_x(0.0)} here.")
     lead = _curve_note(cells)
     return curve_chart(
-        curves, x_title=x_title, y_title=METRICS[metric].axis_title, show_x=_known(show_x), show_y=METRICS[metric].show
+        curves,
+        x_title=x_title,
+        y_title=METRICS[metric].axis_title,
+        show_x=lambda value: show_x(value or 0.0),
+        show_y=METRICS[metric].show,
     ) + (f'<p class="lead">{lead}</p>' if lead else "")
 
 
@@ -235,9 +233,7 @@ def _tuning(tuned: Sequence[Tuned], metric: str) -> str:
     return html_table(head, body)
 
 
-def _fairness(options: Options, cells: Cells) -> str:
-    first = next(iter(cells.values()))[0]
-    config = first.summary["config"]
+def _fairness(options: Options, config: Mapping[str, Any]) -> str:
     link, kept = config["link"], config["data"]["validation_rows"]
     budget = {
         "samples": "Every contestant draws as many samples a peer as the first's recipe foresees.",
@@ -254,11 +250,3 @@ def _fairness(options: Options, cells: Cells) -> str:
         " round waits for its slowest peer.",
     ]
     return f'<ul class="notes">{"".join(f"<li>{esc(item)}</li>" for item in items)}</ul>'
-
-
-def _recipe(cells: Cells) -> str:
-    return recipe_text(next(iter(cells.values()))[0].summary["config"])
-
-
-def _known(show: Callable[[float], str]) -> Callable[[float | None], str]:
-    return lambda value: show(value or 0.0)

@@ -90,7 +90,7 @@ def row(contestant: str, cells: Sequence[Cell], diverged: Sequence[int], metric:
     whole = [] if diverged else cells
     qualities = [cell.quality for cell in whole]
     lambda2 = [cell.summary["lambda2"] for cell in cells]
-    f1 = [cell.f1 for cell in whole if cell.f1 is not None]
+    f1 = [cell.macro_f1 for cell in whole if cell.macro_f1 is not None]
     by_hub = [cell.bytes_sent_by_hub for cell in cells if cell.bytes_sent_by_hub is not None]
 
     def over_seeds(value: Callable[[Cell], float], of: Sequence[Cell] = cells) -> float | None:
@@ -225,7 +225,7 @@ def _measured(cell: Cell) -> dict[str, object]:
     return {
         "quality": cell.quality,
         "worst_peer": cell.worst_peer,
-        "macro_f1": cell.f1,
+        "macro_f1": cell.macro_f1,
         "samples": cell.samples,
         "bytes_sent": cell.bytes_sent,
         "bytes_sent_by_hub": cell.bytes_sent_by_hub,
