@@ -18,7 +18,7 @@ from peertune.compare import budget as budgets
 from peertune.compare.cells import Cell, DivergedCell, Summary, metric_of, quality, read_cell
 from peertune.compare.contestants import Contestant, Lineup
 from peertune.compare.inputs import check_inputs, fingerprints, write_inputs
-from peertune.compare.options import Options
+from peertune.compare.options import Options, Tune
 from peertune.compare.workers import carry_out, diverged, play_ahead
 from peertune.config import AlgorithmConfig, RunConfig
 from peertune.data.load import load_table
@@ -95,7 +95,7 @@ class Grid:
             raise ConfigError("data.test: got none, expected held-out rows to compare on; set it, or eval.split")
         self.validation_rows = first.data.validation_rows
         if options.tune is not None:
-            self._check_tune()
+            self._check_tune(options.tune)
             self.validation_rows = self.validation_rows or self._rows_for_tuning()
         self.budget = budgets.Budget(lineup, options, self.base, progress.note)
         self._number = 0
@@ -114,7 +114,7 @@ class Grid:
         found = []
         if self.options.workers > 1:
             ahead = [
-                (self._tuning_config(contestant, value, None), self._tuning_label(contestant, value))
+                (self._tuning_config(tune, contestant, value, None), _tuning_label(tune, contestant, value))
                 for contestant in self.contestants
                 for value in tune.values
             ]
@@ -123,8 +123,8 @@ class Grid:
             qualities: list[float | None] = []
             best: tuple[Summary, float | int] | None = None
             for value in tune.values:
-                config = self._tuning_config(contestant, value, reference)
-                summary = None if config is None else self._play(config, self._tuning_label(contestant, value))
+                config = self._tuning_config(tune, contestant, value, reference)
+                summary = None if config is None else self._play(config, _tuning_label(tune, contestant, value))
                 if summary is None:
                     qualities.append(None)
                     continue
@@ -173,15 +173,11 @@ class Grid:
                 cells.append(read_cell(name, seed, folder, summary))
         return cells
 
-    def _tuning_config(self, contestant: Contestant, value: float | int, reference: Summary | None) -> RunConfig | None:
-        tune = self.options.tune
-        assert tune is not None
+    def _tuning_config(
+        self, tune: Tune, contestant: Contestant, value: float | int, reference: Summary | None
+    ) -> RunConfig | None:
         folder = self.options.out / "tune" / contestant.slug / _spell(tune.key, value)
         return self._fitted(contestant, self.options.seeds[0], value, reference, folder, validation=True)
-
-    def _tuning_label(self, contestant: Contestant, value: float | int) -> str:
-        assert self.options.tune is not None
-        return f"{contestant.name}, tuning {self.options.tune.key} = {value:g}"
 
     def _cell_config(
         self, contestant: Contestant, seed: int, chosen: Mapping[str, float | int], reference: Summary | None
@@ -300,9 +296,7 @@ class Grid:
     def _cell_folder(self, contestant: Contestant, seed: int) -> Path:
         return self.options.out / "cells" / contestant.slug / f"seed-{seed}"
 
-    def _check_tune(self) -> None:
-        tune = self.options.tune
-        assert tune is not None
+    def _check_tune(self, tune: Tune) -> None:
         if self.contestants[0].config.eval.split != "test":
             raise ConfigError(
                 '--tune: got it with eval.split = "validation", expected "test": tuning splits off its own'
@@ -371,6 +365,10 @@ def _is_preferred(one: Summary, other: Summary) -> bool:
     metric = metric_of(one)
     a, b = quality(one, metric), quality(other, metric)
     return METRICS[metric].is_better(a, b) if a != b else quality(one, "loss") < quality(other, "loss")
+
+
+def _tuning_label(tune: Tune, contestant: Contestant, value: float | int) -> str:
+    return f"{contestant.name}, tuning {tune.key} = {value:g}"
 
 
 def _spell(key: str, value: float | int) -> str:
