@@ -11,7 +11,8 @@ import difflib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -19,7 +20,17 @@ from rich.console import Console
 
 import peertune
 from peertune.cli_consortium import add_consortium
-from peertune.cli_output import Bars, GridBars, add_command, loading, print_paths, print_summary, progress_console
+from peertune.cli_output import (
+    Bars,
+    GridBars,
+    add_command,
+    loading,
+    print_paths,
+    print_summary,
+    progress_console,
+    say,
+    whole_number,
+)
 from peertune.cli_watch import add_watch
 from peertune.errors import PeertuneError
 from peertune.logfields import printable
@@ -84,7 +95,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         rank = f" rank {os.environ['RANK']}" if "RANK" in os.environ else ""  # under torchrun
         kind = "error: " if error.exit_code else ""
         said = printable(f"peertune{rank}: {kind}{error}")  # it may quote a file that came from anybody
-        console.print(said, markup=False, highlight=False, emoji=False, soft_wrap=True)
+        say(console, said)
         return error.exit_code
     except KeyboardInterrupt:
         resumable = getattr(options, "goes_on", "")
@@ -125,11 +136,7 @@ def _run(options: argparse.Namespace, console: Console) -> None:
 def _demo(options: argparse.Namespace, console: Console) -> None:
     from peertune.demo import demo
 
-    def bars(label: str) -> Bars:
-        return Bars(console, label)
-
-    table = demo(Path(options.out), bars)
-    Console().print(table)
+    Console().print(demo(Path(options.out), partial(Bars, console)))
     print_paths(Path(options.out) / "deca")
 
 
@@ -269,17 +276,6 @@ class _RunHelp(argparse.Action):
         parser.exit()
 
 
-def _at_least(least: int) -> Callable[[str], int]:
-    """An argument type: a whole number from `least` on."""
-
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number from {least} on")
-        return int(text)
-
-    return parse
-
-
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = _Parser(
@@ -329,7 +325,11 @@ def _parser() -> argparse.ArgumentParser:
         help="a grid of an [algorithm] key, chosen on validation rows, such as lr=1e-4,1e-3",
     )
     compare.add_argument(
-        "--workers", type=_at_least(1), default=1, metavar="N", help="cells at a time, each in a process (samples only)"
+        "--workers",
+        type=whole_number(1),
+        default=1,
+        metavar="N",
+        help="cells at a time, each in a process (samples only)",
     )
     compare.add_argument(
         "--out",
@@ -350,7 +350,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("folder", metavar="DIR", help="folder of the run")
     export.add_argument("--to", required=True, metavar="DIR", help="folder to write, new or empty")
     export.add_argument(
-        "--peer", type=_at_least(0), metavar="I", help="with the personal parts of this peer (algorithm.local_modules)"
+        "--peer",
+        type=whole_number(0),
+        metavar="I",
+        help="with the personal parts of this peer (algorithm.local_modules)",
     )
     export.add_argument("--adapter", action="store_true", help="the adapter alone, as peft loads it, not merged")
     export.add_argument(
@@ -374,32 +377,32 @@ def _parser() -> argparse.ArgumentParser:
         help="how the files are read, such as data.text_field=sentence; repeatable",
     )
     evaluate.add_argument(
-        "--max-samples", type=_at_least(0), default=0, metavar="N", help="rows at most, drawn; 0: all"
+        "--max-samples", type=whole_number(0), default=0, metavar="N", help="rows at most, drawn; 0: all"
     )
     evaluate.add_argument(
         "--max-length",
-        type=_at_least(8),
+        type=whole_number(8),
         default=0,
         metavar="N",
         help="tokens of a sequence at most; default: 256, for --lm-eval the model's own",
     )
     evaluate.add_argument(
         "--generate",
-        type=_at_least(0),
+        type=whole_number(0),
         default=0,
         metavar="N",
         help="rows of a file answered by greedy generation: calls, final numbers",
     )
     evaluate.add_argument(
         "--max-new-tokens",
-        type=_at_least(1),
+        type=whole_number(1),
         default=128,
         metavar="N",
         help="tokens of an answer at most; default: 128",
     )
     evaluate.add_argument(
         "--choices",
-        type=_at_least(0),
+        type=whole_number(0),
         default=0,
         metavar="N",
         help="rows with calls where the functions offered are scored by their likelihood",

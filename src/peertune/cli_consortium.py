@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from peertune.cli_output import Bars, add_command, print_paths, print_summary
+from peertune.cli_output import Bars, add_command, print_paths, print_summary, whole_number
 from peertune.logfields import printable
 
 if TYPE_CHECKING:
@@ -33,12 +33,6 @@ def _seconds(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected seconds above 0")
     return value
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number of members, 1 or more")
-    return int(text)
 
 
 def _wait(text: str) -> float:
@@ -100,7 +94,7 @@ def add_consortium(commands: Any) -> None:
         help="seconds that a site out of reach is waited for; default: 600",
     )
     new.add_argument(
-        "--quorum", type=_count, default=1, metavar="N", help="wait while fewer members are there; default: 1"
+        "--quorum", type=whole_number(1), default=1, metavar="N", help="wait while fewer members are there; default: 1"
     )
     new.add_argument(
         "--stall",
@@ -152,9 +146,9 @@ def add_consortium(commands: Any) -> None:
 
 
 def _keygen(options: argparse.Namespace, console: Console) -> None:
-    from peertune.identity import default_folder, make_identity
+    from peertune.identity import make_identity
 
-    print(make_identity(Path(options.identity) if options.identity else default_folder()).id)
+    print(make_identity(_identity(options)).id)
 
 
 def _charter_new(options: argparse.Namespace, console: Console) -> None:
@@ -170,10 +164,9 @@ def _charter_new(options: argparse.Namespace, console: Console) -> None:
 
 def _charter_sign(options: argparse.Namespace, console: Console) -> None:
     from peertune.consortium import sign_charter
-    from peertune.identity import default_folder
 
-    path, identity = Path(options.charter), Path(options.identity) if options.identity else default_folder()
-    charter = sign_charter(path, identity, [Path(copy) for copy in options.copies])
+    path = Path(options.charter)
+    charter = sign_charter(path, _identity(options), [Path(copy) for copy in options.copies])
     missing = charter.unsigned()
     signed = [member.name for member in charter.members if member.name not in missing]
     print(f"{path}: signed by {', '.join(signed)}; missing: {', '.join(missing) or 'nobody'}")
@@ -181,9 +174,8 @@ def _charter_sign(options: argparse.Namespace, console: Console) -> None:
 
 def _eject(options: argparse.Namespace, console: Console) -> None:
     from peertune.consortium import eject
-    from peertune.identity import default_folder
 
-    print(eject(Path(options.charter), options.member, Path(options.identity or default_folder())))
+    print(eject(Path(options.charter), options.member, _identity(options)))
 
 
 def _leave(options: argparse.Namespace, console: Console) -> None:
@@ -193,13 +185,18 @@ def _leave(options: argparse.Namespace, console: Console) -> None:
     print(f"{options.run}: leaves at the end of its round; the same `peertune join` command comes back")
 
 
-def _site(options: argparse.Namespace) -> SiteOptions:
+def _identity(options: argparse.Namespace) -> Path:
     from peertune.identity import default_folder
+
+    return Path(options.identity) if options.identity else default_folder()
+
+
+def _site(options: argparse.Namespace) -> SiteOptions:
     from peertune.site import SiteOptions
 
     return SiteOptions(
         charter=Path(options.charter),
-        identity=Path(options.identity) if options.identity else default_folder(),
+        identity=_identity(options),
         out=Path(options.out),
         train=options.data or "",
         test=options.test or "",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +22,17 @@ from peertune.metric import metric_named
 def add_command(commands: Any, name: str, help: str, **options: Any) -> Any:
     """A parser for one more command; `--help` of all commands and its own say the same of it."""
     return commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", **options)
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """An argument type: a whole number from `least` on."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise ArgumentTypeError(f"got {text!r}, expected a whole number from {least} on")
+        return int(text)
+
+    return parse
 
 
 class Lossy:
@@ -45,6 +57,11 @@ class Lossy:
 def progress_console() -> Console:
     """What progress and remarks are written to: standard error, as far as it can be written to."""
     return Console(file=cast(TextIO, Lossy(sys.stderr)))
+
+
+def say(console: Console, text: str, style: str = "") -> None:
+    """Print a text as it stands, whatever it holds, in lines as long as they are."""
+    console.print(text, style=style, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
 class Bars:
@@ -76,7 +93,7 @@ class Bars:
 
     def note(self, message: str) -> None:
         said = "\n".join(map(printable, f"note: {message}".split("\n")))  # a table has lines
-        self._console.print(said, style="dim", markup=False, highlight=False, emoji=False, soft_wrap=True)
+        say(self._console, said, "dim")
 
     def rounds(self, done: int, total: int, loss: float | None) -> None:
         if self._task is None:
@@ -96,7 +113,7 @@ class GridBars:
     @contextmanager
     def cell(self, label: str, number: int, total: int) -> Iterator[Bars]:
         said = printable(f"[{number}/{total}] {label}")
-        self._console.print(said, markup=False, highlight=False, emoji=False, soft_wrap=True)
+        say(self._console, said)
         with Bars(self._console, f"[{number}/{total}]") as bars:
             yield bars
 
@@ -142,7 +159,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     if table.row_count:
         console.print(table)
     else:
-        console.print(f"{table.title}\n{table.caption}", markup=False, highlight=False, emoji=False, soft_wrap=True)
+        say(console, f"{table.title}\n{table.caption}")
 
 
 def print_paths(out: Path) -> None:

@@ -11,8 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from peertune.cli_output import add_command
-from peertune.logfields import printable
+from peertune.cli_output import Bars, add_command
 
 PORT = 7017
 
@@ -40,10 +39,7 @@ def add_watch(commands: Any) -> None:
 def _watch(options: argparse.Namespace, console: Console) -> None:
     from peertune.watch.server import WatchServer
 
-    def note(message: str) -> None:
-        said = printable(f"note: {message}")
-        console.print(said, style="dim", markup=False, highlight=False, soft_wrap=True)
-
+    note = Bars(console).note
     server = WatchServer(Path(options.folder), options.port, note)
     try:
         if server.news.state.state == "empty":
