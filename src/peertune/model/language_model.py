@@ -225,7 +225,7 @@ class LanguageModel:
         head = self.core.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             return False
-        ids = torch.arange(1, 6, device=self.device)[None] % head.weight.shape[0]
+        ids = self._few_tokens()
         with self.evaluating():
             hidden = self.hidden(ids)[0]
             fits = hidden.dtype == head.weight.dtype and hidden.shape[-1] == head.in_features
@@ -237,7 +237,7 @@ class LanguageModel:
             return False
         if "logits_to_keep" not in inspect.signature(self.core.forward).parameters:
             return False
-        ids = torch.arange(1, 6, device=self.device)[None] % self.core.get_input_embeddings().weight.shape[0]
+        ids = self._few_tokens()
         places = torch.tensor([1, 3], device=self.device)
         tolerance = 1e-4 if next(self.module.parameters()).dtype == torch.float32 else 0.05
         with self.evaluating():
