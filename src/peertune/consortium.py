@@ -157,9 +157,8 @@ def join(options: SiteOptions, progress: Progress) -> dict[str, Any]:
         at_work.release()  # it has just ended
     index = charter.index_of(own.id)
     config = options.config(charter)
-    num_peers = config.run.num_peers
-    if bool(options.train) != (index < num_peers):
-        is_peer = index < num_peers
+    is_peer = index < config.run.num_peers
+    if bool(options.train) != is_peer:
         role = "a peer, which trains: name its rows" if is_peer else "the server, which has no data: leave it out"
         raise ConfigError(f"--data: got {options.train!r}, but {charter.members[index].name} is {role}")
     audit, repeats = AuditLog(out / AUDIT), Repeats()
@@ -175,7 +174,7 @@ def join(options: SiteOptions, progress: Progress) -> dict[str, Any]:
         check_port(listen)  # before anything is loaded
     node = Node(charter, own, listen, log)
     resume = folder.holds_run
-    counts = sample_counts(charter.members, num_peers)
+    counts = sample_counts(charter.members, config.run.num_peers)
     names = [member.name for member in charter.members]
     site = Site(index, counts, partial(check_base, charter, config.model.path), names, audit.contributions)
     requests = Requests(charter, options.charter, _leave_request(out))

@@ -35,9 +35,7 @@ def write_report(run_dir: Path) -> Path:
         CheckpointError: the folder holds no run.
         StorageError: the page cannot be written.
     """
-    run_dir = Path(run_dir)
-    page = render(read_run(run_dir))
-    path = run_dir / "report.html"
+    page, path = render(read_run(run_dir)), run_dir / "report.html"
     try:
         write_atomically(path, page)  # whoever has the page open never reloads half of it
     except OSError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 
 from peertune.formatting import count, duration, memory, number, percent, plural, short_count, traffic
 from peertune.metric import METRICS, metric_named
@@ -139,7 +140,7 @@ def consensus(run: RunRecord) -> str:
     measured = series.downsample([r.consensus_distance for r in run.rounds], size)
     x = [v for v in series.downsample([r.round + 1 for r in run.rounds], size) if v is not None]
     lines = [Line(name="consensus distance", values=measured, color="var(--accent)", style="mean", dots=len(x) <= 40)]
-    chart = line_chart(x, lines, y_title="consensus distance (L2 norm, log)", log=True, show=_three_digits)
+    chart = line_chart(x, lines, y_title="consensus distance (L2 norm, log)", log=True, show=partial(number, digits=3))
     reason = "One model: nothing to disagree about." if run.num_models == 1 else "Not measured yet, or zero throughout."
     if run.is_site:
         reason = (
@@ -249,10 +250,6 @@ def _cell(name: str, metrics: Metrics) -> str:
 
 def _known(peers: Sequence[Metrics], name: str) -> list[float]:
     return [p[name] for p in peers if name in p]
-
-
-def _three_digits(value: float | None) -> str:
-    return number(value, 3)
 
 
 def _least(values: Sequence[float]) -> float | None:
