@@ -19,6 +19,9 @@ Epsilon = Annotated[float, Field(ge=1e-30, le=1e15)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Decays = Annotated[tuple[Decay, Decay], Field(strict=False)]
 """Two decay rates of moving averages; TOML has lists, not tuples."""
+TrainEmbeddings = Literal["untied", "all", "none"]
+Task = Literal["text", "classification", "instruction", "chat"]
+Adapter = Literal["none", "lora", "bottleneck", "prompt", "prefix"]
 
 
 class Section(BaseModel):
@@ -70,7 +73,7 @@ class ModelSection(Section):
     """Longest sequence, tokens; longer text is cut or packed."""
     trust_remote_code: bool = False
     """Whether code that comes with a hub model may run."""
-    train_embeddings: Literal["untied", "all", "none"] = "untied"
+    train_embeddings: TrainEmbeddings = "untied"
     """Train token embeddings and output head: only where they are two tensors (default), always, or never."""
     activation_budget_mb: NonNegative = 0
     """Keep saved activations below this many megabytes by recomputing layers from the active block up; 0: keep all."""
@@ -98,7 +101,7 @@ class DataSection(Section):
     """Path, list of paths, Hugging Face data set name, or "stdlib": source text of Python's own standard library."""
     test: Sources = ""
     """Held-out rows, likewise; empty: nothing is evaluated. Left out together with train: "stdlib-test"."""
-    task: Literal["text", "classification", "instruction", "chat"] = "text"
+    task: Task = "text"
     """What a row is, and what of it is predicted: a text (all of it), a text with a label (the label), an instruction
     (its answer), a conversation (what the assistant says)."""
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 8
@@ -162,7 +165,7 @@ class AlgorithmConfig(Section):
     """Decoupled weight decay, on matrices only (never on norms and biases)."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 0.0
     """Clip the trained block's gradient to this L2 norm; 0: no clipping."""
-    adapter: Literal["none", "lora", "bottleneck", "prompt", "prefix"] = "none"
+    adapter: Adapter = "none"
     """What is trained: the model's own parameters, or an adapter on the frozen base. Methods of LoRA's two factors take
     LoRA only, the others any."""
     rank: Positive = 16

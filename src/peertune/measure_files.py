@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from peertune.algorithms import METHODS
-from peertune.config import DataSection, EvalSection, ModelSection
+from peertune.config import DataSection, EvalSection, ModelSection, Task
 from peertune.data.load import load_table
 from peertune.data.render import Rows, find_labels
 from peertune.errors import ConfigError, DataError
@@ -20,8 +20,6 @@ from peertune.prepare import check_vocabulary, held_out
 from peertune.recipe import apply_override, from_dict
 from peertune.run_folder import read_labels
 from peertune.seeds import numpy_rng
-
-Task = Literal["text", "classification", "instruction", "chat"]
 
 
 def evaluate_model(

@@ -9,7 +9,7 @@ state the optimiser; AdamW, whose moments stay at home, is ours.
 from typing import ClassVar, Literal
 
 from peertune.algorithms.local_steps import LocalSteps, LocalStepsConfig
-from peertune.config import AlgorithmConfig, LearningRate
+from peertune.config import Adapter, AlgorithmConfig, LearningRate
 from peertune.errors import ConfigError
 from peertune.peer import Peer
 from peertune.topology import Topology
@@ -18,7 +18,7 @@ from peertune.topology import Topology
 class DecLoraConfig(LocalStepsConfig):
     lr: LearningRate = 1e-3
     """Peak learning rate. Default: Dec-LoRA's."""
-    adapter: Literal["none", "lora", "bottleneck", "prompt", "prefix"] = "lora"
+    adapter: Adapter = "lora"
     """What is trained and exchanged."""
 
 

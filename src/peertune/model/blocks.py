@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import nn
 
+from peertune.config import TrainEmbeddings
 from peertune.errors import ModelError
 from peertune.model.quantization import num_weights
-
-TrainEmbeddings = Literal["untied", "all", "none"]
 
 
 @dataclass(frozen=True)
