@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from peertune.config import DataSection
-from peertune.data import load_table, render
-from peertune.evaluation import Call, parse_calls, references, same_calls, same_names
+from peertune.data.load import load_table
+from peertune.data.render import render
+from peertune.evaluation import references
 from peertune.evaluation.answers import answered_number, exact_match, last_number
+from peertune.evaluation.calls import Call, parse_calls, same_calls, same_names
 
 CHAT = DataSection(task="chat")
 F = Call("f", {"a": 1})

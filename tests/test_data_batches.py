@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peertune.data import Batches, Sample, UnionBatches, collate
+from peertune.data.batches import Batches, UnionBatches, collate
+from peertune.data.render import Sample
 from peertune.errors import CheckpointError, DataError
 
 sizes = st.integers(1, 20)

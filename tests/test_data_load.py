@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from peertune.config import DataSection
-from peertune.data import load_table
+from peertune.data.load import load_table
 from peertune.errors import DataError
 
 TEXT = DataSection(task="text")

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peertune.config import DataSection, PartitionSection
-from peertune.data import describe_partition, partition
-from peertune.data.partition import rows_of_site
+from peertune.data.partition import describe_partition, partition, rows_of_site
 from peertune.errors import DataError
 
 KINDS = ("iid", "dirichlet", "quantity", "column", "files")

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from peertune.config import DataSection
-from peertune.data import Rendered, Sample, find_labels, label_tokens, load_table, plain_template, render
+from peertune.data.chat import plain_template
+from peertune.data.load import load_table
+from peertune.data.render import Rendered, Sample, find_labels, label_tokens, render
 from peertune.data.tools import signature
 from peertune.errors import DataError
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from peertune.config import DataSection
-from peertune.data import load_table, render
+from peertune.data.load import load_table
+from peertune.data.render import render
 from peertune.data.tools import LOSSES, function_name, prune, signature
 
 CHAT = DataSection(task="chat")

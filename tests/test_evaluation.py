@@ -14,10 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from peertune.cli import main
 from peertune.config import DataSection, EvalSection, ModelSection
-from peertune.data import collate, load_table, render
+from peertune.data.batches import collate
+from peertune.data.load import load_table
+from peertune.data.render import render
 from peertune.errors import ConfigError
-from peertune.evaluation import HeldOut, generate, generation, measure, references, remarks, run_harness
+from peertune.evaluation import HeldOut, generation, measure, references, remarks, run_harness
 from peertune.evaluation import metrics as measuring
+from peertune.evaluation.generation import generate
 from peertune.evaluation.likelihood import evaluate
 from peertune.evaluation.references import end_tokens, only_calls
 from peertune.model.language_model import LanguageModel

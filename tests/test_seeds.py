@@ -8,7 +8,7 @@ import torch
 
 from peertune.algorithms import METHODS
 from peertune.assemble import make_batches
-from peertune.data import Sample
+from peertune.data.render import Sample
 from peertune.peer import Peer
 from peertune.recipe import from_dict
 from peertune.seeds import derive_seed, numpy_rng, torch_rng
