@@ -18,7 +18,7 @@ from peertune.compare import budget as budgets
 from peertune.compare.cells import Cell, DivergedCell, Summary, metric_of, quality, read_cell
 from peertune.compare.contestants import Contestant, Lineup
 from peertune.compare.inputs import check_inputs, fingerprints, write_inputs
-from peertune.compare.options import Options, Tune
+from peertune.compare.options import Options, Tune, is_number
 from peertune.compare.workers import carry_out, diverged, play_ahead
 from peertune.config import AlgorithmConfig, RunConfig
 from peertune.data.load import load_table
@@ -304,8 +304,8 @@ class Grid:
         for contestant in self.contestants:
             algorithm = contestant.config.algorithm
             now = getattr(algorithm, tune.key, "")
-            if isinstance(now, bool) or not isinstance(now, int | float | None):
-                numeric = [k for k, v in algorithm if isinstance(v, int | float) and not isinstance(v, bool)]
+            if now is not None and not is_number(now):
+                numeric = [key for key, value in algorithm if is_number(value)]
                 raise ConfigError(
                     f"--tune {tune.key}: {contestant.name} has no such number under [algorithm]; it has"
                     f" {', '.join(numeric)}"

@@ -11,7 +11,6 @@ from typing import Any, Literal, get_args
 from peertune.errors import ConfigError
 
 Budget = Literal["samples", "bytes", "seconds"]
-DEFAULT_SEEDS = "0,1,2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +45,7 @@ class Options:
         *,
         algorithms: str | None = None,
         overrides: Sequence[str] = (),
-        seeds: str = DEFAULT_SEEDS,
+        seeds: str = "0,1,2",
         budget: str = "samples",
         tune: str | None = None,
         workers: int = 1,
@@ -104,13 +103,14 @@ def _parse_tune(text: str) -> Tune:
         values = [json.loads(part) for part in listed.split(",")]
     except ValueError:
         values = []
-    if not key or not equals or not values or not all(_is_number(value) for value in values):
+    if not key or not equals or not values or not all(is_number(value) for value in values):
         raise ConfigError(f"--tune: got {text!r}, expected key=number,number,... such as lr=1e-4,3e-4,1e-3")
     _refuse_twice("--tune", values)
     return Tune(key=key, values=tuple(sorted(values)))
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether it is one in TOML's sense, where true and false are none."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

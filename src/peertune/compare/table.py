@@ -173,7 +173,7 @@ def terminal_table(rows: Sequence[Row], width: int = 80) -> Table:
     """The table as rich draws it; on a terminal of few columns without those of `SPARE`."""
     metric = METRICS[rows[0].metric]
     table = Table(
-        title=f"held-out {metric.title} ({metric.direction} is better), {_seeds(rows[0].num_seeds)}",
+        title=f"held-out {metric.title} ({metric.direction} is better), {plural(rows[0].num_seeds, 'seed')}",
         box=SIMPLE_HEAD,
         padding=0,
         pad_edge=False,
@@ -270,7 +270,7 @@ def verdicts(found: Sequence[Pair], metric: str) -> list[str]:
         if METRICS[metric].is_better(0.0, pair.difference):
             ahead, behind = behind, ahead
         size = _amount(pair.difference, metric)
-        seeds = _seeds(pair.num_seeds)
+        seeds = plural(pair.num_seeds, "seed")
         over = f"in {seeds}"
         if pair.interval is None:
             said = "equal" if pair.is_tie else f"{ahead} is ahead by {size}"
@@ -363,10 +363,6 @@ def _change(value: float, metric: str) -> str:
 
 def _amount(value: float, metric: str) -> str:
     return _change(abs(value), metric).lstrip("+")
-
-
-def _seeds(number: int) -> str:
-    return plural(number, "seed")
 
 
 def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -81,19 +81,15 @@ class StateRequest:
         return is_ahead and (not self._is_robust or then <= self._believed + 1)
 
     def _give_up_on_the_silent(self) -> None:
-        asked = self._asked
+        asked, waited_s = self._asked, time.monotonic() - self._asked_at
         if asked is None:
             return
         if asked.is_out_of_reach:
             self._node.soon(asked.edge.no_state)
-        elif asked.edge.peer_round > self._asked_until and self._waited_s > self._node.charter.grace_s:
+        elif asked.edge.peer_round > self._asked_until and waited_s > self._node.charter.grace_s:
             # It has let its chances pass; what it said of that may be under way for long.
             self._in_vain.add(asked.index)
             self._node.soon(asked.edge.ask_no_more)
-
-    @property
-    def _waited_s(self) -> float:
-        return time.monotonic() - self._asked_at
 
     def _ask(self, ahead: Neighbor, round: int, behind: int, algorithm: Algorithm) -> None:
         self._asked, self._asked_at = ahead, time.monotonic()
