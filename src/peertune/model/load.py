@@ -86,7 +86,8 @@ def load_model(config: ModelSection, device: torch.device, base: Path | None = N
             )
         if missing := sorted(info["missing_keys"]):
             raise ModelError(
-                f"model.path: {config.path!r} lacks {len(missing)} weights, such as {missing[0]}; they would be random"
+                f"model.path: {config.path!r} lacks {len(missing)} weights, such as {missing[0]}, which would be"
+                " random; name a model that has them all"
             )
         if any("bottleneck" in name for name in info["unexpected_keys"]):
             raise ModelError(
@@ -97,10 +98,14 @@ def load_model(config: ModelSection, device: torch.device, base: Path | None = N
     choose_attention(model, config, device)
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and positions < config.max_length:
-        raise ModelError(f"model.max_length: got {config.max_length}, but {config.path!r} has {positions} positions")
+        raise ModelError(
+            f"model.max_length: got {config.max_length}, but {config.path!r} has {positions} positions; lower it"
+        )
     for name, parameter in model.named_parameters():
         if not is_finite(parameter):
-            raise ModelError(f"model.path: {name} of {config.path!r} holds NaN or infinity; the base model is damaged")
+            raise ModelError(
+                f"model.path: {name} of {config.path!r} holds NaN or infinity: the base model is damaged; get it anew"
+            )
         parameter.requires_grad_(False)
         parameter.data = parameter.data.contiguous()
     settle(model, config.path)
