@@ -26,8 +26,8 @@ def spread(values: Sequence[float]) -> float | None:
     return math.sqrt(sum((v - center) ** 2 for v in values) / (len(values) - 1))
 
 
-def paired_interval(differences: Sequence[float], level: float = LEVEL) -> tuple[float, float] | None:
-    """Confidence interval of the mean difference: dbar +- t_{(1+level)/2, n-1} s / sqrt(n), Student's.
+def paired_interval(differences: Sequence[float]) -> tuple[float, float] | None:
+    """Confidence interval of the mean difference: dbar +- t_{(1+LEVEL)/2, n-1} s / sqrt(n), Student's.
 
     Args:
         differences: one a seed.
@@ -38,7 +38,7 @@ def paired_interval(differences: Sequence[float], level: float = LEVEL) -> tuple
     if deviation is None or deviation < TIE:
         return None
     n = len(differences)
-    half = float(stats.t.ppf((1 + level) / 2, n - 1)) * deviation / math.sqrt(n)
+    half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * deviation / math.sqrt(n)
     center = mean(differences)
     return center - half, center + half
 

@@ -25,7 +25,7 @@ def require_harness() -> Any:
 
 
 def run_harness(
-    module: Any, tokenizer: Any, tasks: Sequence[str], *, limit: int = 0, max_length: int = 0, batch_size: int = 8
+    module: Any, tokenizer: Any, tasks: Sequence[str], *, limit: int = 0, max_length: int = 0
 ) -> dict[str, dict[str, Any]]:
     """What the harness measures.
 
@@ -43,7 +43,7 @@ def run_harness(
     lm_eval = require_harness()
     wrapper = importlib.import_module("lm_eval.models.huggingface").HFLM
     length = {"max_length": max_length} if max_length else {}
-    model = wrapper(pretrained=module, tokenizer=tokenizer, batch_size=batch_size, **length)
+    model = wrapper(pretrained=module, tokenizer=tokenizer, batch_size=8, **length)
     try:
         found = lm_eval.simple_evaluate(model=model, tasks=list(tasks), limit=limit or None, log_samples=False)
     except (KeyError, ValueError, OSError) as error:

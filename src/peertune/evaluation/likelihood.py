@@ -15,6 +15,8 @@ from peertune.evaluation.label_scores import cache_is_exact, label_scores, label
 from peertune.model.language_model import LanguageModel
 
 Metrics = dict[str, float]
+BATCH_SIZE = 32
+"""Sequences at a time; fewer where their logits would not fit `LOGITS_BYTES`."""
 LOGITS_BYTES = 1 << 29
 """Memory that a batch's float32 logits may take, beside what the model makes on the way, where all are made at once."""
 
@@ -25,19 +27,16 @@ def evaluate(
     pad_id: int,
     *,
     labels: Sequence[Sequence[int]] = (),
-    batch_size: int = 32,
 ) -> Metrics:
-    """Metrics over samples.
+    """Metrics over samples; longer ones go together, so that little is padding.
 
     Args:
         labels: token ids of each label, for classification; then accuracy and macro F1 are added.
-        batch_size: sequences at a time, fewer where their logits would not fit `LOGITS_BYTES`; longer ones go together,
-            so little is padding.
     Returns:
         "loss" (nats a target token), "perplexity", and for classification "accuracy", "macro_f1" in [0, 1].
     """
     order = sorted(range(len(samples)), key=lambda i: (len(samples[i].input_ids), i))
-    total, count = 0.0, 0
+    total, count, batch_size = 0.0, 0, BATCH_SIZE
     predicted = np.zeros(len(samples), dtype=np.int64)
     with model.evaluating():
         exact = bool(labels) and cache_is_exact(model, samples, pad_id, labels)
@@ -45,8 +44,8 @@ def evaluate(
         if not model.has_plain_head and order:  # whose logits are made of all places at once, not in chunks
             places = len(samples[order[-1]].input_ids)
             if labels:  # where they begin, in prompts of unlike length
-                places = min(places, batch_size + max(map(len, labels)))
-            batch_size = max(1, min(batch_size, LOGITS_BYTES // (4 * places * model.vocabulary)))
+                places = min(places, BATCH_SIZE + max(map(len, labels)))
+            batch_size = max(1, min(BATCH_SIZE, LOGITS_BYTES // (4 * places * model.vocabulary)))
         for start in range(0, len(order), batch_size):
             members = order[start : start + batch_size]
             chosen = [samples[i] for i in members]

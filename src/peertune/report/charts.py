@@ -119,12 +119,12 @@ def line_chart(
     )
 
 
-def linear_axis(low: float, high: float, target: int = 5) -> Axis:
-    """An axis over [low, high] with about `target` ticks at round numbers, ending at ticks."""
+def linear_axis(low: float, high: float) -> Axis:
+    """An axis over [low, high] with about five ticks at round numbers, ending at ticks."""
     if high - low <= 1e-9 * max(abs(low), abs(high), 1e-9):
         pad = abs(low) * 0.1 or 1.0
         low, high = (low - pad if low else 0.0), high + pad
-    raw = (high - low) / target
+    raw = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(raw))
     step = power * next(m for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
