@@ -151,20 +151,65 @@ def test_folder_in_hub_layout(hub_folder: Path) -> None:
         load_table("org/set:dev", LABELS)
 
 
+def test_folder_of_several_configurations(hub_folder: Path) -> None:
+    """As GLUE, MMLU and GSM8K are on the hub: which there are is said, and one can be named."""
+    (hub_folder / "README.md").write_text(
+        "---\nconfigs:\n"
+        + "".join(
+            f"- config_name: {name}\n  data_files:\n  - split: train\n    path: data/{split}-*\n"
+            for name, split in (("one", "train"), ("two", "test"))
+        )
+        + "---\n"
+    )
+    assert [row["label"] for row in load_table("org/set:two:train", LABELS).rows] == ["yes"]
+    with pytest.raises(DataError, match=r"org/set:train: .* configs: \['one', 'two'\]; expected NAME\[\[:CONFIG\]"):
+        load_table("org/set", LABELS)
+
+
+def test_folder_of_save_to_disk(hub_folder: Path) -> None:
+    train, test = (datasets.load_dataset(str(hub_folder), split=split) for split in ("train", "test"))
+    train.save_to_disk("alone")
+    datasets.DatasetDict({"old": train, "new": test}).save_to_disk("both")
+    rows = [{"text": "t", "label": "yes"}, {"text": "t", "label": "no"}]
+    assert load_table("alone", LABELS).rows == load_table("both:old", LABELS).rows == rows
+    assert load_table("both:new", LABELS).rows == rows[:1]
+    with pytest.raises(DataError, match=r"both:train: .*there has old, new only"):
+        load_table("both", LABELS)
+    with pytest.raises(DataError, match=r"alone:test: .*there has train only"):
+        load_table("alone:test", LABELS)
+
+
+def test_class_numbers_in_parquet_become_their_names(hub_folder: Path) -> None:
+    """A file taken out of a hub's folder keeps them beside its schema; numbers may be prefixes of each other."""
+    path = hub_folder / "data" / "train-00000-of-00001.parquet"
+    assert [row["label"] for row in load_table(str(path), LABELS).rows] == ["yes", "no"]
+    table = pq.read_table(path)
+    for damaged in (b"", b"[]", b'{"info": {"features": {"label": {"names": 3}}}}'):
+        pq.write_table(table.replace_schema_metadata({"huggingface": damaged}), path)
+        assert [row["label"] for row in load_table(str(path), LABELS).rows] == ["1", "0"]
+
+
+def test_a_broken_file_in_a_folder_is_told(hub_folder: Path) -> None:
+    Path("rows").mkdir()
+    Path("rows", "train.jsonl").write_text('{"text": "a"}\n{"text":\n')
+    with pytest.raises(DataError, match=r"rows:train: .*generating the dataset: JSON parse error: .*row 1;"):
+        load_table("rows", TEXT)
+
+
 def test_names_of_hub_data_sets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked = []
 
-    def load(name: str, split: str) -> datasets.Dataset:
-        asked.append((name, split))
+    def load(name: str, config: str | None, split: str) -> datasets.Dataset:
+        asked.append((name, config, split))
         if name == "org/none":
             raise datasets.exceptions.DatasetNotFoundError("Dataset 'org/none' doesn't exist\nmore")
         return datasets.Dataset.from_list([{"text": "t"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.chdir(tmp_path)
-    assert load_table(["org/set", "org/set.v2:test"], TEXT).source == [0, 1]
-    assert asked == [("org/set", "train"), ("org/set.v2", "test")]
-    with pytest.raises(DataError, match=r"org/none:train: no such file, and no data set of that name loads: .* exist$"):
+    assert load_table(["org/set", "org/set.v2:test", "org/set:main:test"], TEXT).source == [0, 1, 2]
+    assert asked == [("org/set", None, "train"), ("org/set.v2", None, "test"), ("org/set", "main", "test")]
+    with pytest.raises(DataError, match=r"org/none:train: no such file, and no data set of that name loads: .* exist"):
         load_table("org/none", TEXT)
 
 
@@ -194,6 +239,10 @@ def test_stdlib_rows_come_with_their_groups(monkeypatch: pytest.MonkeyPatch) -> 
         ("a.json", b"[]", TEXT, "a.json: is empty"),
         ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', TEXT, "a.jsonl:3: broken JSON: Expecting value at column"),
         ("a.jsonl", b'{"text": "a"}\n["b"]\n', TEXT, "a.jsonl:2: got a list, expected a JSON object"),
+        ("a.jsonl", b'[{"text": "a"},\n{"text": "b"}]', TEXT, "a.jsonl:1: broken JSON: .* must be named .json"),
+        ("a.jsonl", b'[{"text": "a"}]', TEXT, "a.jsonl:1: got a list, expected .*; a list .* must be named .json"),
+        ("a.csv", b"text;label\na;x\n", LABELS, "a.csv:1: got ';' between cells, expected commas; save"),
+        ("a.csv", b"text\tlabel\na\tx\n", LABELS, r"a.csv:1: got '\\t' between cells, expected commas; save"),
         ("a.json", b'{"text": "a"}', TEXT, "a.json: got an object, expected a list.*jsonl"),
         ("a.json", b'{"text": "a"}\n{"text": "b"}', TEXT, "a.json:2: broken JSON.*jsonl"),
         ("a.jsonl", b"[" * 100_000, TEXT, "a.jsonl:1: broken JSON"),

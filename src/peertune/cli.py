@@ -51,6 +51,7 @@ ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # transformers' too
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "critical",
     "GRPC_VERBOSITY": "NONE",  # what keeps a neighbour away is told by `unreachable` in words
     # PyTorch's threads wait for each other a dozen times a step of the optimiser's, by default for milliseconds of
     # spinning, even where the one waited for has no core: beside others' work a step took 40 times as long as on one

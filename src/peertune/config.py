@@ -98,7 +98,8 @@ class PartitionSection(Section):
 
 class DataSection(Section):
     train: Sources = "stdlib"
-    """Path, list of paths, Hugging Face data set name, or "stdlib": source text of Python's own standard library."""
+    """Path, list of paths, Hugging Face data set org/name[[:config]:split], or "stdlib": source text of Python's own
+    standard library."""
     test: Sources = ""
     """Held-out rows, likewise; empty: nothing is evaluated. Left out together with train: "stdlib-test"."""
     task: Task = "text"

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from peertune.config import DataSection
+from peertune.data.arrow import read_dataset, read_parquet
 from peertune.errors import DataError
 
 Row = dict[str, Any]
@@ -26,7 +27,9 @@ Located = Iterator[tuple[str, Row]]
 """Rows with the place each one came from, as "file:line"."""
 
 _KINDS = (".jsonl", ".json", ".csv", ".txt", ".parquet")
-_EXPECTED = ".jsonl, .json, .csv or .txt (each also with .gz), .parquet, or a Hugging Face data set org/name[:split]"
+_EXPECTED = (
+    ".jsonl, .json, .csv or .txt (each also with .gz), .parquet, or a Hugging Face data set org/name[[:config]:split]"
+)
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 OPTIONAL = {"classification": "text_b_field", "instruction": "input_field", "chat": "tools_field"}
 """By task, the key of [data] that names a field which rows may lack."""
@@ -46,8 +49,9 @@ def load_table(sources: str | list[str], config: DataSection, *, base: Path | No
     """Read all rows of one or several sources.
 
     Args:
-        sources: paths, names of Hugging Face data sets ("org/name" or "org/name:split", "train" where no split is
-            named; also a local folder in the hub's layout), "stdlib" or "stdlib-test".
+        sources: paths, names of Hugging Face data sets ("org/name", "org/name:split" or "org/name:config:split",
+            "train" where no split is named; also a local folder in the hub's layout or of `save_to_disk`), "stdlib" or
+            "stdlib-test".
         config: the task and the names of its fields.
         base: folder that relative paths are tried against where the working directory does not have them.
     Returns:
@@ -96,16 +100,16 @@ def _open(name: str, config: DataSection, base: Path | None) -> Located:
         hub, _, wanted = name.partition(":")
         # `data/train.tsv` is a path with a typing error or an unknown type where there is a folder `data`
         if not kind and _HUB_NAME.fullmatch(hub) and _find(hub.split("/")[0], base) is None:
-            return _read_dataset(hub, wanted or "train", config)
+            return read_dataset(hub, wanted or "train", config.label_field)
         tried = Path(name).absolute() if base is None or Path(name).is_absolute() else f"{Path.cwd()} and {base}"
         raise DataError(f"{name}: no such file (looked in {tried}){_similar(name, base)}; expected {_EXPECTED}")
     path, split = found
     if path.is_dir():
-        return _read_dataset(str(path), split, config)
+        return read_dataset(str(path), split, config.label_field)
     if not kind:
         raise DataError(f"{name}: unknown type of file {''.join(path.suffixes[-2:])!r}; expected {_EXPECTED}")
     if kind == ".parquet":
-        return _read_parquet(path, name)
+        return read_parquet(path, name, config.label_field)
     text = _read_text(path, name)
     readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
     if kind in readers:
@@ -121,7 +125,7 @@ def _kind(name: str) -> str:
 
 
 def locate(name: str, base: Path | None) -> tuple[Path, str] | None:
-    """The local file or folder that a source names, as NAME or FOLDER:SPLIT, and the split; None where there is none.
+    """The local file or folder that a source names, as NAME or FOLDER[:CONFIG]:SPLIT, and what follows; None for none.
 
     Args:
         base: folder that relative paths are tried against where the working directory does not have them.
@@ -129,7 +133,7 @@ def locate(name: str, base: Path | None) -> tuple[Path, str] | None:
     path = _find(name, base)
     if path is not None:
         return path, "train"
-    parts = re.fullmatch(r"(.+):([\w.-]+)", name)
+    parts = re.fullmatch(r"(.+?):((?:[\w.-]+:)?[\w.-]+)", name)
     folder = _find(parts[1], base) if parts else None
     return (folder, parts[2]) if parts and folder is not None and folder.is_dir() else None
 
@@ -179,7 +183,8 @@ def _parse_object(line: str, where: str) -> Row:
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: broken JSON: {error.msg} at column {error.colno}") from None
+        hint = "; a list of objects must be named .json" if line.startswith("[") else ""
+        raise DataError(f"{where}: broken JSON: {error.msg} at column {error.colno}{hint}") from None
     except (RecursionError, ValueError) as error:  # ValueError: a number of thousands of digits
         raise DataError(f"{where}: broken JSON: {_unreadable(error)}") from None
     return _as_object(value, where)
@@ -191,7 +196,8 @@ def _unreadable(error: Exception) -> str:
 
 def _as_object(value: Any, where: str) -> Row:
     if not isinstance(value, dict):
-        raise DataError(f"{where}: got {_type(value)}, expected a JSON object with a field for each column")
+        hint = "; a list of objects must be named .json" if isinstance(value, list) else ""
+        raise DataError(f"{where}: got {_type(value)}, expected a JSON object with a field for each column{hint}")
     return value
 
 
@@ -223,52 +229,14 @@ def _read_csv(text: str, name: str) -> Located:
     finally:
         csv.field_size_limit(limit)
     header = lines[0][1] if lines else []
+    if len(header) == 1 and (other := next((c for c in ";\t|" if c in header[0]), "")):
+        raise DataError(f"{name}:1: got {other!r} between cells, expected commas; save the file anew with those")
     if len(set(header)) < len(header):
         raise DataError(f"{name}:1: two columns have the same name; got {', '.join(header)}")
     for number, cells in lines[1:]:
         if len(cells) != len(header):
             raise DataError(f"{name}:{number}: got {len(cells)} cells, expected {len(header)} as in the first line")
         yield f"{name}:{number}", dict(zip(header, cells, strict=True))
-
-
-def _read_parquet(path: Path, name: str) -> Located:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        rows = pyarrow.parquet.ParquetFile(path).read().to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{name}: not a readable Parquet file: {reason}") from None
-    yield from ((f"{name}, row {number}", _as_written(row)) for number, row in enumerate(rows, 1))
-
-
-def _as_written(row: Row) -> Row:
-    """A row without the keys that Arrow adds: objects in one column get those of all rows, with null in them."""
-    return {key: _without_nulls(value) for key, value in row.items()}
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-def _read_dataset(name: str, split: str, config: DataSection) -> Located:
-    import datasets
-    from datasets.exceptions import DatasetsError
-
-    try:
-        data = datasets.load_dataset(name, split=split)
-    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{name}:{split}: no such file, and no data set of that name loads: {reason}") from None
-    label = data.features.get(config.label_field)
-    names = label.names if isinstance(label, datasets.ClassLabel) else None
-    for number, row in enumerate(data, 1):
-        if names is not None and isinstance(row[config.label_field], int) and row[config.label_field] >= 0:
-            row = {**row, config.label_field: names[row[config.label_field]]}
-        yield f"{name}:{split}, row {number}", _as_written(row)
 
 
 def _check(row: Row, where: str, config: DataSection) -> Row:
