@@ -385,6 +385,13 @@ def test_tools_go_where_the_template_puts_them(byte_tokenizer: PreTrainedTokeniz
     assert targets(byte_tokenizer, sample) == '<call>{"a": 1}</call><|im_end|>'
 
 
+def test_calls_that_the_template_leaves_out_are_refused(byte_tokenizer: PreTrainedTokenizerBase) -> None:
+    """The turn would be learned as one that says nothing."""
+    byte_tokenizer.chat_template = INST
+    with pytest.raises(DataError, match=r"row 1: the model's chat template leaves out the calls .*tool_calls"):
+        render([chat(user("q"), assistant("", CALL), user("r"), assistant("a"))], CHAT, byte_tokenizer, 400)
+
+
 @pytest.mark.parametrize("system", [True, False])
 def test_tools_that_the_template_leaves_out_are_listed(
     system: bool, english: PreTrainedTokenizerBase, byte_tokenizer: PreTrainedTokenizerBase
