@@ -42,6 +42,27 @@ def damaged_model(recipe: Recipe) -> None:
     recipe["model"]["path"] = str(folder)
 
 
+def adapter_for_a_base(recipe: Recipe) -> None:
+    """transformers loads it on its base, unasked; a run of hours could not write its model."""
+    from peft import LoraConfig, get_peft_model
+
+    from peertune.model.adapters import peft_is_quiet
+
+    folder = Path(recipe["run"]["out"]).parent / "adapter"
+    shutil.copytree(recipe["model"]["path"], folder, ignore=shutil.ignore_patterns("config.json", "*.safetensors"))
+    module = AutoModelForCausalLM.from_pretrained(recipe["model"]["path"])
+    with peft_is_quiet():
+        get_peft_model(module, LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
+    recipe["model"]["path"] = str(folder)
+
+
+def pointers_for_weights(recipe: Recipe) -> None:
+    folder = Path(recipe["run"]["out"]).parent / "cloned"
+    shutil.copytree(recipe["model"]["path"], folder)
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    recipe["model"]["path"] = str(folder)
+
+
 def file_in_the_way(recipe: Recipe) -> None:
     blocker = Path(recipe["run"]["out"]).parent / "blocker"
     blocker.write_text("")
@@ -130,6 +151,9 @@ CASES = {
     ),
     "fewer files than peers": Case(lambda r: r["data"].update(partition={"kind": "files"}), ["4"]),
     "NaN weights": Case(damaged_model, ["lm_head.weight", "NaN"]),
+    "adapter for a base": Case(adapter_for_a_base, ["model.path", "is an adapter", "merge it into its base"]),
+    "weights not fetched": Case(pointers_for_weights, ["model.path", "Git LFS", "git lfs pull"]),
+    "file for a model": Case(lambda r: r["model"].update(path=r["data"]["train"]), ["model.path", "this is a file"]),
     "no such model": Case(put("model", path="no/such-model"), ["model.path", "no/such-model"]),
     "no position left for a prompt": Case(
         put("algorithm", name="dec_lora", adapter="prompt", num_virtual_tokens=60),

@@ -222,7 +222,8 @@ def prepare_model(config: RunConfig, device: torch.device, base: Path | None) ->
     """The base model with the adapter that the method trains, if any; the same on every peer.
 
     Raises:
-        ModelError, ConfigError: as `load_model` and `add_adapter`; too few positions; an adapter on random weights.
+        ModelError, ConfigError: as `load_model` and `add_adapter`; too few positions; an adapter on random weights, or
+            in the base's place.
     """
     if config.model.init == "random" and config.algorithm.adapter != "none":
         # The base would never learn, and whoever merges or loads the adapter later does not have it.
@@ -231,6 +232,11 @@ def prepare_model(config: RunConfig, device: torch.device, base: Path | None) ->
             " below an adapter; change one of the two"
         )
     module = load_model(config.model, device, base, seed=derive_seed(config.run.seed, "base"))
+    if getattr(module, "_hf_peft_config_loaded", False):  # transformers puts it on its base; it cannot be saved whole
+        raise ModelError(
+            f"model.path: {config.model.path!r} is an adapter, expected a whole model; merge it into its base (peft's"
+            " merge_and_unload), save that, and name its folder"
+        )
     positions = getattr(module.config, "max_position_embeddings", None) or math.inf
     virtual = config.algorithm.num_virtual_tokens if config.algorithm.adapter in ("prompt", "prefix") else 0
     if config.model.max_length + virtual > positions:

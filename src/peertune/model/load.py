@@ -179,11 +179,21 @@ def _from_pretrained(kind: Any, config: ModelSection, base: Path | None, **optio
                 " --trust-remote-code) to let that run"
             )
         place = "this folder" if Path(source).is_dir() else "no such local folder, and the hub did not give it"
+        if Path(source).is_file():
+            place, reason = "this is a file", "name the folder of a model as `save_pretrained` writes it"
         if (Path(source) / "events.jsonl").exists():
             reason = f"it is a run's; its model, once it is finished, is {Path(source) / 'model'}"
+        if any(path.is_file() and _is_pointer(path) for path in Path(source).glob("*")):
+            reason = "it holds pointers of Git LFS where files should be; fetch those with `git lfs pull`"
         raise ModelError(
             f"model.path: got {config.path!r}, expected a folder or hub name of a {what}; {place}: {reason}"
         ) from error
+
+
+def _is_pointer(path: Path) -> bool:
+    """Whether a file is what Git leaves of a large one."""
+    with path.open("rb") as file:
+        return file.read(23) == b"version https://git-lfs"
 
 
 def _reason(error: Exception) -> str:
