@@ -129,6 +129,11 @@ def test_long_cells_of_csv_are_read(tmp_path: Path) -> None:
     assert csv.field_size_limit() == limit
 
 
+def test_columns_without_a_name_are_no_two_of_one(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(",text,label,,\n0,a,x,,\n1,b,y,,\n")
+    assert [row["label"] for row in load_table(str(tmp_path / "a.csv"), LABELS).rows] == ["x", "y"]
+
+
 @pytest.fixture
 def hub_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A local folder in the hub's layout with labels as class numbers."""

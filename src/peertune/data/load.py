@@ -231,8 +231,9 @@ def _read_csv(text: str, name: str) -> Located:
     header = lines[0][1] if lines else []
     if len(header) == 1 and (other := next((c for c in ";\t|" if c in header[0]), "")):
         raise DataError(f"{name}:1: got {other!r} between cells, expected commas; save the file anew with those")
-    if len(set(header)) < len(header):
-        raise DataError(f"{name}:1: two columns have the same name; got {', '.join(header)}")
+    named = [column for column in header if column]  # spreadsheets leave columns without a name, and cells, behind
+    if len(set(named)) < len(named):
+        raise DataError(f"{name}:1: two columns have the same name; got {', '.join(named)}; rename one")
     for number, cells in lines[1:]:
         if len(cells) != len(header):
             raise DataError(f"{name}:{number}: got {len(cells)} cells, expected {len(header)} as in the first line")
