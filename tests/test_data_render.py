@@ -385,6 +385,16 @@ def test_tools_go_where_the_template_puts_them(byte_tokenizer: PreTrainedTokeniz
     assert targets(byte_tokenizer, sample) == '<call>{"a": 1}</call><|im_end|>'
 
 
+def test_a_template_that_names_the_day_says_the_same_on_any(byte_tokenizer: PreTrainedTokenizerBase) -> None:
+    """As Llama 3.2's and SmolLM3's do: else a run could not be resumed after midnight, as its rows would be others."""
+    byte_tokenizer.chat_template = (
+        "\n{% if strftime_now is defined %}{% set day = strftime_now('%d %b %Y') %}{% endif %}"
+        "{{ day + strftime_now(' %Y-%m-%d') }}{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    )
+    [sample] = render([chat(user("q"), assistant("a"))], CHAT, byte_tokenizer, 400).samples
+    assert full(byte_tokenizer, sample) == "\n26 Jul 2024 2024-07-26[q][a]"
+
+
 def test_calls_that_the_template_leaves_out_are_refused(byte_tokenizer: PreTrainedTokenizerBase) -> None:
     """The turn would be learned as one that says nothing."""
     byte_tokenizer.chat_template = INST

@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,6 +42,12 @@ _PLAIN_TEMPLATE = """\
 # A template that writes calls as JSON needs their arguments as an object: the JSON text that OpenAI's format has there
 # would be quoted a second time. A template that tests for text handles both.
 _CALLS_AS_JSON = re.compile(r"\b(arguments|function)(['\"]\])?\s*\|\s*tojson")
+
+_TODAY = "{% macro strftime_now(format) %}{{ format"
+_TODAY += "".join(f" | replace('%{code}', '{datetime(2024, 7, 26):%{code}}')" for code in "YymdBbAaHMS")
+_TODAY += " }}{% endmacro %}\n"
+"""Put before a template that names the day, as Llama's and Mistral's do: what a row says must be the same tomorrow, or
+no run could be resumed then. The day is that of Llama's templates where they have no clock."""
 
 _MIN_CUT_CHARS = 16
 """Shorter texts are never cut: they make no room, and could be mistaken for the template's own words."""
@@ -92,6 +99,8 @@ class ChatRenderer:
         self.tokenizer = tokenizer
         own = str(tokenizer.chat_template or "")
         self._template = None if own else plain_template(tokenizer)
+        if isinstance(tokenizer.chat_template, str) and "strftime_now" in own:
+            self._template = _TODAY + own
         self._calls_as_objects = bool(_CALLS_AS_JSON.search(own)) and "is string" not in own
         self._end_tokens = tuple(str(token) for token in tokenizer.added_tokens_decoder.values())
 
