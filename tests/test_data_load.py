@@ -122,6 +122,28 @@ def test_calls_are_read_in_every_form_they_come_in(tmp_path: Path) -> None:
     assert [row["messages"] for row in load_table(str(tmp_path / "a.jsonl"), CHAT).rows] == [expected] * 4
 
 
+def test_conversations_as_sharegpt_has_them_are_read(tmp_path: Path) -> None:
+    call = {"name": "f", "arguments": {"x": 1}}
+    says = [("system", "s"), ("human", "q"), ("function_call", json.dumps(call)), ("observation", "1"), ("gpt", "a")]
+    says.append(("function_call", json.dumps([call, call])))
+    row = {"conversations": [{"from": speaker, "value": value, "weight": 0} for speaker, value in says]}
+    (tmp_path / "a.jsonl").write_text(lines([row]))
+    config = DataSection(task="chat", messages_field="conversations")
+    made = {"type": "function", "function": call}
+    assert load_table(str(tmp_path / "a.jsonl"), config).rows[0]["conversations"] == [
+        {"role": "system", "weight": 0, "content": "s"},
+        {"role": "user", "weight": 0, "content": "q"},
+        {"role": "assistant", "weight": 0, "tool_calls": [made], "content": ""},
+        {"role": "tool", "weight": 0, "content": "1"},
+        {"role": "assistant", "weight": 0, "content": "a"},
+        {"role": "assistant", "weight": 0, "tool_calls": [made, made], "content": ""},
+    ]
+    row["conversations"][1]["from"] = "narrator"
+    (tmp_path / "a.jsonl").write_text(lines([row]))
+    with pytest.raises(DataError, match="message 2: field 'from' is 'narrator', expected one of system, human"):
+        load_table(str(tmp_path / "a.jsonl"), config)
+
+
 def test_long_cells_of_csv_are_read(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('text\n"' + "long " * 50_000 + '"\n')
     limit = csv.field_size_limit()

@@ -126,7 +126,7 @@ class DataSection(Section):
     output_field: str = "output"
     """Field of the answer (instruction)."""
     messages_field: str = "messages"
-    """Field of the messages, a list of objects with a role and content (chat)."""
+    """Field of the messages, a list of objects with a role and content, or with from and value as ShareGPT's (chat)."""
     tools_field: str = "tools"
     """Field of the functions offered, a list of their schemas; used where a row has it (chat)."""
     partition: PartitionSection = PartitionSection()

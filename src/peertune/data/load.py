@@ -31,6 +31,9 @@ _EXPECTED = (
     ".jsonl, .json, .csv or .txt (each also with .gz), .parquet, or a Hugging Face data set org/name[[:config]:split]"
 )
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SPEAKERS = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_SPEAKERS |= {"function_call": "assistant", "tool": "tool", "observation": "tool", "function_response": "tool"}
+"""Roles by what stands in `from` where conversations are written as ShareGPT's were."""
 OPTIONAL = {"classification": "text_b_field", "instruction": "input_field", "chat": "tools_field"}
 """By task, the key of [data] that names a field which rows may lack."""
 
@@ -315,6 +318,8 @@ def _messages(row: Row, where: str, config: DataSection) -> list[Row]:
     value = _value(row, where, "messages_field", config)
     for number, message in enumerate(_objects(value, where, config.messages_field, "messages_field"), 1):
         place = f"{where}, message {number}"
+        if "role" not in message and "from" in message:
+            message = _of_sharegpt(message, place)
         if not isinstance(message.get("role"), str):
             raise DataError(
                 f"{place}: no text in field 'role' (it has {', '.join(message)}), expected role and content"
@@ -332,6 +337,19 @@ def _messages(row: Row, where: str, config: DataSection) -> list[Row]:
         kept = {key: value for key, value in message.items() if value is not None}
         messages.append({**_with_tool_calls(kept, place), "content": content or ""})
     return messages
+
+
+def _of_sharegpt(message: Row, where: str) -> Row:
+    """A message with `from` and `value` as one with role and content; a call's value is its JSON text."""
+    speaker, value = message["from"], message.get("value")
+    if not isinstance(speaker, str) or speaker not in _SPEAKERS:
+        raise DataError(f"{where}: field 'from' is {speaker!r:.40}, expected one of {', '.join(_SPEAKERS)}")
+    said: Row = {"content": value}
+    if speaker == "function_call":
+        calls = _objects(f"[{value}]" if isinstance(value, str) and value.lstrip()[:1] == "{" else value, where, "value")
+        said = {"tool_calls": [{"type": "function", "function": call} for call in calls]}
+    rest = {key: value for key, value in message.items() if key not in ("from", "value")}
+    return {"role": _SPEAKERS[speaker], **rest, **said}
 
 
 def _with_tool_calls(message: Row, where: str) -> Row:
