@@ -307,9 +307,9 @@ def test_stdlib_rows_come_with_their_groups(monkeypatch: pytest.MonkeyPatch) -> 
         ("a.jsonl", b'{"messages": ["hi"]}', CHAT, "a list that does not hold objects only"),
         (
             "a.jsonl",
-            b'{"messages": [{"from": "x"}]}',
+            b'{"messages": [{"by": "x"}]}',
             CHAT,
-            "a.jsonl:1, message 1: no text in field 'role' .it has from",
+            "a.jsonl:1, message 1: no text in field 'role' .it has by",
         ),
         ("a.jsonl", b'{"messages": [{"role": "user", "content": 1}]}', CHAT, "message 1: content is an integer"),
         ("a.jsonl", b'{"messages": [{"role": "user", "content": [{"image": 1}]}]}', CHAT, "a part that is not text"),
