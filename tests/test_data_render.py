@@ -395,13 +395,6 @@ def test_a_template_that_names_the_day_says_the_same_on_any(byte_tokenizer: PreT
     assert full(byte_tokenizer, sample) == "\n26 Jul 2024 2024-07-26[q][a]"
 
 
-def test_calls_that_the_template_leaves_out_are_refused(byte_tokenizer: PreTrainedTokenizerBase) -> None:
-    """The turn would be learned as one that says nothing."""
-    byte_tokenizer.chat_template = INST
-    with pytest.raises(DataError, match=r"row 1: the model's chat template leaves out the calls .*tool_calls"):
-        render([chat(user("q"), assistant("", CALL), user("r"), assistant("a"))], CHAT, byte_tokenizer, 400)
-
-
 @pytest.mark.parametrize("system", [True, False])
 def test_tools_that_the_template_leaves_out_are_listed(
     system: bool, english: PreTrainedTokenizerBase, byte_tokenizer: PreTrainedTokenizerBase

@@ -258,11 +258,6 @@ class ChatRenderer:
             without = self._render([*messages[:-1], silent], tools, where)
         except DataError:  # a template may refuse a turn that says nothing
             return start, start + len(said)
-        if without == whole:
-            raise DataError(
-                f"{where}: the model's chat template leaves out the calls of the assistant; give its tokenizer one that"
-                " writes tool_calls, or leave such conversations out"
-            )
         before = _num_alike(whole, without)
         after = _num_alike(whole[before:][::-1], without[before:][::-1])
         first = max(0, before - whole.rfind(said)) if said in whole else 0
