@@ -627,10 +627,22 @@ def test_a_peer_that_joins_within_a_turn_takes_adams_first_step() -> None:
 def test_decaf_keeps_a_layer_in_which_nobody_learned_anything() -> None:
     """The product of such a layer is zero, and its best factors would be as well, for ever."""
     a, b = torch.randn(2, 5), torch.zeros(4, 2)
-    method = SimpleNamespace(common=("x.lora_A", "x.lora_B"), masters={})
+    method = SimpleNamespace(common=("x.lora_A", "x.lora_B"), peer=SimpleNamespace(index=0), masters={})
     method.masters = SimpleNamespace(write=lambda name, value: setattr(method, name, value))
     Decaf.mix(method, None, Inbox({0: 0.5, 1: 0.5}, {i: {"x.lora_A": a, "x.lora_B": b} for i in range(2)}))  # type: ignore[arg-type]
     assert torch.equal(getattr(method, "x.lora_A"), a) and not getattr(method, "x.lora_B").any()
+
+
+def test_decaf_that_hears_nobody_keeps_its_factors() -> None:
+    """One peer is LoRA with AdamW: balanced factors of the same product would take other steps."""
+    [(b, a)], found = random_factors([3]), dict[str, torch.Tensor]()
+    method = SimpleNamespace(
+        common=("x.lora_A", "x.lora_B"),
+        peer=SimpleNamespace(index=2),
+        masters=SimpleNamespace(write=found.__setitem__),
+    )
+    Decaf.mix(method, None, Inbox({2: 1.0}, {2: {"x.lora_B": b, "x.lora_A": a}}))  # type: ignore[arg-type]
+    assert not found
 
 
 def test_decafs_mix_is_the_weighted_product_in_a_basis_near_the_mean_factors() -> None:
@@ -639,7 +651,11 @@ def test_decafs_mix_is_the_weighted_product_in_a_basis_near_the_mean_factors() -
     near = {j: tuple(x + 0.05 * torch.randn(x.shape, generator=rng) for x in (b, a)) for j in (0, 2, 3)}
     inbox = Inbox({0: 0.5, 2: 0.2, 3: 0.3}, {j: {"x.lora_B": b, "x.lora_A": a} for j, (b, a) in near.items()})
     found: dict[str, torch.Tensor] = {}
-    method = SimpleNamespace(common=("x.lora_A", "x.lora_B"), masters=SimpleNamespace(write=found.__setitem__))
+    method = SimpleNamespace(
+        common=("x.lora_A", "x.lora_B"),
+        peer=SimpleNamespace(index=0),
+        masters=SimpleNamespace(write=found.__setitem__),
+    )
     Decaf.mix(method, None, inbox)  # type: ignore[arg-type]
     mixed_b, mixed_a = found["x.lora_B"], found["x.lora_A"]
     u, s, vt = torch.linalg.svd(sum(inbox.weights[j] * b @ a for j, (b, a) in near.items()))

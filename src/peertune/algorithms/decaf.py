@@ -12,6 +12,7 @@ which would bring the cross terms back, so each peer turns its factors towards w
     (B_i Q, Q' A_i),  Q = argmin ||B_i Q - sum_j w_ij B_j||^2 + ||Q' A_i - sum_j w_ij A_j||^2
 
 B_i A_i stays as it is. All peers start from one adapter, so their bases stay near each other from round to round.
+A peer that hears nobody keeps its factors: one alone is LoRA with AdamW.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ class Decaf(TwoFactor):
 
     @torch.no_grad()
     def mix(self, hop: Hop, inbox: Inbox) -> None:
+        if not inbox.weights.keys() - {self.peer.index}:
+            return
         for name in self.common:
             if "lora_A" not in name:
                 continue
