@@ -573,6 +573,7 @@ BAD = {
     "tune no number": ([*ONE, "--algorithms", "deca,local", "--tune", "lr=fast"], ["--tune", "lr=fast"]),
     "tune impossible": ([*ONE, "--algorithms", "deca,local", "--tune", "lr=-1"], ["algorithm.lr", "-1", "greater"]),
     "tuned and set": ([*ONE, "--algorithms", "deca,deca:lr=0.1", "--tune", "lr=1,2"], ["deca:lr=0.1", "itself"]),
+    "tune what is not used": ([*ONE, "--algorithms", "deca,local", "--tune", "rank=2,4"], ["rank", "deca", "not used"]),
     "other data": (["compare", "recipe.toml", "other.toml"], ["data.batch_size", "4", "2", "[algorithm]"]),
     "same stem": (["compare", "recipe.toml", "sub/recipe.toml"], ["share the folder"]),
     "recipes and algorithms": (["compare", "recipe.toml", "other.toml", "--algorithms", "deca,local"], ["2 recipes"]),

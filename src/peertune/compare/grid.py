@@ -317,7 +317,9 @@ class Grid:
             for value in tune.values:
                 tree = contestant.config.to_dict()
                 tree["algorithm"][tune.key] = value
-                from_dict(tree, METHODS)
+                for remark in from_dict(tree, METHODS)[1]:
+                    if remark.startswith(f"algorithm.{tune.key} "):
+                        raise ConfigError(f"--tune {tune.key}: {contestant.name}: {remark}; tune another key")
 
     def _rows_for_tuning(self) -> int:
         section = self.contestants[0].config.data
