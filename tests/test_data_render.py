@@ -416,6 +416,22 @@ def test_tools_that_the_template_leaves_out_are_listed(
         assert targets(byte_tokenizer, sample) == " a </s>"
 
 
+@pytest.mark.parametrize("template", [INST, REASONING])
+@pytest.mark.parametrize("length", [400, 130])
+def test_calls_that_a_template_leaves_out_follow_the_text(
+    template: str, length: int, byte_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Else a model would learn to say nothing where it is to call; also once the oldest exchange is gone."""
+    byte_tokenizer.chat_template = template
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"x": "é"}'}}
+    old = [user("o" * 60), assistant("old")]
+    [sample] = render([chat(*old, user("q"), assistant("", call))], CHAT, byte_tokenizer, length).samples
+    assert ("old" in full(byte_tokenizer, sample)) == (length == 400)
+    [(start, end)] = sample.calls
+    assert byte_tokenizer.decode(sample.input_ids[start:end]) == json.dumps([call], ensure_ascii=False)
+    assert sample.loss_mask[start:end].all()
+
+
 def test_history_goes_first_then_the_longest_text(byte_tokenizer: PreTrainedTokenizerBase) -> None:
     byte_tokenizer.chat_template = CHATML
     system = {"role": "system", "content": "s" * 20}

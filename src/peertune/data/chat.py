@@ -121,6 +121,9 @@ class ChatRenderer:
             return None
         kept = [self._prepare(message) for message in messages[: spoken[-1] + 1]]
         text = self._render(kept, tools, where)
+        if self._leaves_out_calls(kept, tools, text, where):
+            kept = [_with_written_calls(message) for message in kept]
+            text = self._render(kept, tools, where)
         listing = ""
         if tools and text == self._render(kept, None, where):
             length = len(kept)
@@ -253,9 +256,8 @@ class ChatRenderer:
         """
         if not messages[-1].get("tool_calls"):
             return start, start
-        silent = {key: value for key, value in messages[-1].items() if key != "tool_calls"}
         try:
-            without = self._render([*messages[:-1], silent], tools, where)
+            without = self._render([*messages[:-1], _silent(messages[-1])], tools, where)
         except DataError:  # a template may refuse a turn that says nothing
             return start, start + len(said)
         before = _num_alike(whole, without)
@@ -263,6 +265,13 @@ class ChatRenderer:
         first = max(0, before - whole.rfind(said)) if said in whole else 0
         last = min(len(said), len(whole) - after - whole.rfind(said)) if said in whole else len(said)
         return start + first, start + max(first, last)
+
+    def _leaves_out_calls(self, messages: list[Message], tools: Sequence[Any] | None, text: str, where: str) -> bool:
+        """Whether the template, as many that know of no tools, writes no calls: they would never be learned."""
+        if any(message.get("tool_calls") for message in messages):
+            with suppress(DataError):  # a template may refuse a turn that says nothing
+                return text == self._render([_silent(message) for message in messages], tools, where)
+        return False
 
     def _prepare(self, message: Message) -> Message:
         prepared = {**message, "content": message.get("content") or ""}
@@ -312,6 +321,22 @@ def _says_something(message: Message) -> bool:
     content = message.get("content") or ""
     is_learned = message["role"] == "assistant" and message.get("weight", 1) != 0
     return is_learned and bool(content.strip() or message.get("tool_calls"))
+
+
+def _with_written_calls(message: Message) -> Message:
+    """A prepared message with its calls at the end of its text, as `plain_template` writes them."""
+    return {**message, "content": message["content"] + _written_calls(message)}
+
+
+def _silent(message: Message) -> Message:
+    """A prepared message without its calls, be they at the end of its text too."""
+    rest = {key: value for key, value in message.items() if key != "tool_calls"}
+    return {**rest, "content": message["content"].removesuffix(_written_calls(message))}
+
+
+def _written_calls(message: Message) -> str:
+    calls = message.get("tool_calls")
+    return json.dumps(calls, ensure_ascii=False) if calls else ""
 
 
 def _with_object(call: Any) -> Any:
