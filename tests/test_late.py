@@ -336,6 +336,16 @@ def test_what_a_restarted_site_does_over_again_counts_as_it_went_then() -> None:
     assert east == {"neighbor": "east", "in_time": 2, "late_used": 0, "late_unused": 0, "missed": 1}
 
 
+def test_what_came_after_the_last_round_counts_once_and_as_late() -> None:
+    """While one waits for a neighbour who is behind, its messages arrive, and no round is left to use them."""
+    start = {"event": "started", "members": ["north", "east"], "neighbors": [1]}
+    log = [start, {"event": "arrived", "peer": "east", "round": 0, "hop": 0}]
+    log += [{"event": "left_out", "peers": "east", "round": round, "hop": "gossip"} for round in (1, 2, 3)]
+    log += [{"event": "arrived", "peer": "east", "round": round, "hop": 0} for round in (1, 2)]
+    [east] = contributions([json.dumps(event).encode() for event in log], 4)
+    assert east == {"neighbor": "east", "in_time": 1, "late_used": 0, "late_unused": 2, "missed": 1}
+
+
 def test_a_sites_table_says_whose_numbers_they_are() -> None:
     metrics = {"before": {"loss": 2.0}, "average_model": {"loss": 1.0}, "peers": [{"loss": 1.5}, None]}
     summary: dict[str, Any] = {

@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,24 +96,31 @@ class Repeats:
 class Contribution:
     """What came from one neighbour; the key of a message begins with its round."""
 
-    came: set[tuple[int, int]] = field(default_factory=set)
-    late: dict[tuple[int, float], bool] = field(default_factory=dict)
-    """(round, amount) -> whether it was used."""
-    left_out: set[tuple[int, str]] = field(default_factory=set)
+    in_time: set[tuple[int, int]] = field(default_factory=set)
+    late: set[tuple[int, int]] = field(default_factory=set)
+    """Those that came after their round had gone on without them, also where nobody asked any more what to do."""
+    used: set[tuple[int, float]] = field(default_factory=set)
+    """(round, amount) of the late ones that were used."""
+    left_out: defaultdict[int, set[str]] = field(default_factory=partial(defaultdict, set))
+    """By round, the hops that went without it."""
+
+    def came(self, key: tuple[int, int]) -> None:
+        (self.late if key[0] in self.left_out else self.in_time).add(key)
 
     def forget(self, round: int) -> None:
         """Drop what is done over again from a round on."""
-        self.came = {key for key in self.came if key[0] < round}
-        self.late = {key: used for key, used in self.late.items() if key[0] < round}
-        self.left_out = {key for key in self.left_out if key[0] < round}
+        self.in_time = {key for key in self.in_time if key[0] < round}
+        self.late = {key for key in self.late if key[0] < round}
+        self.used = {key for key in self.used if key[0] < round}
+        for key in [key for key in self.left_out if key >= round]:
+            del self.left_out[key]
 
     def counts(self) -> dict[str, int]:
-        used = sum(self.late.values())
         return {
-            "in_time": max(0, len(self.came) - len(self.late)),
-            "late_used": used,
-            "late_unused": len(self.late) - used,
-            "missed": max(0, len(self.left_out) - len(self.late)),
+            "in_time": len(self.in_time),
+            "late_used": len(self.used),
+            "late_unused": max(0, len(self.late) - len(self.used)),
+            "missed": max(0, sum(map(len, self.left_out.values())) - len(self.late)),
         }
 
 
@@ -145,9 +154,9 @@ def contributions(lines: Iterable[bytes], num_rounds: int) -> list[dict[str, Any
         if kind == "left_out":
             for other in text(event.get("peers"), MAX_NAMES).split(", "):
                 if other in found:
-                    found[other].left_out.add((round, text(event.get("hop"))))
+                    found[other].left_out[round].add(text(event.get("hop")))
         elif name in found and kind == "arrived":
-            found[name].came.add((round, whole(event.get("hop")) or 0))
-        elif name in found and kind == "late":
-            found[name].late[round, number(event.get("amount")) or 0.0] = event.get("used") is True
+            found[name].came((round, whole(event.get("hop")) or 0))
+        elif name in found and kind == "late" and event.get("used") is True:
+            found[name].used.add((round, number(event.get("amount")) or 0.0))
     return [{"neighbor": name, **each.counts()} for name, each in found.items()]
