@@ -56,8 +56,9 @@ from peertune.checkpoint import CheckpointStore
 from peertune.cli import main
 from peertune.consortium import join, leave
 from peertune.ejection import Ejection, ejected, ejection_path, needed, sign_ejection
-from peertune.errors import CharterError, CheckpointError, IdentityError, Left, TurnedAwayError
+from peertune.errors import CharterError, CheckpointError, ConfigError, IdentityError, Left, TurnedAwayError
 from peertune.exchange import Hop
+from peertune.export import export
 from peertune.identity import ALWAYS, Identity, certificate_id, load_identity, make_identity
 from peertune.progress import Silent
 from peertune.recipe import from_dict
@@ -333,6 +334,13 @@ def test_a_block_that_is_personal_as_a_whole_is_not_waited_for(tmp_path: Path, m
     consortium.ended({site: consortium.site(site) for site in NAMES})
     shared = [model["lm_head.weight"] for model in consortium.models(NAMES)]
     assert all(torch.equal(shared[0], other) for other in shared)
+    own, to = tmp_path / "east" / "run", tmp_path / "own"
+    with pytest.raises(ConfigError, match="--peer: got 0, whose personal parts never leave its site, expected 1"):
+        export(own, to, peer=0)
+    export(own, to, peer=1)
+    common, personal = (load_file(folder / "model.safetensors") for folder in (own / "model", to))
+    differing = {name for name in common if not torch.equal(common[name], personal[name])}
+    assert differing == {"model.embed_tokens.weight"}
 
 
 def test_a_site_that_stays_away_is_left_out_and_the_others_finish(tmp_path: Path, micro_model: Path) -> None:

@@ -361,6 +361,8 @@ def test_a_sites_table_says_whose_numbers_they_are() -> None:
     }
     table = summary_table(alone)
     assert [str(column.header) for column in table.columns][2:] == ["this site's model", "before agreement"]
+    personal = {**alone, "metrics": {**metrics, "personal": [{"loss": 1.25}, None]}}
+    assert [str(column.header) for column in summary_table(personal).columns][3] == "its personal model"
     assert "sent by this site: 4" in str(table.caption) and "warning: the others end with other" in str(table.caption)
 
 

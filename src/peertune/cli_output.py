@@ -126,7 +126,9 @@ def summary_table(summary: dict[str, Any]) -> Table:
         title=f"{summary['algorithm']}, {len(summary['bytes_sent_per_peer'])} peers, {summary['rounds']} rounds"
     )
     result = "this site's model" if is_alone else "agreed model" if is_site else "average model"
-    own_columns = ["before agreement"] if is_site else ["peers' own, mean", "worst peer"]
+    own_columns = ["peers' own, mean", "worst peer"]
+    if is_site:
+        own_columns = ["its personal model" if "personal" in metrics else "before agreement"]
     for column in ("held-out", "before", result, *own_columns):
         table.add_column(column, justify="left" if column == "held-out" else "right")
     for name, value in metrics["average_model"].items():

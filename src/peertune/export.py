@@ -61,7 +61,7 @@ def export(
             shutil.copytree(finished[0], to, dirs_exist_ok=True, ignore=_links)
         return None
     if peer is not None:
-        _check_peer(recipe["config"], peer)
+        _check_peer(recipe["config"], peer, recipe.get("site"))
     config, _ = from_dict(recipe["config"], METHODS)
     config = config.model_copy(
         update={"model": config.model.model_copy(update={"trust_remote_code": trust_remote_code})}
@@ -107,8 +107,8 @@ def _links(folder: str, names: list[str]) -> list[str]:
     return [name for name in names if (Path(folder) / name).is_symlink()]
 
 
-def _check_peer(config: dict[str, Any], peer: int) -> None:
-    """Refuse a peer without personal parts. Raises ConfigError."""
+def _check_peer(config: dict[str, Any], peer: int, site: int | None) -> None:
+    """Refuse a peer without personal parts, or with parts that another site has. Raises ConfigError."""
     num_peers = config["run"]["num_peers"]
     if not config["algorithm"].get("local_modules"):
         raise ConfigError(
@@ -116,3 +116,7 @@ def _check_peer(config: dict[str, Any], peer: int) -> None:
         )
     if not 0 <= peer < num_peers:
         raise ConfigError(f"--peer: got {peer}, expected a peer of this run, 0 to {num_peers - 1}")
+    if site not in (None, peer):
+        raise ConfigError(
+            f"--peer: got {peer}, whose personal parts never leave its site, expected {site}, this site's own"
+        )
