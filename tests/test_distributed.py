@@ -25,7 +25,8 @@ from peertune.launch import launch
 from peertune.progress import Silent
 from peertune.recipe import from_dict
 from peertune.run import run
-from peertune.runtimes.distributed import is_launched, local_device, process_group
+from peertune.runtimes import distributed
+from peertune.runtimes.distributed import _meeting_place, is_launched, local_device, process_group
 from peertune.workload import foreseen_bytes
 from tests.recipes import recipe, tree
 
@@ -184,6 +185,21 @@ def test_torchrun_carries_out_a_recipe(tmp_path: Path, micro_model: Path) -> Non
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["rounds"] > 0
 
 
+@pytest.mark.parametrize(("machines", "is_new"), [(1, True), (2, False)])
+def test_ranks_that_torchrun_restarts_do_not_dial_those_before(
+    machines: int, is_new: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose addresses are still in the store that it keeps. On several machines each may count on its own."""
+    kept = dist.HashStore()
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(kept, 0, machines)]))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setenv("WORLD_SIZE", str(machines))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    _meeting_place()["store"].set("address", "of a rank that died")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert _meeting_place()["store"].check(["address"]) is not is_new
+
+
 def test_half_an_environment_and_one_gpu_for_all_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
@@ -200,6 +216,7 @@ def test_half_an_environment_and_one_gpu_for_all_are_refused(monkeypatch: pytest
 def test_ranks_wait_for_days_not_for_torchs_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     """One may export a large model, or train on far more rows, while the others wait."""
     asked: list[Any] = []
+    monkeypatch.setattr(distributed, "_meeting_place", dict)
     monkeypatch.setattr(dist, "init_process_group", lambda *_, timeout, **__: asked.append(timeout))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
     with process_group("cpu"):

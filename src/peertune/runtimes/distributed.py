@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -84,9 +84,9 @@ def process_group(device: str) -> Iterator[None]:
     with _no_rank_lost("at the start"):
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
-            dist.init_process_group("nccl", device_id=torch.device(device), timeout=PATIENCE)
+            dist.init_process_group("nccl", device_id=torch.device(device), timeout=PATIENCE, **_meeting_place())
         else:
-            dist.init_process_group("gloo", timeout=PATIENCE)
+            dist.init_process_group("gloo", timeout=PATIENCE, **_meeting_place())
     try:
         yield
     except RuntimeError as error:  # FSDP2's own messages between the ranks of a peer
@@ -95,6 +95,19 @@ def process_group(device: str) -> Iterator[None]:
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _meeting_place() -> dict[str, Any]:
+    """Where the ranks tell each other their addresses.
+
+    torchrun keeps one store over its restarts, which holds the addresses of the ranks before, so each restart has keys
+    of its own. On several machines counts of restarts may differ, and it stays as torchrun has it.
+    """
+    store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))  # type: ignore[attr-defined]
+    on_one_machine = os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if on_one_machine else "0"
+    own = dist.PrefixStore(f"restart-{restarts}", store)  # type: ignore[attr-defined]
+    return {"store": own, "rank": rank, "world_size": size}
 
 
 class DistributedGroup:
