@@ -346,7 +346,8 @@ def _of_sharegpt(message: Row, where: str) -> Row:
         raise DataError(f"{where}: field 'from' is {speaker!r:.40}, expected one of {', '.join(_SPEAKERS)}")
     said: Row = {"content": value}
     if speaker == "function_call":
-        calls = _objects(f"[{value}]" if isinstance(value, str) and value.lstrip()[:1] == "{" else value, where, "value")
+        is_one = isinstance(value, str) and value.lstrip().startswith("{")
+        calls = _objects(f"[{value}]" if is_one else value, where, "value")
         said = {"tool_calls": [{"type": "function", "function": call} for call in calls]}
     rest = {key: value for key, value in message.items() if key not in ("from", "value")}
     return {"role": _SPEAKERS[speaker], **rest, **said}

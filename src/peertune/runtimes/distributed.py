@@ -104,7 +104,7 @@ def _meeting_place() -> dict[str, Any]:
     of its own. On several machines counts of restarts may differ, and it stays as torchrun has it.
     """
     store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))  # type: ignore[attr-defined]
-    on_one_machine = os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
+    on_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(size)
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if on_one_machine else "0"
     own = dist.PrefixStore(f"restart-{restarts}", store)  # type: ignore[attr-defined]
     return {"store": own, "rank": rank, "world_size": size}
