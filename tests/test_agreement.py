@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from peertune.algorithms.base import Algorithm
 from peertune.algorithms.deca import Deca, DecaConfig
 from peertune.algorithms.fedavg import Fedavg, FedavgConfig
 from peertune.config import TopologySection
@@ -70,6 +71,19 @@ def test_with_nobody_lost_it_is_bitwise_the_agreement_of_all() -> None:
     asked, not_asked = ring(SimulatedExchange), ring(SimulatedExchange)
     assert agree(0, asked, may_lose=True) == agree(0, not_asked) == (4, (), True)
     assert (weights_of(asked) == weights_of(not_asked)).all()
+
+
+def test_what_came_late_is_in_the_agreement() -> None:
+    """One who was behind plays its last rounds while the others ask who is there."""
+    members = ring(SimulatedExchange)
+    before = weights_of(members)
+
+    def take_late(algorithm: Algorithm) -> None:
+        for name in algorithm.shared_names():
+            algorithm.set_shared(name, algorithm.shared(name) + 1.0)
+
+    agree(0, members, may_lose=True, take_late=take_late)
+    np.testing.assert_allclose(weights_of(members), np.tile(before.mean(0) + 1.0, (NUM_PEERS, 1)), rtol=0, atol=1e-6)
 
 
 def test_messages_of_another_plan_are_mixed_into_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

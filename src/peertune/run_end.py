@@ -36,7 +36,9 @@ def agree_on_model(run: RunSetup) -> Agreed:
         return Agreed(is_reached=False, before=before)
     away = run.members[0].exchange.left_out  # in the last round
     try:
-        hops, absent, is_one = agree(run.method.num_rounds, run.members, may_lose=run.group.survives_loss)
+        hops, absent, is_one = agree(
+            run.method.num_rounds, run.members, may_lose=run.group.survives_loss, take_late=run.group.take_late
+        )
     except PeerLostError as error:
         if not run.group.survives_loss:
             raise

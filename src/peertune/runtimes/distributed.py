@@ -154,6 +154,9 @@ class DistributedGroup:
     def catch_up(self, round: int, algorithm: Algorithm) -> int:
         return round  # nobody is ever behind
 
+    def take_late(self, algorithm: Algorithm) -> None:
+        pass  # none is
+
     def gather(self, values: Sequence[T], combine: Callable[[Sequence[T]], T] | None = None) -> list[T | None]:
         (value,) = values
         told: list[T] = [value] * dist.get_world_size()

@@ -57,6 +57,9 @@ class Group(Protocol):
             The round to go on with.
         """
 
+    def take_late(self, algorithm: Algorithm) -> None:
+        """Add to what the method holds the messages that came after their rounds, as far as it can."""
+
     def gather(self, values: Sequence[T], combine: Callable[[Sequence[T]], T] | None = None) -> list[T | None]:
         """Values that JSON can hold, one for each hosted member -> one for each of all; None for what stays unknown.
 

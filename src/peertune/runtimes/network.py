@@ -81,7 +81,7 @@ class NetworkGroup:
         self._request.ask_where_behind(round, algorithm, is_left_out=bool(self._exchange.left_out))
         answer = self._request.answer()
         if answer is None:
-            self._take_late(algorithm)
+            self.take_late(algorithm)
             return round
         then, state = answer
         if state is None or not self._request.is_sound(round, then, algorithm):
@@ -107,7 +107,7 @@ class NetworkGroup:
             self.node.soon(partial(neighbor.skip_to, round))
         self._joined = round
 
-    def _take_late(self, algorithm: Algorithm) -> None:
+    def take_late(self, algorithm: Algorithm) -> None:
         """Put right what rounds without a neighbour's messages did to the mean, with those that came after all.
 
         x_i <- x_i + w_ij (x_j - x_i), both as they were sent: where W is symmetric, the peers' mean is then as if the
@@ -235,7 +235,8 @@ class NetworkExchange:
                     )
                 missing.append(source)
             else:
-                self.late_weight[source] = 0.0
+                if hop.name not in (ROLL, "agree"):  # before which late ones come, from one who is behind
+                    self.late_weight[source] = 0.0
                 payloads[source] = {name: tensor.to(shapes[name].device) for name, tensor in payload.items()}
         self._has_begun |= bool(arrivals)
         if missing:

@@ -96,7 +96,12 @@ class Agreement(NamedTuple):
     the last attempt nobody is asked."""
 
 
-def agree(round: int, members: Sequence[Member], may_lose: bool = False) -> Agreement:
+def agree(
+    round: int,
+    members: Sequence[Member],
+    may_lose: bool = False,
+    take_late: Callable[[Algorithm], None] | None = None,
+) -> Agreement:
     """Give every peer the bitwise same model, the weighted average of what the peers share, a block at a time.
 
     Where peers may be lost, all ask first who is still there, and agree without those who are not. Then they ask anew,
@@ -106,6 +111,8 @@ def agree(round: int, members: Sequence[Member], may_lose: bool = False) -> Agre
     Args:
         round: the number of the run's rounds.
         may_lose: a peer may be lost.
+        take_late: takes in what came after its round. Those who are behind play their last rounds while the others ask
+            who is there.
     Raises:
         PeerLostError: a peer was lost on the way each time, and with it the blocks still to come.
     """
@@ -118,6 +125,9 @@ def agree(round: int, members: Sequence[Member], may_lose: bool = False) -> Agre
     failure, is_one, held = None, True, dict[int, float]()
     for attempt in range(ATTEMPTS):
         told = roll_call(round + attempt, members, known, held, has_failed=failure is not None)
+        if take_late is not None and not attempt:
+            for member in members:
+                take_late(member.algorithm)
         *lost, had_losses, any_failed, highest, lowest = told.tolist()
         if attempt and not any_failed:
             is_one = highest == -lowest

@@ -44,6 +44,9 @@ class SimulatedGroup:
     def catch_up(self, round: int, algorithm: Algorithm) -> int:
         return round  # nobody is ever behind
 
+    def take_late(self, algorithm: Algorithm) -> None:
+        pass  # none is
+
     def gather(self, values: Sequence[T], combine: Callable[[Sequence[T]], T] | None = None) -> list[T | None]:
         return list(values)
 
