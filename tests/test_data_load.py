@@ -270,6 +270,7 @@ def test_stdlib_rows_come_with_their_groups(monkeypatch: pytest.MonkeyPatch) -> 
         ("a.jsonl", b'[{"text": "a"}]', TEXT, "a.jsonl:1: got a list, expected .*; a list .* must be named .json"),
         ("a.csv", b"text;label\na;x\n", LABELS, "a.csv:1: got ';' between cells, expected commas; save"),
         ("a.csv", b"text\tlabel\na\tx\n", LABELS, r"a.csv:1: got '\\t' between cells, expected commas; save"),
+        ("a.json", b'[["a"]]', TEXT, "a.json, row 1: got a list, .* a field for each column$"),
         ("a.json", b'{"text": "a"}', TEXT, "a.json: got an object, expected a list.*jsonl"),
         ("a.json", b'{"text": "a"}\n{"text": "b"}', TEXT, "a.json:2: broken JSON.*jsonl"),
         ("a.jsonl", b"[" * 100_000, TEXT, "a.jsonl:1: broken JSON"),

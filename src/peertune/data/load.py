@@ -183,23 +183,22 @@ def _read_jsonl(text: str, name: str) -> Located:
 
 
 def _parse_object(line: str, where: str) -> Row:
+    hint = "; a list of objects must be named .json" if line.startswith("[") else ""
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
-        hint = "; a list of objects must be named .json" if line.startswith("[") else ""
         raise DataError(f"{where}: broken JSON: {error.msg} at column {error.colno}{hint}") from None
     except (RecursionError, ValueError) as error:  # ValueError: a number of thousands of digits
         raise DataError(f"{where}: broken JSON: {_unreadable(error)}") from None
-    return _as_object(value, where)
+    return _as_object(value, where, hint)
 
 
 def _unreadable(error: Exception) -> str:
     return "nested too deeply" if isinstance(error, RecursionError) else "a number is too long"
 
 
-def _as_object(value: Any, where: str) -> Row:
+def _as_object(value: Any, where: str, hint: str = "") -> Row:
     if not isinstance(value, dict):
-        hint = "; a list of objects must be named .json" if isinstance(value, list) else ""
         raise DataError(f"{where}: got {_type(value)}, expected a JSON object with a field for each column{hint}")
     return value
 
