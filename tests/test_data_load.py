@@ -204,6 +204,10 @@ def test_folder_of_save_to_disk(hub_folder: Path) -> None:
         load_table("both", LABELS)
     with pytest.raises(DataError, match=r"alone:test: .*there has train only"):
         load_table("alone:test", LABELS)
+    for damaged in ("{}", "[]"):
+        Path("alone", "state.json").write_text(damaged)
+        with pytest.raises(DataError, match=r"alone:train: .*there is damaged .*; save it anew; expected NAME"):
+            load_table("alone", LABELS)
 
 
 def test_class_numbers_in_parquet_become_their_names(hub_folder: Path) -> None:

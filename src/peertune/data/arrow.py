@@ -69,7 +69,10 @@ def _load(name: str, split: str) -> Any:
     config, _, split = split.rpartition(":")
     if not any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json")):
         return datasets.load_dataset(name, config or None, split=split)
-    saved = datasets.load_from_disk(name)
+    try:
+        saved = datasets.load_from_disk(name)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"what `save_to_disk` wrote there is damaged ({error!r}); save it anew") from None
     splits = saved if isinstance(saved, dict) else {"train": saved}
     if config or split not in splits:
         raise ValueError(f"what `save_to_disk` wrote there has {', '.join(splits)} only")
