@@ -151,6 +151,12 @@ def test_long_cells_of_csv_are_read(tmp_path: Path) -> None:
     assert csv.field_size_limit() == limit
 
 
+def test_a_column_alone_may_have_any_name(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text|raw\na\nb\n")
+    config = DataSection(task="text", text_field="text|raw")
+    assert load_table(str(tmp_path / "a.csv"), config).rows == [{"text|raw": "a"}, {"text|raw": "b"}]
+
+
 def test_columns_without_a_name_are_no_two_of_one(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(",text,label,,\n0,a,x,,\n1,b,y,,\n")
     assert [row["label"] for row in load_table(str(tmp_path / "a.csv"), LABELS).rows] == ["x", "y"]

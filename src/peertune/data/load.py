@@ -231,7 +231,8 @@ def _read_csv(text: str, name: str) -> Located:
     finally:
         csv.field_size_limit(limit)
     header = lines[0][1] if lines else []
-    if len(header) == 1 and (other := next((c for c in ";\t|" if c in header[0]), "")):
+    first = ["".join(cells) for _, cells in lines[:2]]  # one column may have such a character in its name or a text
+    if len(header) == 1 and (other := next((c for c in ";\t|" if all(c in line for line in first)), "")):
         raise DataError(f"{name}:1: got {other!r} between cells, expected commas; save the file anew with those")
     named = [column for column in header if column]  # spreadsheets leave columns without a name, and cells, behind
     if len(set(named)) < len(named):
