@@ -21,7 +21,8 @@ import peertune
 from peertune.cli import _parser, main
 from peertune.cli_output import Bars, progress_console
 from peertune.demo import comparison, demo
-from peertune.errors import CheckpointError
+from peertune.errors import CheckpointError, ConfigError
+from peertune.export import _check_peer
 from peertune.progress import Silent
 from tests.recipes import tree
 from tests.test_bad_input import write_toml
@@ -181,6 +182,12 @@ def test_export_of_a_peers_personal_model(finished: Path, tmp_path: Path, micro_
         found.append(load_file(tmp_path / f"p{peer}" / "model.safetensors"))
     assert {name for name in found[0] if not torch.equal(found[0][name], found[1][name])} == {"lm_head.weight"}
     assert main(["export", str(tmp_path / "own"), "--to", str(tmp_path / "p4"), "--peer", "4"]) == 2
+
+
+def test_a_servers_folder_has_nobodys_personal_parts() -> None:
+    config = {"run": {"num_peers": 2}, "algorithm": {"local_modules": ["lm_head"]}}
+    with pytest.raises(ConfigError, match="a server has none; leave it out"):
+        _check_peer(config, 1, 2)
 
 
 def test_eval_takes_the_names_of_fields(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -117,6 +117,5 @@ def _check_peer(config: dict[str, Any], peer: int, site: int | None) -> None:
     if not 0 <= peer < num_peers:
         raise ConfigError(f"--peer: got {peer}, expected a peer of this run, 0 to {num_peers - 1}")
     if site not in (None, peer):
-        raise ConfigError(
-            f"--peer: got {peer}, whose personal parts never leave its site, expected {site}, this site's own"
-        )
+        own = f"expected {site}, this site's own" if site in range(num_peers) else "and a server has none; leave it out"
+        raise ConfigError(f"--peer: got {peer}, whose personal parts never leave its site, {own}")
