@@ -3,6 +3,7 @@
 import functools
 import itertools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from peertune.model import loss
 from peertune.model.blocks import block_table, find_layers, frozen_names, is_tied, partition_blocks
 from peertune.model.language_model import LanguageModel
 from peertune.model.layers import draws_in_training
-from peertune.model.load import clone_model, load_model
+from peertune.model.load import _is_pointer, clone_model, load_model
 from tests.shapes import ARCHITECTURES, LAYERS, VOCABULARY, make_model
 
 both = pytest.mark.parametrize("tied", [False, True])
@@ -398,3 +399,8 @@ def test_what_draws_random_numbers_in_training_is_known(key: str, value: float, 
     module = make_model("llama")
     setattr(module.config, key, value)
     assert draws_in_training(module) == draws
+
+
+def test_a_file_that_cannot_be_read_is_no_pointer_of_git_lfs(tmp_path: Path) -> None:
+    """Of why a folder does not load the library has told; that a file may not be read would be a second error."""
+    assert not _is_pointer(tmp_path)

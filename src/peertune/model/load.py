@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -191,9 +192,10 @@ def _from_pretrained(kind: Any, config: ModelSection, base: Path | None, **optio
 
 
 def _is_pointer(path: Path) -> bool:
-    """Whether a file is what Git leaves of a large one."""
-    with path.open("rb") as file:
+    """Whether a file is what Git leaves of a large one; not where it cannot be read."""
+    with suppress(OSError), path.open("rb") as file:
         return file.read(23) == b"version https://git-lfs"
+    return False
 
 
 def _reason(error: Exception) -> str:
