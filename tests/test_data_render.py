@@ -391,8 +391,10 @@ def test_a_template_that_names_the_day_says_the_same_on_any(byte_tokenizer: PreT
         "\n{% if strftime_now is defined %}{% set day = strftime_now('%d %b %Y') %}{% endif %}"
         "{{ day + strftime_now(' %Y-%m-%d') }}{% for m in messages %}[{{ m.content }}]{% endfor %}"
     )
-    [sample] = render([chat(user("q"), assistant("a"))], CHAT, byte_tokenizer, 400).samples
-    assert full(byte_tokenizer, sample) == "\n26 Jul 2024 2024-07-26[q][a]"
+    for template in (byte_tokenizer.chat_template, {"default": byte_tokenizer.chat_template, "tool_use": ""}):
+        byte_tokenizer.chat_template = template
+        [sample] = render([chat(user("q"), assistant("a"))], CHAT, byte_tokenizer, 400).samples
+        assert full(byte_tokenizer, sample) == "\n26 Jul 2024 2024-07-26[q][a]"
 
 
 @pytest.mark.parametrize("system", [True, False])

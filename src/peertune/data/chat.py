@@ -99,8 +99,6 @@ class ChatRenderer:
         self.tokenizer = tokenizer
         own = str(tokenizer.chat_template or "")
         self._template = None if own else plain_template(tokenizer)
-        if isinstance(tokenizer.chat_template, str) and "strftime_now" in own:
-            self._template = _TODAY + own
         self._calls_as_objects = bool(_CALLS_AS_JSON.search(own)) and "is string" not in own
         self._end_tokens = tuple(str(token) for token in tokenizer.added_tokens_decoder.values())
 
@@ -283,11 +281,13 @@ class ChatRenderer:
     def _render(
         self, messages: list[Message], tools: Sequence[Any] | None, where: str, generation_prompt: bool = False
     ) -> str:
+        offered = list(tools) if tools else None
         try:
+            template = self._template or self.tokenizer.get_chat_template(tools=offered)  # of several, one for tools
             text: str = self.tokenizer.apply_chat_template(
                 messages,
-                tools=list(tools) if tools else None,
-                chat_template=self._template,
+                tools=offered,
+                chat_template=_TODAY + template if "strftime_now" in template else template,
                 add_generation_prompt=generation_prompt,
                 tokenize=False,
             )
