@@ -184,7 +184,8 @@ def _from_pretrained(kind: Any, config: ModelSection, base: Path | None, **optio
             place, reason = "this is a file", "name the folder of a model as `save_pretrained` writes it"
         if (Path(source) / "events.jsonl").exists():
             reason = f"it is a run's; its model, once it is finished, is {Path(source) / 'model'}"
-        if any(path.is_file() and _is_pointer(path) for path in Path(source).glob("*")):
+        needed = [path for path in Path(source).glob("*") if path.suffix in (".safetensors", ".bin", ".json", ".model")]
+        if any(path.is_file() and _is_pointer(path) for path in needed):
             reason = "it holds pointers of Git LFS where files should be; fetch those with `git lfs pull`"
         raise ModelError(
             f"model.path: got {config.path!r}, expected a folder or hub name of a {what}; {place}: {reason}"
