@@ -220,7 +220,7 @@ class NetworkExchange:
         missing = []
         # Two who do not know of the same losses may each wait for the other: not for ever. Word that somebody gets on
         # comes over the graph, and of a part that is under way nothing is known for up to stall_s.
-        charter = self._node.charter
+        charter, is_of_a_round = self._node.charter, hop.name not in (ROLL, "agree")
         patience = charter.grace_s * len(charter.members) + charter.stall_s if hop.name == "agree" else math.inf
         for source, arrival in arrivals.items():
             # At the end of a run, one who is still behind may come in time.
@@ -235,14 +235,14 @@ class NetworkExchange:
                     )
                 missing.append(source)
             else:
-                if hop.name not in (ROLL, "agree"):  # before which late ones come, from one who is behind
+                if is_of_a_round:  # before the others late ones come, from one who is behind
                     self.late_weight[source] = 0.0
                 payloads[source] = {name: tensor.to(shapes[name].device) for name, tensor in payload.items()}
         self._has_begun |= bool(arrivals)
         if missing:
             names = ", ".join(self._node.neighbors[source].name for source in missing)
             self._node.log("left_out", peers=names, round=round, hop=hop.name)
-            if hop.name not in (ROLL, "agree"):  # which are of no round
+            if is_of_a_round:
                 self.rounds_without.update(set(missing).difference(self.left_out))
             self.left_out = [*self.left_out, *missing]
             if hop.name == "agree":
