@@ -144,6 +144,18 @@ def test_conversations_as_sharegpt_has_them_are_read(tmp_path: Path) -> None:
         load_table(str(tmp_path / "a.jsonl"), config)
 
 
+def test_a_system_turn_may_stand_beside_the_messages(tmp_path: Path) -> None:
+    asked, told = {"role": "user", "content": "q"}, {"role": "system", "content": "own"}
+    rows: list[dict[str, Any]] = [{"system": "s", "messages": [asked]}, {"system": "s", "messages": [told, asked]}]
+    rows += [{"system": "", "messages": [asked]}, {"system": None, "messages": [asked]}, {"messages": [asked]}]
+    (tmp_path / "a.jsonl").write_text(lines(rows))
+    first, *others = [row["messages"] for row in load_table(str(tmp_path / "a.jsonl"), CHAT).rows]
+    assert first == [{"role": "system", "content": "s"}, asked]
+    assert others == [[told, asked], [asked], [asked], [asked]]
+    with pytest.raises(DataError, match=r"no row has the field 'prompt'.*data\.system_field"):
+        load_table(str(tmp_path / "a.jsonl"), DataSection(task="chat", system_field="prompt"))
+
+
 def test_long_cells_of_csv_are_read(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('text\n"' + "long " * 50_000 + '"\n')
     limit = csv.field_size_limit()

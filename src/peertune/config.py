@@ -127,6 +127,8 @@ class DataSection(Section):
     """Field of the answer (instruction)."""
     messages_field: str = "messages"
     """Field of the messages, a list of objects with a role and content, or with from and value as ShareGPT's (chat)."""
+    system_field: str = "system"
+    """Field of a system turn's text that is not among the messages; used where a row has it (chat)."""
     tools_field: str = "tools"
     """Field of the functions offered, a list of their schemas; used where a row has it (chat)."""
     partition: PartitionSection = PartitionSection()

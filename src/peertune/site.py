@@ -19,7 +19,8 @@ from peertune.recipe import apply_override, from_dict
 SITE_KEYS = (
     *("run.device", "run.threads", "run.log_every", "model.trust_remote_code"),
     *("data.text_field", "data.text_b_field", "data.label_field"),
-    *("data.instruction_field", "data.input_field", "data.output_field", "data.messages_field", "data.tools_field"),
+    *("data.instruction_field", "data.input_field", "data.output_field"),
+    *("data.messages_field", "data.system_field", "data.tools_field"),
 )
 """Keys a site may set for itself: how its own files and machine are, and whether code beside the base may run there."""
 

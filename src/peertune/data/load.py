@@ -34,8 +34,12 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SPEAKERS = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _SPEAKERS |= {"function_call": "assistant", "tool": "tool", "observation": "tool", "function_response": "tool"}
 """Roles by what stands in `from` where conversations are written as ShareGPT's were."""
-OPTIONAL = {"classification": "text_b_field", "instruction": "input_field", "chat": "tools_field"}
-"""By task, the key of [data] that names a field which rows may lack."""
+OPTIONAL = {
+    "classification": ("text_b_field",),
+    "instruction": ("input_field",),
+    "chat": ("system_field", "tools_field"),
+}
+"""By task, the keys of [data] that name a field which rows may lack."""
 
 
 @dataclass(frozen=True)
@@ -87,14 +91,13 @@ def load_table(sources: str | list[str], config: DataSection, *, base: Path | No
 
 def _check_optional(rows: list[Row], config: DataSection, where: str) -> None:
     """Refuse the name of an optional field that was set and that no row has: it is a wrong one. Raises DataError."""
-    key = OPTIONAL.get(config.task)
-    if key is None or (field := getattr(config, key)) == type(config).model_fields[key].default:
-        return
-    if not any(field in row for row in rows):
-        raise DataError(
-            f"{where}: no row has the field {field!r} (the first has {', '.join(map(str, rows[0]))}); name the right"
-            f" one with data.{key}, or leave that out"
-        )
+    for key in OPTIONAL.get(config.task, ()):
+        field = getattr(config, key)
+        if field != type(config).model_fields[key].default and not any(field in row for row in rows):
+            raise DataError(
+                f"{where}: no row has the field {field!r} (the first has {', '.join(map(str, rows[0]))}); name the"
+                f" right one with data.{key}, or leave that out"
+            )
 
 
 def _open(name: str, config: DataSection, base: Path | None) -> Located:
@@ -256,7 +259,11 @@ def _check(row: Row, where: str, config: DataSection) -> Row:
         _text(row, where, "input_field", config, optional=True)
         _text(row, where, "output_field", config)
     else:
-        row = {**row, config.messages_field: _messages(row, where, config)}
+        _text(row, where, "system_field", config, optional=True)
+        messages, system = _messages(row, where, config), row.get(config.system_field)
+        if system and not any(message["role"] == "system" for message in messages):
+            messages = [{"role": "system", "content": system}, *messages]
+        row = {**row, config.messages_field: messages}
         if row.get(config.tools_field) is not None:
             row[config.tools_field] = _objects(row[config.tools_field], where, config.tools_field, "tools_field")
     return row
