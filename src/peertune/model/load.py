@@ -13,6 +13,7 @@ from torch import nn
 
 from peertune.config import ModelSection
 from peertune.errors import InputError, ModelError
+from peertune.model import products
 from peertune.model.adapters import peft_is_quiet
 from peertune.model.attention import choose_attention
 from peertune.model.quantization import is_finite, loading_options, quantization_states, quiet, settle
@@ -60,6 +61,8 @@ def load_model(config: ModelSection, device: torch.device, base: Path | None = N
             NaN, or is stored quantised where the recipe wants full precision.
     """
     quiet()
+    if config.dtype == "bfloat16" and device.type == "cpu" and not products.are_native():
+        products.widen()
     from transformers import AutoConfig, AutoModelForCausalLM
 
     options: dict[str, Any] = {

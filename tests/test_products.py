@@ -1,0 +1,75 @@
+"""bfloat16 matrices are multiplied as float32 on a CPU without instructions for them. Each test has its own process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+START = """
+import torch
+from peertune.model import products
+
+def draw(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+def is_widened(product):
+    with torch.profiler.profile() as profile:
+        product()
+    return any(event.key == "aten::_to_copy" for event in profile.key_averages())
+"""
+GRADIENTS = """
+products.widen()
+x, w, bias, g = draw(3, 9, 40).requires_grad_(), draw(24, 40).requires_grad_(), draw(24), draw(3, 9, 24)
+torch.nn.functional.linear(x, w, bias).backward(g)
+rows, grads = x.detach().float().view(27, 40), g.float().view(27, 24)
+assert torch.equal(torch.nn.functional.linear(x, w, bias).view(27, 24), (rows @ w.float().T + bias).bfloat16())
+assert torch.equal(x.grad.view(27, 40), (grads @ w.float()).bfloat16())
+assert torch.equal(w.grad, (grads.T @ rows).bfloat16())
+assert is_widened(lambda: torch.nn.functional.linear(x, w, bias))
+assert is_widened(lambda: torch.nn.functional.linear(x, w))
+"""
+IN_PLACE = """
+a, b, c = draw(2, 9, 40), draw(2, 40, 16), torch.zeros(2, 9, 16).bfloat16()
+before = a[:, :7] @ b, a.float() @ b.float()
+products.widen()
+want = (a.float() @ b.float())
+assert torch.equal(a @ b, want.bfloat16())
+assert torch.baddbmm(c, a, b, beta=0, alpha=0.5, out=c) is c
+assert torch.equal(c, (0.5 * want).bfloat16())
+after = a[:, :7] @ b, want
+assert all(map(torch.equal, before, after))
+assert is_widened(lambda: a @ b)
+assert is_widened(lambda: torch.baddbmm(c, a, b, out=c))
+assert not is_widened(lambda: a[:, :7] @ b)
+assert not is_widened(lambda: torch.mm(want[0], want[0].T))
+for refused in (lambda: a @ b.float(), lambda: a @ b[:, :3], lambda: torch.mm(a[0, 0], b[0])):
+    try:
+        refused()
+    except RuntimeError:
+        continue
+    raise AssertionError("a product that PyTorch refuses was made")
+"""
+LOADING = """
+from peertune.config import ModelSection
+from peertune.model.load import load_model
+
+def load(dtype):
+    load_model(ModelSection(path="tiny", dtype=dtype, max_length=32), torch.device("cpu"))
+    return products.widen.cache_info().currsize
+
+products.are_native = lambda: True
+assert load("bfloat16") == 0
+products.are_native = lambda: False
+assert load("float32") == 0
+assert load("bfloat16") == 1
+"""
+
+
+@pytest.mark.parametrize("code", [GRADIENTS, IN_PLACE, LOADING], ids=["gradients", "in place", "loading"])
+def test_products_of_bfloat16_matrices(code: str) -> None:
+    command = [sys.executable, "-W", "error::UserWarning", "-c", textwrap.dedent(START + code)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
