@@ -12,7 +12,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
 _PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
 """What PyTorch makes of any product of matrices, in forward and backward passes."""
@@ -22,19 +21,20 @@ _MIN_ROWS = 8
 
 def are_native() -> bool:
     """Whether PyTorch has products of bfloat16 matrices made for this CPU."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    there: Any = torch.backends.mkldnn
+    return there.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @cache
-def widen() -> torch.library.Library | None:
+def widen() -> Any:
     """From now on, multiply bfloat16 matrices on the CPU as float32, in the whole process.
 
     Returns:
-        What holds the change in place; None where this PyTorch is too old to have it, and stays slow.
+        The library that holds the change in place; None where PyTorch is too old to have it, and stays slow.
     """
     if not hasattr(torch.library, "get_kernel"):
         return None
-    library = torch.library.Library("aten", "IMPL")
+    library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
         for name in _PRODUCTS:
@@ -44,8 +44,8 @@ def widen() -> torch.library.Library | None:
     return library
 
 
-def _widened(kernel: Any) -> Callable[..., Tensor]:
-    def product(keys: Any, *operands: Any, **options: Any) -> Tensor:
+def _widened(kernel: Any) -> Callable[..., Any]:
+    def product(keys: Any, *operands: Any, **options: Any) -> Any:
         a, b = operands[-2:]
         rows = min((*a.shape[-2:-1], *b.shape[-1:]), default=0)
         if rows < _MIN_ROWS or any(x.dtype != torch.bfloat16 for x in operands):
@@ -53,7 +53,7 @@ def _widened(kernel: Any) -> Callable[..., Tensor]:
         out = options.get("out")
         if out is not None:
             options["out"] = torch.empty_like(out, dtype=torch.float32)
-        found: Tensor = kernel.call_boxed(keys, *(x.float() for x in operands), **options)
+        found = kernel.call_boxed(keys, *(x.float() for x in operands), **options)
         return found.bfloat16() if out is None else out.copy_(found)
 
     return product
