@@ -52,6 +52,28 @@ for refused in (lambda: a @ b.float(), lambda: a @ b[:, :3], lambda: torch.mm(a[
         continue
     raise AssertionError("a product that PyTorch refuses was made")
 """
+ATTENTION = """
+from torch.nn.functional import scaled_dot_product_attention as attend
+
+products.widen()
+q, k, v, g = draw(4, 2, 3, 40, 16)
+mask = torch.zeros(40, 40).masked_fill_(torch.ones(40, 40).triu(1).bool(), float("-inf"))
+
+def run(kind, **options):
+    given = [x.to(kind).requires_grad_() for x in (q, k, v)]
+    out = attend(*given, **options)
+    return out, *torch.autograd.grad(out, given, g.to(kind))
+
+for narrow, same in ({"is_causal": True},) * 2, ({"attn_mask": mask.bfloat16()}, {"attn_mask": mask}):
+    (out, *grads), (want, *wide) = run(torch.bfloat16, **narrow), run(torch.float32, **same)
+    assert torch.equal(out, want.bfloat16())
+    for ours, theirs in zip(grads, wide, strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert (ours - theirs).norm() < 1e-2 * theirs.norm()
+assert is_widened(lambda: attend(q, k, v))
+q, k, v = q.float(), k.float(), v.float()
+assert not is_widened(lambda: attend(q, k, v))
+"""
 LOADING = """
 from peertune.config import ModelSection
 from peertune.model.load import load_model
@@ -68,7 +90,9 @@ assert load("bfloat16") == 1
 """
 
 
-@pytest.mark.parametrize("code", [GRADIENTS, IN_PLACE, LOADING], ids=["gradients", "in place", "loading"])
+@pytest.mark.parametrize(
+    "code", [GRADIENTS, IN_PLACE, ATTENTION, LOADING], ids=["gradients", "in place", "attention", "loading"]
+)
 def test_products_of_bfloat16_matrices(code: str) -> None:
     command = [sys.executable, "-W", "error::UserWarning", "-c", textwrap.dedent(START + code)]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -1,4 +1,4 @@
-"""Products of bfloat16 matrices on a CPU that has no instructions for them: in float32, rounded at the end.
+"""Products of bfloat16 matrices, and attention, on a CPU without instructions for them: in float32, rounded at the end.
 
 There PyTorch multiplies number by number, fifty times slower than in float32. oneDNN, which does it where it can, also
 sums in float32 and rounds once. It costs copies in float32 of what one product takes and gives.
@@ -15,6 +15,8 @@ import torch
 
 _PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
 """What PyTorch makes of any product of matrices, in forward and backward passes."""
+_ATTENTION = tuple(f"_scaled_dot_product_flash_attention_for_cpu{direction}" for direction in ("", "_backward"))
+"""PyTorch's fused kernels, which have products within."""
 _MIN_ROWS = 8
 """For fewer, as where a text is generated, copying the other operand takes longer than the product does as it is."""
 
@@ -41,6 +43,9 @@ def widen() -> Any:
             for overload in (name, f"{name}.out"):
                 kernel = torch.library.get_kernel(f"aten::{overload}", "CPU")
                 library.impl(overload, _widened(kernel), "CPU", with_keyset=True)
+        for name in _ATTENTION:
+            kernel = torch.library.get_kernel(f"aten::{name}", "CPU")
+            library.impl(name, _widened_attention(kernel), "CPU", with_keyset=True)
     return library
 
 
@@ -57,3 +62,17 @@ def _widened(kernel: Any) -> Callable[..., Any]:
         return found.bfloat16() if out is None else out.copy_(found)
 
     return product
+
+
+def _widened_attention(kernel: Any) -> Callable[..., Any]:
+    def attention(keys: Any, *operands: Any, **options: Any) -> Any:
+        if operands[0].dtype != torch.bfloat16:
+            return kernel.call_boxed(keys, *operands, **options)
+        mask = options.get("attn_mask")
+        if mask is not None and mask.dtype == torch.bfloat16:
+            options["attn_mask"] = mask.float()
+        wide = (x.float() if isinstance(x, torch.Tensor) else x for x in operands)
+        found = kernel.call_boxed(keys, *wide, **options)
+        return tuple(x.bfloat16() if x.ndim == 4 else x for x in found)  # the logarithms of sums are float32 anyway
+
+    return attention
