@@ -1163,6 +1163,20 @@ def test_one_neighbor_alone_does_not_end_a_sites_run(tmp_path: Path) -> None:
     node.stop()
 
 
+def test_one_who_is_out_of_reach_makes_up_no_quorum_unless_another_clearly_hears_it(tmp_path: Path) -> None:
+    """Word of one who is gone is about for a grace, in which nobody is to go on without it."""
+    charter = make_charter(tmp_path, ["a", "b", "c"]).model_copy(update={"quorum": 3})
+    node = Node(charter, load_identity(tmp_path / "a"), "", lambda *_, **__: None)
+    lost = SimpleNamespace(is_out_of_reach=True, last_heard=time.monotonic())
+    node.neighbors = {1: SimpleNamespace(is_out_of_reach=False), 2: lost}  # type: ignore[dict-item]
+    assert not node.has_quorum
+    node.presence.told([0.0, 0.0, 0.0], [0, 0, 0], time.monotonic())
+    assert node.has_quorum and not node.has_quorum_without_the_lost
+    lost.last_heard -= 60.0
+    assert node.has_quorum_without_the_lost
+    node.stop()
+
+
 @pytest.mark.parametrize("address", ["host", "host:", "host:99999", "http://h:1", "h:abc", ":7000"])
 def test_addresses_are_host_and_port(address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(CharterError, match="expected NAME=ID"):

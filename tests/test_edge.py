@@ -75,6 +75,10 @@ def test_a_message_arrives_whole(expected_first: bool) -> None:
         pair.run()
     assert same(pair.got[1][0, 0], payload)
     assert pair.ends[0].outbox.delivered == {(0, 0)}
+    pair.ends[0].outbox.delivered.clear()  # as where the stream ended over the word of it
+    pair.connect()
+    pair.run()
+    assert pair.ends[0].outbox.delivered == {(0, 0)} and not pair.ends[1].offers
 
 
 @given(cuts=st.lists(st.integers(0, 9), max_size=12))
@@ -207,7 +211,7 @@ def test_old_messages_make_room_for_new_ones(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_neighbor_that_is_there_and_fetches_nothing_takes_no_more_memory_either(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(outbox, "KEPT_BYTES", 250)
+    monkeypatch.setattr(outbox, "KEPT_BYTES", 1)
     pair = Pair()
     pair.ends[0].peer_round = 9  # so it did without what is older
     for round in range(10):
@@ -482,6 +486,13 @@ def test_what_both_ends_went_without_is_fetched_by_neither() -> None:
     pair.run()
     assert notes[0].missed == notes[1].missed == [(1, 0), (2, 0)]
     assert not any(each.late for each in notes) and not any(end.late for end in pair.ends)
+    edge = Edge(told := Notes())
+    for round in (2, 1):  # the neighbour says so before this site goes on without it, or has made its own
+        edge.receive(FRAMES.pack(Kind.MISSED, round, 0))
+    edge.expect((1, 0), make_payload(), lambda found: None)
+    assert edge.miss((1, 0)) and not edge.late and edge.missed_until == 2 and not told.missed
+    edge.post((1, 0), make_payload())
+    assert told.missed == [(1, 0)]
 
 
 def test_what_the_neighbor_turns_out_to_have_missed_as_well_is_fetched_no_further() -> None:
@@ -608,14 +619,20 @@ def test_of_one_who_was_refused_no_earlier_offer_is_believed() -> None:
         assert edge.expect((round, 0), make_payload(), lambda found: None) == []
 
 
-def test_a_helper_that_restarts_is_asked_no_more() -> None:
+@pytest.mark.parametrize("restarts", [True, False])
+def test_a_helper_that_restarts_or_finishes_is_asked_no_more(restarts: bool) -> None:
     """The one who asked is told, so that it can ask again."""
     pair = Pair()
     pair.connect()
+    pair.run()
     told: list[Payload | None] = []
     pair.say(1, pair.ends[1].ask(make_payload(), lambda round, found: told.append(found)))
     pair.run()
-    pair.ends[0] = Edge()
+    assert not told
+    if restarts:
+        pair.ends[0] = Edge()
+    else:
+        list(pair.ends[0].finished())
     pair.connect()
     pair.run()
     assert told == [None]
@@ -632,6 +649,8 @@ def test_a_message_goes_out_once_on_a_stream() -> None:
         pair.ends[0].receive(want)
     pair.ends[0].connected()
     assert list(pair.ends[0].receive(want))
+    with pytest.raises(ProtocolError, match="asked for byte 65536 of a message of 88"):
+        pair.ends[0].receive(FRAMES.pack(Kind.WANT, 0, 0, SMALL_CHUNK))
 
 
 def test_what_is_fetched_is_told() -> None:
@@ -652,6 +671,11 @@ def test_what_is_fetched_is_told() -> None:
     pair.ends[0].connected()
     list(pair.ends[0].receive(FRAMES.pack(Kind.WANT, 0, 0, 0)))
     assert told == [((0, 0), 88, False), ((0, 0), 88, True)]
+    for _ in range(2):  # the second one is another state, as of one who asked twice in a round
+        pair.post(0, (1, STATE), make_payload())
+        list(pair.ends[0].receive(FRAMES.pack(Kind.WANT, 1, STATE, 0)))
+        pair.ends[0].receive(FRAMES.pack(Kind.GOT, 1, STATE))
+    assert told[2:] == [((1, STATE), 88, False)] * 2
 
 
 @pytest.mark.parametrize("sign", [1, -1])

@@ -16,14 +16,17 @@ import torch
 from torch import Tensor
 
 from peertune.algorithms.base import Algorithm
+from peertune.algorithms.choco import Choco
 from peertune.algorithms.gt import Gt
-from peertune.algorithms.local_steps import LocalStepsConfig
+from peertune.algorithms.local_steps import LocalSteps, LocalStepsConfig
 from peertune.audit import Repeats, contributions
 from peertune.cli_output import print_summary, summary_table
+from peertune.errors import PeerLostError
 from peertune.exchange import ROLL, Hop, Inbox
 from peertune.runtimes import network
 from peertune.runtimes.catch_up import Pace
 from peertune.runtimes.edge import Edge
+from peertune.runtimes.edge_frames import STATE, Key
 from peertune.runtimes.network import NetworkExchange, NetworkGroup, without
 from peertune.runtimes.presence import Presence
 from peertune.topology import Topology
@@ -45,7 +48,8 @@ def late_group(log: list[dict[str, Any]]) -> tuple[NetworkGroup, Any, SimpleQueu
         shared_names=lambda: list(held),
         shared=lambda name: held[name].clone(),
         set_shared=held.__setitem__,
-        peer=SimpleNamespace(model=SimpleNamespace(forget=lambda: None)),
+        peer=SimpleNamespace(model=SimpleNamespace(forget=lambda: forgotten.append(held["w"].tolist()))),
+        forgotten=(forgotten := []),
     )
     algorithm.take_late = partial(Algorithm.take_late, algorithm)
     return NetworkGroup(node, None), algorithm, late
@@ -61,6 +65,7 @@ def test_a_late_message_gives_the_mean_back_what_a_round_without_it_took(dtype: 
     late.put(((4, 0), {"w": theirs.to(dtype)}, {"w": mine.to(dtype)}))
     group.take_late(algorithm)
     torch.testing.assert_close((algorithm.shared("w") - 1.0 + east) / 2, (mine + theirs) / 2)
+    assert algorithm.forgotten == [algorithm.shared("w").tolist()], "what is cached of the weights before"
     assert log == [{"event": "late", "peer": "east", "round": 4, "used": True, "amount": pytest.approx(0.3 * 32**0.5)}]
 
 
@@ -128,6 +133,13 @@ def test_a_message_in_time_ends_an_absence() -> None:
     assert exchange.left_out == [] and begun == [5, 6]
     inbox = exchange.finish(6, hop, lambda: out)
     assert inbox is not None and inbox.weights == {0: 0.5, 1: 0.5} and exchange.late_weight[1] == 0.0
+    neighbor.expect = lambda key, like, done: done(None)
+    exchange.start(7, hop, out)
+    exchange.finish(7, hop, lambda: out)
+    exchange.left_out = [2, *exchange.left_out]  # in another hop of the round
+    exchange.start(7, hop, out)
+    exchange.finish(7, hop, lambda: out)
+    assert exchange.rounds_without == {1: 1} and set(exchange.left_out) == {1, 2}
 
 
 def test_a_round_without_a_hop_went_without_nobody() -> None:
@@ -156,6 +168,15 @@ def test_late_messages_from_before_a_join_are_not_used() -> None:
     late.put(((9, 0), {"w": torch.tensor([100.0, 100.0])}, {"w": torch.zeros(2)}))
     group.take_late(algorithm)
     assert algorithm.shared("w").tolist() == [1.0, 2.0] and [event["used"] for event in log] == [False]
+
+
+def test_one_who_joins_forgets_what_is_cached_of_its_old_weights() -> None:
+    group, algorithm, _ = late_group([])
+    group.node.neighbors.clear()
+    algorithm.peer.model.device = "cpu"
+    algorithm.join = lambda round, common: algorithm.set_shared("w", common["w"])
+    group._join(10, {"w": torch.tensor([7.0, 8.0])}, algorithm)
+    assert algorithm.forgotten == [[7.0, 8.0]]
 
 
 def asking_group(names: Sequence[str], *, is_robust: bool = False) -> tuple[NetworkGroup, list[Any], list[str]]:
@@ -245,6 +266,18 @@ def test_under_a_robust_rule_the_one_furthest_ahead_is_asked_last() -> None:
     group._exchange.left_out = [1]
     group.catch_up(20, joinable())
     assert asked == ["east"]
+
+
+def test_the_state_goes_to_who_asks_and_is_behind_where_the_method_can_be_joined() -> None:
+    group, neighbors, _ = asking_group(["east", "west", "south"])
+    posted: list[tuple[int, Key]] = []
+    group._exchange.post = lambda target, key, *_: posted.append((target, key))  # type: ignore[method-assign]
+    for neighbor, reached in zip(neighbors, (19, 20, 19), strict=True):
+        neighbor.edge.peer_round, neighbor.edge.peer_asks = reached, neighbor.name != "south"
+        neighbor.welcome = lambda round: None
+    for round in (20, 21):
+        group.catch_up(round, joinable())
+    assert posted == [(1, (20, STATE))]
 
 
 def test_one_round_behind_needs_no_state_and_two_do_where_a_message_is_gone() -> None:
@@ -480,19 +513,74 @@ def test_the_final_agreement_is_waited_for_as_long_as_somebody_gets_on(
     assert waiting.now == pytest.approx(1000.0 if comes else 100.0 + until_s // 30 * 30, abs=2)
 
 
-@pytest.mark.parametrize("is_told", [False, True])
-def test_at_the_start_one_is_waited_for_unless_it_was_there_and_is_gone(
-    is_told: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("knows", "waits_s"), [("nothing", 500.0), ("from the others", 54.0), ("from its checkpoint", 1.0)]
+)
+def test_at_the_start_one_is_waited_for_unless_the_run_has_begun_and_it_is_gone(
+    knows: str, waits_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A site that was started anew, with nothing on its disk, learns from the others that the run has begun."""
 
     def tick(waiting: Waiting) -> None:
-        if waiting.now == 50.0 and is_told:
+        if waiting.now == 50.0 and knows == "from the others":
             waiting.presence.told([0.0, 5.0], [0, 0], waiting.now)
         if waiting.now == 500.0:
             waiting.arrival.set_result({})
 
     waiting = Waiting(monkeypatch, tick)
     waiting.exchange._has_begun = waiting.neighbor.was_seen = waiting.neighbor.is_connected = False
-    assert waiting.comes(math.inf, 0.0) is not is_told
-    assert waiting.now == (54.0 if is_told else 500.0)
+    if knows == "from its checkpoint":
+        waiting.exchange.load_state_dict(waiting.exchange.state_dict())
+    assert waiting.comes(math.inf, 0.0) is (knows == "nothing")
+    assert waiting.now == waits_s
+
+
+def test_each_kind_of_message_is_waited_for_in_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is waited for twice at the end of a run; and only what may be added later is fetched when it is late."""
+    exchange, told = Waiting(monkeypatch, lambda _: None).exchange, []
+    charter = SimpleNamespace(grace_s=8.0, stall_s=3.0, members=["north", "east"])
+    monkeypatch.setattr(exchange._node, "charter", charter, raising=False)
+    monkeypatch.setattr(exchange, "_expect", lambda source, like: None)
+    monkeypatch.setattr(exchange, "_wait", lambda *args, **kwargs: told.append((*args[2:], kwargs["corrects"])))
+    hop, out = Hop("gossip", {(i, j): 0.5 for i in range(2) for j in range(2)}, takes_late=True), {"w": torch.ones(2)}
+    for corrects in (True, False):
+        exchange.corrects = corrects
+        exchange.finish(0, hop, lambda: out)
+        exchange.finish(0, replace(hop, takes_late=False), lambda: out)
+    assert told == [(math.inf, 0.0, True), *[(math.inf, 0.0, False)] * 3]
+    exchange.left_out = []
+    for _ in range(2):
+        exchange.finish(1, replace(hop, name=ROLL, takes_late=False), lambda: out)
+    assert told[4:] == [(math.inf, 8.0, False), (math.inf, 0.0, False)]
+    with pytest.raises(PeerLostError, match="the final agreement went without east"):
+        exchange.finish(1, replace(hop, name="agree", takes_late=False), lambda: out)
+    assert told[6:] == [(2 * 8.0 + 3.0, 0.0, False)]
+
+
+@pytest.mark.parametrize(
+    ("method", "is_robust", "corrects"), [(LocalSteps, False, True), (LocalSteps, True, False), (Choco, False, False)]
+)
+def test_late_messages_correct_means_alone_and_go_around_no_robust_rule(
+    method: type[LocalSteps], is_robust: bool, corrects: bool
+) -> None:
+    members = [SimpleNamespace(name=name, id=name, address=f"{name}:1") for name in ("north", "east")]
+    node: Any = SimpleNamespace(
+        index=0, charter=SimpleNamespace(members=members), start=lambda pairs: None, soon=lambda call: None
+    )
+    topology = Topology("pair", 2, np.array([[0.7, 0.3], [0.3, 0.7]]))
+    group = NetworkGroup(node, is_robust=is_robust)
+    group.open(method(cast(Any, QuadraticPeer(0)), method.Config(rounds=1), topology))
+    assert group.exchange(0).corrects is corrects
+
+
+@pytest.mark.parametrize(
+    ("hub", "hears_another", "waits_s"), [(None, False, 1.0), (1, True, 500.0), (0, False, 500.0), (0, True, 1.0)]
+)
+def test_a_server_is_waited_for_and_waits_itself_while_it_hears_nobody(
+    hub: int | None, hears_another: bool, waits_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting = Waiting(monkeypatch, lambda it: it.arrival.set_result({}) if it.now == 500.0 else None)
+    waiting.neighbor.is_out_of_reach = True
+    waiting.exchange._node.neighbors[2] = cast(Any, SimpleNamespace(is_out_of_reach=not hears_another))
+    waiting.exchange.hub = hub
+    assert waiting.comes(math.inf, 0.0) is (waits_s == 500.0) and waiting.now == waits_s

@@ -122,3 +122,24 @@ def test_a_site_knows_of_itself_and_one_who_has_finished_stays_so() -> None:
     site.finished(1)
     site.heard(1, 2.0)  # its connection is still open
     assert site.ages(2.0) == [0.0, FINISHED] and site.present(99.0) == [0, 1]
+    assert site.ages(98.9)[0] == 0.0, "asked by another thread, which looked at the clock a little earlier"
+
+
+def test_the_ejected_count_no_more_whoever_hears_of_them() -> None:
+    site = Presence(3, 0, GRACE)
+    site.ejected.add(1)
+    site.told([0.0] * 3, [0, 0, 0], 1.0)
+    assert site.present(1.0) == [0, 2]
+    assert not site.is_heard_elsewhere(1, -math.inf, 1.0)
+
+
+def test_who_is_gone_here_is_clearly_heard_elsewhere_or_not() -> None:
+    """Not by those who had its last beat a moment later, nor by those who have heard nothing of it for long."""
+    site = Presence(2, 0, GRACE)
+    site.told([0.0, 1.0], [0, 0], 102.5)
+    assert not site.is_heard_elsewhere(1, 100.0, 102.5)
+    site.told([0.0, 0.0], [0, 0], 102.5)
+    assert site.is_heard_elsewhere(1, 100.0, 102.5) and site.is_heard_elsewhere(1, 100.0, 107.5)
+    assert not site.is_heard_elsewhere(1, 100.0, 108.0)
+    site.finished(1)
+    assert site.is_heard_elsewhere(1, 100.0, 999.0)
