@@ -1,7 +1,7 @@
 """DECA against a NumPy reference written from the formulas alone, on quadratic losses over a graph."""
 
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import pytest
@@ -9,8 +9,10 @@ import pytest
 from peertune.algorithms.deca import Deca, DecaConfig, Discrepancy
 from peertune.algorithms.dpsgd import Dpsgd
 from peertune.algorithms.local import Local
+from peertune.algorithms.local_steps import LocalSteps, LocalStepsConfig
 from peertune.algorithms.turns import BlockwiseConfig, Calendar
 from peertune.config import TopologySection
+from peertune.exchange import Inbox
 from peertune.runtimes import Member, agree, play_round
 from peertune.runtimes.simulation import Mailbox
 from peertune.topology import Topology, build_topology
@@ -175,11 +177,12 @@ def test_mixing_keeps_the_mean_and_contracts_by_lambda_2() -> None:
     assert mean_distance(alone) > 1e-3
 
 
+@pytest.mark.parametrize("bias_correction", ["count", "weight"])
 @pytest.mark.parametrize("round", [1, 2, 3, 4])
-def test_a_resumed_peer_goes_on_bitwise(round: int) -> None:
+def test_a_resumed_peer_goes_on_bitwise(round: int, bias_correction: Any) -> None:
     """Rounds 2 and 4 end a turn, 1 and 3 lie inside one."""
     topology = build_topology(TopologySection(kind="ring"), NUM_PEERS, 0)
-    config = DecaConfig(lr=0.02, outer_rounds=1, inner_steps=4, gossip_every=2)
+    config = DecaConfig(lr=0.02, outer_rounds=1, inner_steps=4, gossip_every=2, bias_correction=bias_correction)
     whole = simulate(Deca, config, topology)
     half = simulate(Deca, config, topology, round)
     states = [m.algorithm.state_dict(round) for m in half]
@@ -195,6 +198,20 @@ def test_a_resumed_peer_goes_on_bitwise(round: int) -> None:
     np.testing.assert_array_equal(weights_of(fresh), weights_of(whole))
     ends_turn = round % 2 == 0
     assert any("exp_avg" in name for name in states[0][0]) != ends_turn
+    for method in (cast(Deca, member.algorithm) for member in half):
+        assert bool(method.moments or method.anchor) != ends_turn, "after a turn others need the room"
+
+
+def test_a_mix_that_moved_nothing_leaves_the_trivial_correction_finite() -> None:
+    """It has no direction."""
+    config = DecaConfig(lr=0.02, outer_rounds=1, inner_steps=2, discrepancy="trivial")
+    method = Deca(cast(Any, QuadraticPeer(0)), config, topology_of(np.ones((1, 1))))
+    method.begin_turn(0)
+    method.reset_moments(0)
+    (hop,) = method.hops(0)
+    method.anchor = dict(own := method.outgoing(hop))
+    method.mix(hop, Inbox({0: 1.0}, {0: own}))
+    assert not any(moments.exp_avg.any() or moments.exp_avg_sq.any() for moments in method.moments.values())
 
 
 def test_peers_join_where_a_turn_begins_and_save_where_it_ends() -> None:
@@ -207,6 +224,17 @@ def test_peers_join_where_a_turn_begins_and_save_where_it_ends() -> None:
     dpsgd = Dpsgd(peer, BlockwiseConfig(**lengths), topology)  # type: ignore[arg-type]
     assert dpsgd.num_rounds == 5 and all(map(dpsgd.can_join, range(5)))
     assert [dpsgd.is_boundary(round) for round in range(5)] == [False, False, True, False, True]
+    others = LocalSteps(peer, LocalStepsConfig(rounds=25), topology)  # type: ignore[arg-type]
+    assert [round for round in range(25) if others.is_boundary(round)] == [2, 5, 8, 11, 14, 17, 20, 23]
+
+
+def test_a_block_whose_turn_is_over_leaves_the_device() -> None:
+    method = Deca(cast(Any, QuadraticPeer(0)), DecaConfig(), topology_of(np.ones((1, 1))))
+    method.masters.release = (released := []).append  # type: ignore[method-assign]
+    method.begin_turn(0)
+    assert not released
+    method.begin_turn(1)
+    assert released == ["a"]
 
 
 def test_a_random_order_is_of_all_blocks_and_another_one_each_sweep() -> None:

@@ -194,7 +194,7 @@ class Deca(Algorithm):
         if self.discrepancy == "paper":
             scale = -1.0
         elif self.discrepancy == "descent_scaled":
-            scale = 1 / self.interval_lr if self.interval_lr else 0.0
+            scale = 1 / self.interval_lr
         elif self.discrepancy == "trivial":
             norm = torch.nn.utils.get_total_norm(list(d.values())).item()
             scale = 1 / norm if norm else 0.0
