@@ -535,7 +535,9 @@ def test_an_ejection_holds_with_whole_signatures_of_this_charter_only(tmp_path: 
     with pytest.raises(CharterError, match="is about c, expected b"):
         sign_ejection(path, charter, "b", load_identity(tmp_path / "a"))
     ejection_path(path, "b").unlink()
-    assert [needed(charter.model_copy(update={"quorum": quorum})) for quorum in (1, 3)] == [2, 2], "all others suffice"
+    sizes = [(3, 1), (3, 3), (2, 1), (4, 1), (5, 1), (5, 4), (5, 5)]  # members, quorum
+    counts = [needed(SimpleNamespace(members=range(n), quorum=quorum)) for n, quorum in sizes]  # type: ignore[arg-type]
+    assert counts == [2, 2, 1, 3, 3, 4, 4], "all others suffice"
     assert whole.model_copy(update={"member": "b"}).signers(charter) == []
     ejection_path(path, "c").write_text("member = ")
     assert ejected(path, charter) == {}

@@ -145,6 +145,21 @@ def test_none_comes_back_where_corrections_of_all_make_one_sum(method: type[Loca
     assert not any(algorithm.can_join(round) for round in range(ROUNDS))
 
 
+@pytest.mark.parametrize("method", [Gt, Scaffold, Fedavg])
+def test_a_parameter_without_a_gradient_is_corrected_all_the_same(method: type[LocalSteps]) -> None:
+    """As an expert that no token was routed to."""
+    config = method.Config(**SHORT, **({"proximal": 0.5} if method is Fedavg else {}))
+    algorithm = method(QuadraticPeer(0), config, graph() if method is Gt else server())  # type: ignore[arg-type]
+    algorithm.begin(0)
+    held = {name: algorithm.shared(name) for name in algorithm.common}
+    ones = {name: torch.ones_like(x) for name, x in held.items()}
+    algorithm.correction = algorithm.control = ones  # type: ignore[attr-defined]
+    algorithm.anchor = {name: x - 2 for name, x in held.items()}  # type: ignore[attr-defined]
+    algorithm.adjust_gradients()
+    for name, parameter in algorithm.active.items():
+        torch.testing.assert_close(parameter.grad, ones[name])
+
+
 @pytest.mark.parametrize("optimizer", ["average", "adam", "nesterov"])
 def test_fedavg_is_the_numpy_reference(optimizer: Any) -> None:
     config = FedavgConfig(**SHORT, server_optimizer=optimizer, server_lr={"adam": 0.05, "nesterov": 0.7}.get(optimizer))
