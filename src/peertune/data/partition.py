@@ -167,8 +167,7 @@ def _dirichlet(
     for _ in range(MAX_DRAWS):
         shares = rng.dirichlet(np.full(num_peers, alpha), size=len(classes))  # [num_classes, N]
         cuts = (np.cumsum(shares, axis=1)[:, :-1] * sizes).astype(np.int64)
-        # a sum of shares may exceed 1 by rounding
-        bounds = np.concatenate([np.zeros_like(sizes), np.minimum(cuts, sizes), sizes], axis=1)
+        bounds = np.concatenate([np.zeros_like(sizes), cuts, sizes], axis=1)
         if np.diff(bounds, axis=1).sum(axis=0).min() >= min_size:
             pieces = [np.split(members, row[1:-1]) for members, row in zip(shuffled, bounds, strict=True)]
             return [np.concatenate([piece[peer] for piece in pieces]) for peer in range(num_peers)]
