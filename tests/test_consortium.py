@@ -615,6 +615,18 @@ def test_who_is_out_of_reach() -> None:
     assert neighbor.is_out_of_reach
 
 
+def test_a_site_believes_an_ejection_that_is_its_own_and_signed_by_enough(tmp_path: Path) -> None:
+    charter = make_charter(tmp_path, ["a", "b", "c"])
+    for name in "abc":
+        charter = charter.signed(load_identity(tmp_path / name))
+    one, whole = (sign_ejection(tmp_path / "charter.toml", charter, "c", load_identity(tmp_path / by)) for by in "ab")
+    for name, said, is_believed in (("a", whole, False), ("c", one, False), ("c", whole, True)):
+        node = Node(charter, load_identity(tmp_path / name), "", lambda *_, **__: None)
+        assert node.hear_ejection(json.dumps(said.model_dump()).encode()) is is_believed
+        assert node.turned_away == ("c was ejected from this run by a, b" if is_believed else "")
+        node.stop()
+
+
 def test_a_site_stops_where_its_own_ejection_lies_beside_its_charter(tmp_path: Path) -> None:
     """As at every other site, which `peertune eject` asks for; nobody dials it any more who could tell it so."""
     charter = make_charter(tmp_path, ["a", "b", "c"])
@@ -769,6 +781,8 @@ def test_what_differs_is_named_by_its_key_in_few_bytes(tmp_path: Path) -> None:
         == named
     )
     assert difference(mine, mine.parts(), piece_hashes(mine)) == ""
+    turned = mine.model_copy(update={"members": mine.members[::-1]})
+    assert difference(mine, turned.parts(), piece_hashes(turned)) == "members.a.place, members.b.place"
     assert difference(mine, mine.parts() | {"of a later version": "x"}, piece_hashes(mine)) == "of a later version"
     for nonsense in ("", "zz", None, 7, ["a"], "f" * 10**6):
         assert difference(mine, other.parts(), nonsense) == "grace_s, members, recipe"
