@@ -611,6 +611,10 @@ def test_who_is_out_of_reach() -> None:
     assert neighbor.is_out_of_reach
     neighbor.is_connected = True
     assert not neighbor.is_out_of_reach
+    neighbor.edge.peer_is_away = True
+    for reached, is_away in ((8, True), (9, False), (8, False)):  # back, but behind; in step; waited for again
+        neighbor.edge.peer_round = reached
+        assert neighbor.mark_away(10) is is_away
     neighbor.is_ejected = True
     assert neighbor.is_out_of_reach
 

@@ -140,6 +140,9 @@ def test_a_message_in_time_ends_an_absence() -> None:
     exchange.start(7, hop, out)
     exchange.finish(7, hop, lambda: out)
     assert exchange.rounds_without == {1: 1} and set(exchange.left_out) == {1, 2}
+    neighbor.is_ejected, sent = True, exchange.sent.payload_bytes
+    exchange.start(8, hop, out)
+    assert exchange.sent.payload_bytes == sent, "nothing goes to one who takes part no more"
 
 
 def test_a_round_without_a_hop_went_without_nobody() -> None:

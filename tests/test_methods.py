@@ -145,6 +145,13 @@ def test_none_comes_back_where_corrections_of_all_make_one_sum(method: type[Loca
     assert not any(algorithm.can_join(round) for round in range(ROUNDS))
 
 
+def test_what_is_handed_on_has_its_names_from_the_start() -> None:
+    """Who asks for it tells them before it has any outer moments, and another's have to be the same."""
+    config = FedavgConfig(**SHORT, server_optimizer="nesterov")
+    method = Fedavg(QuadraticPeer(0), config, graph("complete", "samples"))  # type: ignore[arg-type]
+    assert method.handed_on().keys() == {"a", "b", "momentum/a", "momentum/b"}
+
+
 @pytest.mark.parametrize("method", [Gt, Scaffold, Fedavg])
 def test_a_parameter_without_a_gradient_is_corrected_all_the_same(method: type[LocalSteps]) -> None:
     """As an expert that no token was routed to."""
