@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
+from peertune import data
 from peertune.config import DataSection
 from peertune.data.chat import plain_template
 from peertune.data.load import load_table
@@ -448,6 +449,16 @@ def test_history_goes_first_then_the_longest_text(byte_tokenizer: PreTrainedToke
     assert set(shown[len(head) : -len(tail)]) == {"u"}
     assert len(sample.input_ids) == 100
     assert targets(byte_tokenizer, sample) == "new answer<|im_end|>"
+
+
+def test_what_a_turn_without_calls_begins_with_is_tokenised_once(
+    byte_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its start is where its calls begin and end, too."""
+    told: list[str] = []
+    monkeypatch.setattr(data.chat, "encode", lambda own, texts: told.extend(texts) or data.tokens.encode(own, texts))
+    render([{"instruction": "a", "output": "b"}], INSTRUCTION, byte_tokenizer, 100)
+    assert len(told) == 2 and told[0].startswith(told[1])  # the whole, and what comes before the answer
 
 
 def test_an_answer_longer_than_its_room_loses_its_end(byte_tokenizer: PreTrainedTokenizerBase) -> None:

@@ -156,14 +156,15 @@ class ChatRenderer:
     def tokenize(self, transcripts: Sequence[Transcript]) -> list[Tokenized]:
         """The tokens of each transcript, uncut."""
         texts = encode(self.tokenizer, [t.text for t in transcripts])
-        borders = [[border for span in (*t.turns, *t.calls) for border in span] for t in transcripts]
+        # Each once: a turn without calls has its start as both their borders, one that follows another its end.
+        borders = [sorted({b for span in (*t.turns, *t.calls) for b in span}) for t in transcripts]
         prefixes = [t.text[:b] for t, row in zip(transcripts, borders, strict=True) for b in row if b < len(t.text)]
         encoded = iter(encode(self.tokenizer, prefixes))
         found = []
-        for transcript, ids, row in zip(transcripts, texts, borders, strict=True):
-            places = [common_length(next(encoded), ids) if b < len(transcript.text) else len(ids) for b in row]
-            spans = list(zip(places[::2], places[1::2], strict=True))
-            found.append(Tokenized(ids, spans[: len(transcript.turns)], spans[len(transcript.turns) :]))
+        for t, ids, row in zip(transcripts, texts, borders, strict=True):
+            places = {b: common_length(next(encoded), ids) if b < len(t.text) else len(ids) for b in row}
+            turns, calls = ([(places[start], places[end]) for start, end in spans] for spans in (t.turns, t.calls))
+            found.append(Tokenized(ids, turns, calls))
         return found
 
     def fit(self, conversations: Sequence[Conversation], max_length: int) -> list[Tokenized | None]:
