@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from peertune import data
 from peertune.config import DataSection
-from peertune.data.chat import plain_template
+from peertune.data.chat import ChatRenderer, plain_template
 from peertune.data.load import load_table
 from peertune.data.render import Rendered, Sample, find_labels, label_tokens, render
 from peertune.data.tools import signature
@@ -459,6 +459,24 @@ def test_what_a_turn_without_calls_begins_with_is_tokenised_once(
     monkeypatch.setattr(data.chat, "encode", lambda own, texts: told.extend(texts) or data.tokens.encode(own, texts))
     render([{"instruction": "a", "output": "b"}], INSTRUCTION, byte_tokenizer, 100)
     assert len(told) == 2 and told[0].startswith(told[1])  # the whole, and what comes before the answer
+
+
+def test_turns_are_looked_for_only_in_what_stays(
+    byte_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a conversation of n exchanges is rendered n n times, each time as a whole."""
+    byte_tokenizer.chat_template = CHATML
+    num, renderer = 40, ChatRenderer(byte_tokenizer)
+    messages = [turn for i in range(num) for turn in (user(f"question {i:02d}"), assistant(f"answer {i:02d}"))]
+    rendered: list[int] = []
+    one = ChatRenderer._render
+    monkeypatch.setattr(
+        ChatRenderer, "_render", lambda self, *given, **named: rendered.append(1) or one(self, *given, **named)
+    )
+    [whole] = renderer.tokenize([transcript := renderer.transcribe(messages, None, "row 1")])
+    at_first = len(rendered)
+    assert renderer.shorten(transcript, whole, 200).turns  # the last four exchanges
+    assert len(rendered) <= at_first + 3 * num
 
 
 def test_an_answer_longer_than_its_room_loses_its_end(byte_tokenizer: PreTrainedTokenizerBase) -> None:

@@ -102,13 +102,16 @@ class ChatRenderer:
         self._calls_as_objects = bool(_CALLS_AS_JSON.search(own)) and "is string" not in own
         self._end_tokens = tuple(str(token) for token in tokenizer.added_tokens_decoder.values())
 
-    def transcribe(self, messages: Sequence[Message], tools: Sequence[Any] | None, where: str) -> Transcript | None:
+    def transcribe(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None, where: str, *, only_last: bool = False
+    ) -> Transcript | None:
         """Render one conversation and find its assistant turns.
 
         Args:
             messages: dicts with role and content, calls in `tool_calls`.
             tools: JSON schemas of functions; written into the system turn where the template leaves them out.
             where: the row's name, for errors.
+            only_last: look for the last turn alone, which is enough for the text: each other costs two more renderings.
         Returns:
             The transcript, or None where the assistant says nothing.
         Raises:
@@ -131,6 +134,7 @@ class ChatRenderer:
             tools = None
         turns: list[Span] = []
         calls: list[Span] = []
+        spoken = spoken[-1:] if only_last else spoken
         for i in spoken:
             opening = self._render(kept[:i], tools, where, generation_prompt=True) if i else ""
             whole = text if i == len(kept) - 1 else self._render(kept[: i + 1], tools, where)
@@ -215,7 +219,7 @@ class ChatRenderer:
             The tokens, max_length or fewer, with the assistant turns that are left.
         """
         ids, turns, calls = tokenized.ids, tokenized.turns, tokenized.calls
-        while len(ids) > max_length and (recent := _without_oldest(transcript.messages)):
+        while len(ids) > max_length and (recent := self._recent(transcript, max_length)):
             shorter = self.transcribe(recent, transcript.tools, transcript.where)
             assert shorter is not None  # the last message is the assistant's
             transcript = replace(shorter, listing=transcript.listing)
@@ -243,6 +247,17 @@ class ChatRenderer:
         left = [(moved(turn), moved(call)) for turn, call in zip(turns, calls, strict=True)]
         left = [(turn, call) for turn, call in left if turn[0] < turn[1]]
         return Tokenized(ids[keep][:max_length], [turn for turn, _ in left], [call for _, call in left])
+
+    def _recent(self, transcript: Transcript, max_length: int) -> list[Message]:
+        """The messages without as many of the oldest exchanges as have to go, one at least; empty where none can."""
+        recent: list[Message] = []
+        while shorter := _without_oldest(recent or transcript.messages):
+            recent = shorter
+            rendered = self.transcribe(recent, transcript.tools, transcript.where, only_last=True)
+            assert rendered is not None  # the last message is the assistant's
+            if len(encode(self.tokenizer, [rendered.text])[0]) <= max_length:
+                break
+        return recent
 
     def _find_calls(
         self, messages: list[Message], tools: Sequence[Any] | None, whole: str, said: str, start: int, where: str
