@@ -281,8 +281,7 @@ def test_hostile_strings_stay_text(tmp_path: Path) -> None:
     start["config"][evil] = {evil: evil}
     start["model"]["frozen"] = [evil]
     events[1]["average_model"] = {evil: 1.0, "accuracy": 0.3}
-    events.append({"event": "warning", "time": 0.0, "message": quote})
-    page = report(tmp_path, events)
+    page = report(tmp_path, events, tail="{\n")
     assert page.tags["script"] == 1 and page.tags["img"] == 0
     assert evil in page.texts["data"] and evil in page.texts["notes"] and quote in page.texts["blocks"]
     assert "1 warning" in page.texts[""]
@@ -326,7 +325,7 @@ def test_a_broken_line_in_the_middle_is_reported(tmp_path: Path) -> None:
     page = report(
         tmp_path, synthetic_events(num_peers=2, num_rounds=6)[:6], tail='{"event": "rou\n[1]\n{"event": "checkpoint"}\n'
     )
-    assert "1 unreadable line of events.jsonl left out" in page.texts["notes"]
+    assert "2 unreadable lines of events.jsonl left out" in page.texts["notes"]
 
 
 def test_rounds_lost_by_a_kill_are_not_shown(tmp_path: Path) -> None:

@@ -31,12 +31,13 @@ from peertune.cli import main
 from peertune.errors import CheckpointError, ConfigError
 from peertune.lock import FolderLock, is_held
 from peertune.logfields import sentence
+from peertune.report.events import Events
 from peertune.run import run
 from peertune.run_folder import RunFolder
 from peertune.watch import read_state, status_lines
 from peertune.watch import server as server_module
 from peertune.watch.folder import RunWatch
-from peertune.watch.logs import Links, Rounds
+from peertune.watch.logs import Links
 from peertune.watch.page import fragments
 from peertune.watch.server import WatchServer, is_loopback
 from peertune.watch.state import Snapshot, snapshot
@@ -91,12 +92,12 @@ def append(path: Path, *events: dict[str, Any]) -> None:
 
 
 def folded(events: list[dict[str, Any]], audit: list[dict[str, Any]], alive: bool | None = True) -> Snapshot:
-    rounds, links = Rounds(), Links()
+    log, links = Events(), Links()
     for event in events:
-        rounds.add(line(event))
+        log.add(line(event))
     for event in audit:
         links.add(line(event))
-    return snapshot(rounds, links, T0 + 10, alive, finished=False)
+    return snapshot(log, links, T0 + 10, alive, finished=False)
 
 
 def site_folder(path: Path, rounds: int = 3) -> Path:
@@ -257,10 +258,10 @@ def test_a_simulation_shows_all_its_peers() -> None:
     ],
 )
 def test_states_of_a_run(alive: bool | None, finished: bool, events: list[dict[str, Any]], expected: str) -> None:
-    rounds = Rounds()
+    log = Events()
     for event in events:
-        rounds.add(line(event))
-    assert snapshot(rounds, Links(), T0 + 10, alive, finished).state == expected
+        log.add(line(event))
+    assert snapshot(log, Links(), T0 + 10, alive, finished).state == expected
 
 
 PLAIN = st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=8)
@@ -293,12 +294,12 @@ KINDS = [e["event"] for e in [START, *AUDIT, *LOST]] + ["round", "checkpoint", "
     garbage=st.binary(max_size=20),
 )
 def test_no_line_can_break_it(told: list[tuple[str, dict[str, Any]]], garbage: bytes) -> None:
-    rounds, links = Rounds(), Links()
-    for each in (rounds, links):
+    log, links = Events(), Links()
+    for each in (log, links):
         for kind, fields in told:
             each.add(line({**fields, "event": kind}))
         each.add(garbage)
-    state = snapshot(rounds, links, T0, True, False)
+    state = snapshot(log, links, T0, True, False)
     assert len(fragments(state)) == 8 and status_lines(state)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,6 +45,28 @@ def parse_line(line: bytes) -> Mapping[str, Any] | None:
         return mapping(json.loads(line))
     except (ValueError, RecursionError):
         return None
+
+
+class Log(ABC):
+    """What the lines of one file add up to, taken in one by one, as far as they can be read. No file, no clock."""
+
+    def __init__(self) -> None:
+        self.last_line: float | None = None
+        self.unreadable = 0
+
+    def add(self, line: bytes) -> None:
+        """Take one line in."""
+        event = parse_line(line)
+        if not event:
+            self.unreadable += 1
+            return
+        time = number(event.get("time"))
+        self.last_line = time or self.last_line
+        self._take(text(event.get("event")), event, whole(event.get("round")), time)
+
+    @abstractmethod
+    def _take(self, kind: str, event: Mapping[str, Any], round: int | None, time: float | None) -> None:
+        """Take in an event whose commonest fields are read already."""
 
 
 def printable(shown: str) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peertune.errors import CheckpointError
-from peertune.logfields import items, mapping, number, pair, parse_line, whole
+from peertune.logfields import Log, items, mapping, number, pair, parse_line, whole
 
 Json = Mapping[str, Any]
 Metrics = Mapping[str, float]
@@ -27,6 +27,7 @@ class Round:
     bytes_sent: Values
     epochs: Values
     wall_s: float | None
+    time: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,38 +126,44 @@ class RunRecord:
         return self.rounds[-1].round + 1 if self.rounds else 0
 
 
-@dataclass
-class _Log:
+class Events(Log):
     """What the lines of events.jsonl add up to."""
 
-    start: Json | None = None
-    end: Json | None = None
-    rounds: dict[int, Json] = field(default_factory=dict)
-    evaluations: dict[int, Json] = field(default_factory=dict)
-    agreement: Json | None = None
-    warnings: list[str] = field(default_factory=list)
-    resumes: list[int] = field(default_factory=list)
+    def __init__(self) -> None:
+        super().__init__()
+        self.start: Json | None = None
+        self.end: Json | None = None
+        self.rounds: dict[int, Round] = {}
+        self.evaluations: dict[int, Evaluation] = {}
+        self.agreement: Json | None = None
+        self.resumes: list[int] = []
+        self.reached = 0
+        """Rounds that are over by what other events say."""
+        self.checkpoint: tuple[int, float | None] | None = None
+        """Rounds in the newest one, and when it was written."""
 
-    def add(self, event: Json) -> None:
-        kind, round = event.get("event"), whole(event.get("round"))
+    def _take(self, kind: str, event: Json, round: int | None, time: float | None) -> None:
         if kind == "start":
             self.start = event
         elif kind == "round" and round is not None:
-            self.rounds[round] = event
+            self.rounds[round] = _round(round, event, time)
         elif kind == "eval" and round is not None:
-            self.evaluations[round] = event
+            self.evaluations[round] = _evaluation(round, event.get("average_model"), event.get("peers"))
         elif kind == "agreement":
             self.agreement = event
         elif kind == "end":
             self.end = event
-        elif kind == "warning":
-            self.warnings.append(str(event.get("message", "")))
+        elif kind in ("checkpoint", "join") and round is not None:
+            self.reached = max(self.reached, round)
+            if kind == "checkpoint":
+                self.checkpoint = (round, time)
         elif kind == "resume" and round is not None:
             # Rounds after the checkpoint were lost with the process and are trained again.
-            self.rounds = {r: e for r, e in self.rounds.items() if r < round}
-            self.evaluations = {r: e for r, e in self.evaluations.items() if r <= round}
+            self.rounds = {r: then for r, then in self.rounds.items() if r < round}
+            self.evaluations = {r: then for r, then in self.evaluations.items() if r <= round}
             self.agreement = self.end = None
             self.resumes.append(round)
+            self.reached = round
 
 
 def read_run(run_dir: Path) -> RunRecord:
@@ -171,14 +178,17 @@ def read_run(run_dir: Path) -> RunRecord:
     Raises:
         CheckpointError: the folder holds no run, or cannot be read.
     """
-    log = _read_log(run_dir)
+    log, warnings = _read_log(run_dir), list[str]()
     if log.start is None:
         raise CheckpointError(
             f"{run_dir}: got no run (no events.jsonl with a start event); expected a folder that `peertune run` wrote"
         )
-    summary = _read_summary(run_dir, log)
+    if log.unreadable:
+        warnings.append(f"{log.unreadable} unreadable line{'s' * (log.unreadable > 1)} of events.jsonl left out")
+    # While a resumed run goes on, the summary of an earlier end would be stale.
+    summary = {} if log.end is None else _read_summary(run_dir / "summary.json", warnings)
     start, end = log.start, log.end or {}
-    rounds = tuple(_round(r, log.rounds[r]) for r in sorted(log.rounds))
+    rounds = tuple(log.rounds[r] for r in sorted(log.rounds))
     metrics = mapping(end.get("metrics")) or mapping(summary.get("metrics"))
     # A run's own report is written before its summary.
     agreement = mapping(end.get("agreement")) or mapping(summary.get("agreement"))
@@ -187,7 +197,7 @@ def read_run(run_dir: Path) -> RunRecord:
         config=mapping(start.get("config")) or mapping(summary.get("config")),
         versions={str(k): str(v) for k, v in mapping(start.get("versions")).items()},
         notes=tuple(str(n) for n in items(start.get("notes"))),
-        warnings=tuple(log.warnings),
+        warnings=tuple(warnings),
         parameters=whole(model.get("parameters")) or 0,
         trained=whole(model.get("trained")) or 0,
         frozen=tuple(str(n) for n in items(model.get("frozen"))),
@@ -222,60 +232,49 @@ def read_run(run_dir: Path) -> RunRecord:
     )
 
 
-def _read_log(run_dir: Path) -> _Log:
-    log, unreadable = _Log(), 0
+def _read_log(run_dir: Path) -> Events:
+    log = Events()
     try:
-        lines = (run_dir / "events.jsonl").read_bytes().split(b"\n")
+        *lines, rest = (run_dir / "events.jsonl").read_bytes().split(b"\n")
     except FileNotFoundError:
         return log
     except OSError as error:
         raise CheckpointError(
             f"{run_dir}: events.jsonl cannot be read ({error.strerror}); expected a run folder"
         ) from None
-    for index, line in enumerate(lines):
-        if not line.strip():
-            continue
-        event = parse_line(line)
-        if event is None:
-            unreadable += index + 1 < len(lines)  # the piece after the last line end is still being written
-        else:
-            log.add(event)
-    if unreadable:
-        log.warnings.append(f"{unreadable} unreadable line{'s' * (unreadable > 1)} of events.jsonl left out")
+    if parse_line(rest):  # else the piece after the last line end is still being written
+        lines.append(rest)
+    for line in filter(bytes.strip, lines):
+        log.add(line)
     return log
 
 
-def _read_summary(run_dir: Path, log: _Log) -> Json:
-    # While a resumed run goes on, the summary of an earlier end would be stale.
-    path = run_dir / "summary.json"
-    if log.end is None or not path.is_file():
-        return {}
+def _read_summary(path: Path, warnings: list[str]) -> Json:
     try:
         return mapping(json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        return {}
     except (OSError, ValueError, RecursionError):
-        log.warnings.append("summary.json could not be read; the numbers are those of events.jsonl")
+        warnings.append("summary.json could not be read; the numbers are those of events.jsonl")
         return {}
 
 
-def _evaluations(log: _Log, metrics: Json, rounds_done: int) -> tuple[Evaluation, ...]:
+def _evaluations(log: Events, metrics: Json, rounds_done: int) -> tuple[Evaluation, ...]:
     """Evaluations in order of rounds; the first and the last may be known only from the end of the run."""
-    found = {
-        r: Evaluation(
-            round=r,
-            average_model=_metrics(e.get("average_model")),
-            peers=tuple(_metrics(p) for p in items(e.get("peers"))),
-        )
-        for r, e in log.evaluations.items()
-    }
-    final_peers = tuple(_metrics(p) for p in items(metrics.get("peers")))
-    for round, name, peers in ((0, "before", ()), (rounds_done, "average_model", final_peers)):
-        values = _metrics(metrics.get(name))
-        if values and round not in found:
-            found[round] = Evaluation(round=round, average_model=values, peers=peers)
+    found = dict(log.evaluations)
+    for round, name, peers in ((0, "before", None), (rounds_done, "average_model", metrics.get("peers"))):
+        known = _evaluation(round, metrics.get(name), peers)
+        if known.average_model:
+            found.setdefault(round, known)
     return tuple(found[r] for r in sorted(found))
 
 
-def _round(round: int, event: Json) -> Round:
+def _evaluation(round: int, average_model: object, peers: object) -> Evaluation:
+    own = tuple(_metrics(peer) for peer in items(peers))
+    return Evaluation(round=round, average_model=_metrics(average_model), peers=own)
+
+
+def _round(round: int, event: Json, time: float | None) -> Round:
     return Round(
         round=round,
         block=whole(event.get("block")),
@@ -284,6 +283,7 @@ def _round(round: int, event: Json) -> Round:
         bytes_sent=_values(event.get("bytes_sent")),
         epochs=_values(event.get("epochs")),
         wall_s=number(event.get("wall_s")),
+        time=time,
     )
 
 

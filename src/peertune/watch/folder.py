@@ -6,29 +6,32 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Generic, TypeVar
 
 from peertune.errors import CheckpointError
 from peertune.lock import is_held
-from peertune.watch.logs import Links, Rounds
+from peertune.logfields import Log
+from peertune.report.events import Events
+from peertune.watch.logs import Links
 from peertune.watch.state import Snapshot, snapshot
 
+L = TypeVar("L", bound=Log)
 CHUNK = 1 << 20
 MAX_LINE = 1 << 26
 """Bytes of a line at most; a longer one is none of ours."""
 
 
-class Tail:
+class Tail(Generic[L]):
     """The whole lines of a file that is added to, cut, replaced or not there yet.
 
     Args:
         path: the file.
-        anew: told that the file was cut or replaced, and is read from its beginning.
-        line: told each whole line.
+        make: makes the log that takes the lines in, anew where the file was cut or replaced.
     """
 
-    def __init__(self, path: Path, anew: Callable[[], None], line: Callable[[bytes], None]) -> None:
-        self.path, self._anew, self._line = path, anew, line
+    def __init__(self, path: Path, make: Callable[[], L]) -> None:
+        self.path, self._make = path, make
+        self.log = make()
         self._file: BinaryIO | None = None
         self._half = b""
 
@@ -41,7 +44,7 @@ class Tail:
             *lines, self._half = (self._half + data).split(b"\n")
             for line in filter(bytes.strip, lines):
                 changed = True
-                self._line(line)
+                self.log.add(line)
             if len(self._half) > MAX_LINE:
                 self._half = b""
         return changed
@@ -64,7 +67,7 @@ class Tail:
         if self._file is None:
             return False
         self.close()
-        self._anew()
+        self.log = self._make()
         return True
 
     def close(self) -> None:
@@ -79,19 +82,9 @@ class RunWatch:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._rounds, self._links = Rounds(), Links()
-        self._tails = (
-            Tail(path / "events.jsonl", self._new_rounds, lambda line: self._rounds.add(line)),
-            Tail(path / "audit.jsonl", self._new_links, lambda line: self._links.add(line)),
-        )
+        self._events, self._audit = Tail(path / "events.jsonl", Events), Tail(path / "audit.jsonl", Links)
         self._alive: bool | None = False
         self._finished = False
-
-    def _new_rounds(self) -> None:
-        self._rounds = Rounds()
-
-    def _new_links(self) -> None:
-        self._links = Links()
 
     def poll(self) -> bool:
         """Read what is new. Returns whether anything changed.
@@ -102,7 +95,7 @@ class RunWatch:
         # The lock first: a run that ends between the two looks has written its last line before it lets go.
         alive = is_held(self.path)
         try:
-            grown = [tail.poll() for tail in self._tails]
+            grown = [self._events.poll(), self._audit.poll()]
             finished = (self.path / "summary.json").exists()
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}; expected a run's folder") from error
@@ -113,11 +106,11 @@ class RunWatch:
 
     def snapshot(self) -> Snapshot:
         """The run as of the last `poll`."""
-        return snapshot(self._rounds, self._links, time.time(), self._alive, self._finished)
+        return snapshot(self._events.log, self._audit.log, time.time(), self._alive, self._finished)
 
     def close(self) -> None:
-        for tail in self._tails:
-            tail.close()
+        self._events.close()
+        self._audit.close()
 
 
 def read_state(path: Path) -> Snapshot:

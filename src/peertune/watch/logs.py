@@ -1,99 +1,21 @@
-"""What the lines of a run's events.jsonl and audit.jsonl add up to, taken in one by one. No file, no clock, no network.
+"""What the lines of a site's audit.jsonl tell of it and its neighbours, taken in one by one. No file, no clock.
 
-`Rounds` folds the one, `Links` the other. Lines are taken as they come: what cannot be read, or has another type than
-expected, is left out and counted.
+Lines are taken as they come: what cannot be read, or has another type than expected, is left out and counted.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from peertune.logfields import MAX_MEMBERS, MAX_NAMES, items, number, parse_line, sentence, text, whole
+from peertune.logfields import MAX_MEMBERS, MAX_NAMES, Log, items, number, sentence, text, whole
 
 QUORUM = "the quorum"
 """What a paused run waits for."""
-RECENT_ROUNDS = 32
-"""Rounds from which the time of the next ones is foretold."""
 RECENT_ARRIVALS = 8
 """Messages over which a neighbour's throughput is averaged."""
-
-
-@dataclass
-class LoggedRound:
-    """One logged round; lists have one entry a peer. None: not known."""
-
-    loss: tuple[float | None, ...]
-    consensus_distance: float | None
-    bytes_sent: tuple[float | None, ...]
-    wall_s: float | None
-    time: float | None
-
-
-class _Log(ABC):
-    """Lines of one file, as far as they can be read."""
-
-    def __init__(self) -> None:
-        self.last_line: float | None = None
-        self.unreadable = 0
-
-    def add(self, line: bytes) -> None:
-        """Take one line in."""
-        event = parse_line(line)
-        if not event:
-            self.unreadable += 1
-            return
-        time = number(event.get("time"))
-        self.last_line = time or self.last_line
-        self._take(text(event.get("event")), event, whole(event.get("round")), time)
-
-    @abstractmethod
-    def _take(self, kind: str, event: Mapping[str, Any], round: int | None, time: float | None) -> None:
-        """Take in an event whose commonest fields are read already."""
-
-
-class Rounds(_Log):
-    """What events.jsonl tells. After a `resume` a run writes the file anew: fold it anew too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.start: Mapping[str, Any] | None = None
-        self.rounds: dict[int, LoggedRound] = {}
-        self.reached = 0
-        """Rounds that are over by what other events say."""
-        self.checkpoint: tuple[int, float | None] | None = None
-        self.end_wall_s: float | None = None
-
-    def _take(self, kind: str, event: Mapping[str, Any], round: int | None, time: float | None) -> None:
-        if kind == "start":
-            self.start = event
-        elif kind == "round" and round is not None:
-            losses, sent = (tuple(map(number, items(event.get(key)))) for key in ("loss", "bytes_sent"))
-            wall_s = number(event.get("wall_s"))
-            self.rounds[round] = LoggedRound(losses, number(event.get("consensus_distance")), sent, wall_s, time)
-        elif kind in ("checkpoint", "resume", "join") and round is not None:
-            self.reached = max(self.reached, round)
-            if kind == "checkpoint":
-                self.checkpoint = (round, time)
-            if kind == "resume":
-                self.rounds = {r: then for r, then in self.rounds.items() if r < round}
-                self.reached = round
-        elif kind == "end":
-            self.end_wall_s = number(event.get("wall_s"))
-
-    @property
-    def done(self) -> int:
-        return max(self.reached, max(self.rounds, default=-1) + 1)
-
-    def seconds_a_round(self) -> float | None:
-        """Mean over the last rounds; without the first, which waits for the neighbours, where there is another."""
-        timed = [(r, seen.wall_s) for r, seen in sorted(self.rounds.items()) if seen.wall_s is not None]
-        recent = [*([(-1, 0.0)] if len(timed) < 2 else []), *timed][-RECENT_ROUNDS - 1 :]
-        (first, began), (last, ended) = recent[0], recent[-1]
-        return (ended - began) / (last - first) if last > first and ended >= began else None
 
 
 @dataclass
@@ -112,7 +34,7 @@ class _Link:
     """The last it said: "left", until it is back, or "finished"."""
 
 
-class Links(_Log):
+class Links(Log):
     """What audit.jsonl, which is only ever added to, tells of a site and its neighbours."""
 
     def __init__(self) -> None:

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from peertune.logfields import MAX_MEMBERS, items, mapping, number, pair, text, whole
+from peertune.report.events import Events, Round
 from peertune.report.series import bin_size, downsample, mean
-from peertune.watch.logs import Links, LoggedRound, Rounds
+from peertune.watch.logs import Links
 
 MAX_POINTS = 300
 """Points of a curve at most; more rounds are averaged over bins."""
+RECENT_ROUNDS = 32
+"""Rounds from which the time of the next ones is foretold."""
 SILENT_S = 60.0
 """Without a lock to look at, a run that has written nothing for so long, and for five rounds, is taken for dead."""
 
@@ -85,7 +88,7 @@ class Snapshot:
     """Lines left out."""
 
 
-def snapshot(rounds: Rounds, links: Links, now: float, alive: bool | None, finished: bool) -> Snapshot:
+def snapshot(events: Events, links: Links, now: float, alive: bool | None, finished: bool) -> Snapshot:
     """The run at this moment.
 
     Args:
@@ -93,12 +96,13 @@ def snapshot(rounds: Rounds, links: Links, now: float, alive: bool | None, finis
         alive: whether a process works on it; None: cannot be told.
         finished: whether its summary is written.
     """
-    start, last = rounds.start or {}, rounds.rounds.get(max(rounds.rounds, default=-1))
+    newest = max(events.rounds, default=-1)
+    start, last = events.start or {}, events.rounds.get(newest)
     planned = whole(start.get("rounds"))
-    done = max(rounds.done, links.round or 0)
+    done = max(events.reached, newest + 1, links.round or 0)
     done = done if planned is None else min(done, planned)
-    last_line = max((t for t in (rounds.last_line, links.last_line) if t is not None), default=None)
-    pace = rounds.seconds_a_round()
+    last_line = max((t for t in (events.last_line, links.last_line) if t is not None), default=None)
+    pace = _seconds_a_round(events)
     is_site = links.started is not None or bool(links.links)
     if finished:
         state = "finished"
@@ -107,10 +111,10 @@ def snapshot(rounds: Rounds, links: Links, now: float, alive: bool | None, finis
     elif alive is False or (alive is None and now - (last_line or now) > max(SILENT_S, 5 * (pace or 0.0))):
         state = "stopped"
     else:
-        state = "running" if rounds.start is not None else "starting"
+        state = "running" if events.start is not None else "starting"
     peers = _neighbors(links, done, state) if is_site else _simulated(start, last)
     config = mapping(start.get("config"))
-    curves = _curves(rounds)
+    curves = _curves(events)
     sent = [peer.bytes_sent for peer in peers if peer.bytes_sent is not None]
     return Snapshot(
         now=now,
@@ -124,10 +128,10 @@ def snapshot(rounds: Rounds, links: Links, now: float, alive: bool | None, finis
         loss=None if last is None else mean(last.loss),
         consensus_distance=None if last is None else last.consensus_distance,
         bytes_sent=sum(sent) if sent else None,
-        elapsed_s=_elapsed(rounds, last, now, state),
+        elapsed_s=_elapsed(events, last, now, state),
         left_s=pace * (planned - done) if pace is not None and planned is not None and state == "running" else None,
-        checkpoint_round=rounds.checkpoint[0] if rounds.checkpoint else None,
-        checkpoint_time=rounds.checkpoint[1] if rounds.checkpoint else None,
+        checkpoint_round=events.checkpoint[0] if events.checkpoint else None,
+        checkpoint_time=events.checkpoint[1] if events.checkpoint else None,
         last_line=last_line,
         waiting_for=tuple(links.waiting) if state == "running" else (),
         missing=tuple(peer.name for peer in peers if peer.status == "missing"),
@@ -138,7 +142,7 @@ def snapshot(rounds: Rounds, links: Links, now: float, alive: bool | None, finis
         curve_loss=curves[1],
         curve_consensus=curves[2],
         recent=tuple(links.recent),
-        unreadable=rounds.unreadable + links.unreadable,
+        unreadable=events.unreadable + links.unreadable,
     )
 
 
@@ -167,7 +171,7 @@ def _neighbors(links: Links, done: int, state: str) -> tuple[PeerState, ...]:
     return tuple(sorted(found, key=lambda peer: (peer.index is None, peer.index or 0, peer.name)))
 
 
-def _simulated(start: Mapping[str, Any], last: LoggedRound | None) -> tuple[PeerState, ...]:
+def _simulated(start: Mapping[str, Any], last: Round | None) -> tuple[PeerState, ...]:
     planned = whole(mapping(mapping(start.get("config")).get("run")).get("num_peers")) or 0
     losses, sent = ((), ()) if last is None else (last.loss, last.bytes_sent)
     count = min(max(len(losses), len(sent), planned), MAX_MEMBERS) if start else 0
@@ -184,24 +188,33 @@ def _simulated(start: Mapping[str, Any], last: LoggedRound | None) -> tuple[Peer
     )
 
 
-def _elapsed(rounds: Rounds, last: LoggedRound | None, now: float, state: str) -> float | None:
+def _elapsed(events: Events, last: Round | None, now: float, state: str) -> float | None:
     """Seconds the run's processes have worked, breaks between them left out."""
-    if rounds.end_wall_s is not None:
-        return rounds.end_wall_s
-    began = number((rounds.start or {}).get("time"))
+    ended = number((events.end or {}).get("wall_s"))
+    if ended is not None:
+        return ended
+    began = number((events.start or {}).get("time"))
     known, since = (0.0, began) if last is None or last.wall_s is None else (last.wall_s, last.time)
     if since is None:
         return None
     return known + (max(0.0, now - since) if state == "running" else 0.0)
 
 
-def _curves(rounds: Rounds) -> tuple[tuple[int, ...], tuple[float | None, ...], tuple[float | None, ...]]:
-    logged = sorted(rounds.rounds.items())
+def _seconds_a_round(events: Events) -> float | None:
+    """Mean over the last rounds; without the first, which waits for the neighbours, where there is another."""
+    timed = [(r, seen.wall_s) for r, seen in sorted(events.rounds.items()) if seen.wall_s is not None]
+    recent = [*([(-1, 0.0)] if len(timed) < 2 else []), *timed][-RECENT_ROUNDS - 1 :]
+    (first, began), (last, ended) = recent[0], recent[-1]
+    return (ended - began) / (last - first) if last > first and ended >= began else None
+
+
+def _curves(events: Events) -> tuple[tuple[int, ...], tuple[float | None, ...], tuple[float | None, ...]]:
+    logged = sorted(events.rounds.items())
     size = bin_size(len(logged), MAX_POINTS)
     if not logged:
         return (), (), ()
 
-    def curve(pick: Callable[[LoggedRound], float | None]) -> tuple[float | None, ...]:
+    def curve(pick: Callable[[Round], float | None]) -> tuple[float | None, ...]:
         return tuple(downsample([pick(seen) for _, seen in logged], size))
 
     return (
