@@ -57,7 +57,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_what_did_not_change_is_shared_with_the_generation_that_goes(tmp_path: Path, written: list[str]) -> None:
-    store = CheckpointStore(tmp_path, 1)
+    store = CheckpointStore(tmp_path)
     save(store, 1, 2)
     assert written == ["kept", "new"] * 2
     first = inode(tmp_path, 1)
@@ -69,7 +69,7 @@ def test_what_did_not_change_is_shared_with_the_generation_that_goes(tmp_path: P
 
 
 def test_generations_kept_share_nothing_so_damage_in_one_leaves_the_other(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path, 1)
+    store = CheckpointStore(tmp_path)
     save(store, 1, 2, 3, 4)
     damage(tmp_path / "peer-000" / "round-00000004" / "kept.safetensors")
     with pytest.raises(CheckpointError, match=r"round-00000004: damaged: kept\.safetensors is not what was written"):
@@ -79,7 +79,7 @@ def test_generations_kept_share_nothing_so_damage_in_one_leaves_the_other(tmp_pa
 
 @pytest.mark.parametrize("damage", [("2", "3"), ('"at"', '"et"')])
 def test_damage_in_what_is_no_tensor_is_noticed_too(damage: tuple[str, str], tmp_path: Path) -> None:
-    store, file = CheckpointStore(tmp_path, 1), tmp_path / "peer-000" / "round-00000012" / "state.json"
+    store, file = CheckpointStore(tmp_path), tmp_path / "peer-000" / "round-00000012" / "state.json"
     plain = {"at": 2.5, "of": [1e-9, None, {"7": [float("inf"), "\u00e9"]}]}
     store.save(0, 12, files(12), plain)
     assert store.load(0, 12)[1] == plain
@@ -96,9 +96,9 @@ def test_damage_in_what_is_no_tensor_is_noticed_too(damage: tuple[str, str], tmp
 
 
 def test_damage_is_not_handed_on_by_one_who_goes_on_from_the_older_generation(tmp_path: Path) -> None:
-    save(CheckpointStore(tmp_path, 1), 1, 2, 3, 4)
+    save(CheckpointStore(tmp_path), 1, 2, 3, 4)
     damage(tmp_path / "peer-000" / "round-00000004" / "kept.safetensors")
-    store = CheckpointStore(tmp_path, 1)
+    store = CheckpointStore(tmp_path)
     with pytest.raises(CheckpointError):
         store.load(0, 4)
     assert is_whole(store, 3)
@@ -107,8 +107,8 @@ def test_damage_is_not_handed_on_by_one_who_goes_on_from_the_older_generation(tm
 
 
 def test_one_who_goes_on_shares_with_what_it_has_read(tmp_path: Path, written: list[str]) -> None:
-    save(CheckpointStore(tmp_path, 1), 1, 2)
-    store = CheckpointStore(tmp_path, 1)
+    save(CheckpointStore(tmp_path), 1, 2)
+    store = CheckpointStore(tmp_path)
     assert is_whole(store, 2)
     written.clear()
     save(store, 3, 4)  # in place of 1, which it has not read, and of 2
@@ -118,11 +118,11 @@ def test_one_who_goes_on_shares_with_what_it_has_read(tmp_path: Path, written: l
 
 def test_a_killed_process_that_left_three_generations_goes_on(tmp_path: Path) -> None:
     """It was killed before it could prune, so the first and the last share a file."""
-    store = CheckpointStore(tmp_path, 1)
+    store = CheckpointStore(tmp_path)
     save(store, 1, 2)
     store.save(0, 3, files(3), {"at": 3})
     assert store.rounds(0) == [1, 2, 3] and inode(tmp_path, 1) == inode(tmp_path, 3)
-    again = CheckpointStore(tmp_path, 1)
+    again = CheckpointStore(tmp_path)
     assert is_whole(again, 3)
     save(again, 4)
     assert again.rounds(0) == [3, 4] and inode(tmp_path, 3) != inode(tmp_path, 4)
@@ -133,7 +133,7 @@ def test_a_killed_process_that_left_three_generations_goes_on(tmp_path: Path) ->
 def test_what_cannot_be_shared_is_written(
     reason: str, tmp_path: Path, written: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = CheckpointStore(tmp_path, 1)
+    store = CheckpointStore(tmp_path)
     save(store, 1, 2)
     if reason == "gone":
         (tmp_path / "peer-000" / "round-00000001" / "kept.safetensors").unlink()
@@ -146,7 +146,7 @@ def test_what_cannot_be_shared_is_written(
 
 def test_a_shared_file_of_another_user_keeps_its_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who goes on with another's run may write beside his files, and not change them."""
-    store, look, change = CheckpointStore(tmp_path, 1), Path.stat, Path.chmod
+    store, look, change = CheckpointStore(tmp_path), Path.stat, Path.chmod
     save(store, 1, 2)
     others = inode(tmp_path, 1)
 
@@ -174,7 +174,7 @@ def test_a_generation_whose_replacement_failed_is_shared_no_more(
     tmp_path: Path, written: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it holds is not known then."""
-    store = CheckpointStore(tmp_path, 1)
+    store = CheckpointStore(tmp_path)
     save(store, 1)
     sync: Callable[[Path], None] = checkpoint._sync
 
@@ -194,7 +194,7 @@ def test_a_generation_whose_replacement_failed_is_shared_no_more(
 
 def test_every_bit_type_and_shape_tells_files_apart(tmp_path: Path, written: list[str]) -> None:
     """Also where the values compare as equal, or the bytes are the same."""
-    store, zeros = CheckpointStore(tmp_path, 1), torch.zeros(4, 2)
+    store, zeros = CheckpointStore(tmp_path), torch.zeros(4, 2)
     changed = [-zeros, zeros.view(torch.int32), zeros.view(2, 4), torch.zeros(4, 2, dtype=torch.bfloat16), zeros[:, :0]]
     others = [zeros, torch.tensor(1.5), torch.tensor([True, False]), torch.full((2,), float("nan"))]
     for round in (1, 2):
@@ -214,7 +214,7 @@ def test_the_form_of_an_earlier_version_is_named(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "state.json").write_text(json.dumps({"peer": 0, "round": 4, "sha256": "0" * 64, "state": {}}))
     with pytest.raises(CheckpointError, match="written by an earlier version of peertune"):
-        CheckpointStore(tmp_path, 1).load(0, 4)
+        CheckpointStore(tmp_path).load(0, 4)
 
 
 def test_a_shared_file_counts_once_against_the_room_on_the_disk(

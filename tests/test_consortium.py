@@ -429,7 +429,7 @@ def test_a_site_leaves_in_good_order_and_comes_back(
     # It has its own checkpoints only, and no other's to average with.
     assert main(["export", str(tmp_path / "east" / "run"), "--to", str(tmp_path / "own")]) == 0
     assert f"this site's own model, of its newest checkpoint, after round {left}" in capsys.readouterr().out
-    own, _ = CheckpointStore(tmp_path / "east" / "run" / "checkpoints", 4).load(1, left)
+    own, _ = CheckpointStore(tmp_path / "east" / "run" / "checkpoints").load(1, left)
     exported = load_file(tmp_path / "own" / "model.safetensors")
     trained = [name for name in own if name.startswith("weights/") and name.removeprefix("weights/") in exported]
     assert trained and all(torch.equal(own[name], exported[name.removeprefix("weights/")]) for name in trained)

@@ -272,9 +272,9 @@ def test_sites_end_with_bitwise_the_weights_of_the_simulation(tmp_path: Path, mi
     consortium = Consortium(tmp_path, micro_model, {}, exchange={"robust": "clip"})
     summary = run(consortium.config)
     consortium.ended({site: consortium.site(site) for site in NAMES})
-    simulated, models = CheckpointStore(tmp_path / "simulated" / "checkpoints", 4), []
+    simulated, models = CheckpointStore(tmp_path / "simulated" / "checkpoints"), []
     for index, site in enumerate(NAMES):
-        there = CheckpointStore(tmp_path / site / "run" / "checkpoints", 4)
+        there = CheckpointStore(tmp_path / site / "run" / "checkpoints")
         expected, found = (store.load(index, summary["rounds"])[0] for store in (simulated, there))
         assert expected.keys() == found.keys() and all(torch.equal(expected[n], found[n]) for n in found)
         models.append(torch.cat([found[n].flatten() for n in sorted(found) if n.startswith("weights/")]))

@@ -10,7 +10,7 @@ whole. What changed is known by the hashes of what is in memory, which the check
 A peer of several ranks has a folder of its own for the shard of each, DIR/checkpoints/peer-000/shard-1/round-00000048.
 
 Each generation is written aside, synced and renamed, so it is whole or absent. A kill between two peers' writes leaves
-them at different rounds; `newest_complete` is the newest round that every peer has.
+them at different rounds; `newest_common` is the newest round that every peer has.
 """
 
 from __future__ import annotations
@@ -48,9 +48,8 @@ class CheckpointStore:
         shard: whose are written and read here.
     """
 
-    def __init__(self, folder: Path, num_peers: int, num_shards: int = 1, shard: int = 0) -> None:
-        self.folder, self.num_peers = folder, num_peers
-        self.num_shards, self.shard = num_shards, shard
+    def __init__(self, folder: Path, num_shards: int = 1, shard: int = 0) -> None:
+        self.folder, self.num_shards, self.shard = folder, num_shards, shard
         self._sound: defaultdict[int, dict[int, dict[str, str]]] = defaultdict(dict)
         """Peer -> round -> file -> hash, of generations that this process wrote or read: damage is not passed on."""
 
@@ -110,10 +109,6 @@ class CheckpointStore:
     def rounds(self, peer: int) -> list[int]:
         """Rounds of a peer's generations, ascending: those that all its shards have."""
         return sorted(set.intersection(*(set(self._rounds(peer, shard)) for shard in range(self.num_shards))))
-
-    def newest_complete(self, peers: Sequence[int] | None = None) -> int | None:
-        """The newest round that all of some peers have a generation of, none: of all; None where there is none."""
-        return newest_common([self.rounds(peer) for peer in (range(self.num_peers) if peers is None else peers)])
 
     def load(self, peer: int, round: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Read one peer's state.

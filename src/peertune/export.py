@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from peertune.algorithms import METHODS
-from peertune.checkpoint import CheckpointStore
+from peertune.checkpoint import CheckpointStore, newest_common
 from peertune.errors import CheckpointError, ConfigError
 from peertune.model.load import load_full_model
 from peertune.optim import join_bfloat16
@@ -66,10 +66,10 @@ def export(
     config = config.model_copy(
         update={"model": config.model.model_copy(update={"trust_remote_code": trust_remote_code})}
     )
-    store = CheckpointStore(folder.checkpoints, recipe["members"], config.run.ranks_per_peer)
+    store = CheckpointStore(folder.checkpoints, config.run.ranks_per_peer)
     site = recipe.get("site")
     members = range(recipe["members"]) if site is None else [site]
-    done = store.newest_complete(members)
+    done = newest_common([store.rounds(member) for member in members])
     if done is None:
         what = (
             "has neither model nor checkpoints any more"

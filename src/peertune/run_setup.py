@@ -122,7 +122,7 @@ class RunSetup:
         self.group.open(self.method)
         ranks = self.group.ranks
         shard, num_shards = (0, 1) if ranks is None else (ranks.get_local_rank(), ranks.size())
-        self.store = CheckpointStore(folder.checkpoints, self.num_members, num_shards, shard)
+        self.store = CheckpointStore(folder.checkpoints, num_shards, shard)
         self.pool = make_pool(config, module, self.device)
         self.parts = make_parts(config, self.peers)
         self.state = RunState(self.members, data_fingerprints, own_base, self.device, self.group.clock)
