@@ -59,17 +59,17 @@ def test_those_who_hear_each_other_agree_without_the_lost(wave: int) -> None:
     """Also where the loss is noticed as late as all can still learn of it."""
     members = ring(lambda mailbox, peer: LossyExchange(mailbox, peer, {(0, 1), (1, 2)}, wave))
     before = weights_of(members)
-    hops, absent, is_one = agree(0, members, may_lose=True)
+    found = agree(0, members, may_lose=True)
     after = weights_of(members)
     others = [0, 2, 3, 4]
-    assert hops and absent == [1] and is_one
+    assert found.hops and found.absent == [1] and found.is_one
     assert (after[others] == after[0]).all() and (after[1] == before[1]).all()
     np.testing.assert_allclose(after[0], before[others].mean(0), rtol=0, atol=1e-6)
 
 
 def test_with_nobody_lost_it_is_bitwise_the_agreement_of_all() -> None:
     asked, not_asked = ring(SimulatedExchange), ring(SimulatedExchange)
-    assert agree(0, asked, may_lose=True) == agree(0, not_asked) == (4, (), True)
+    assert agree(0, asked, may_lose=True) == agree(0, not_asked) == Agreement(4, (), True)
     assert (weights_of(asked) == weights_of(not_asked)).all()
 
 
@@ -147,8 +147,8 @@ def test_peers_who_went_on_without_another_agree_though_all_are_back(is_apart: b
         members[3].exchange.rounds_without = {1: 1}  # type: ignore[misc]
         members[3].algorithm.set_shared("a", members[3].algorithm.shared("a") + 1)
     before = weights_of(members)
-    hops, absent, is_one = agree(0, members, may_lose=True)
-    assert (hops > 0) == is_apart and not absent and is_one
+    found = agree(0, members, may_lose=True)
+    assert (found.hops > 0) == is_apart and not found.absent and found.is_one
     np.testing.assert_allclose(weights_of(members), np.tile(before.mean(0), (NUM_PEERS, 1)), atol=1e-6)
 
 

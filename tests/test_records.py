@@ -11,6 +11,7 @@ from peertune.algorithms.fedavg import Fedavg, FedavgConfig
 from peertune.evaluation import Measured
 from peertune.recipe import from_dict
 from peertune.records import agreement_of, combined_fields, peer_fields, quality_of, round_event, summary_of, totals
+from peertune.run_state import Agreed
 from tests.quadratic import NUM_PEERS, SIZE, simulate
 from tests.test_methods import SHORT, server
 
@@ -94,10 +95,10 @@ def test_quality_before_after_and_of_each_peer_do_not_change_places() -> None:
 def test_a_site_tells_with_whom_it_agreed() -> None:
     names = ["east", "north", "south"]
     both = ["east", "south"]
-    found = agreement_of(names, 1, 4, [2], [], is_one=True)
+    found = agreement_of(names, 1, Agreed(4, [2], is_reached=True))
     assert found == {"with": ["east"], "without": ["south"], "unheard": [], "is_one": True}
-    found = agreement_of(names, 1, 4, [], [0], is_one=False)
+    found = agreement_of(names, 1, Agreed(4, is_one=False, is_reached=True, unheard=[0]))
     assert found == {"with": both, "without": [], "unheard": ["east"], "is_one": False}
     alone = {"with": [], "without": both, "unheard": [], "is_one": True}
-    assert agreement_of(names, 1, 0, None, [], is_one=True) == alone, "the model is its own"
-    assert agreement_of(names, 1, 0, [], [], is_one=True) is None, "there is one anyway"
+    assert agreement_of(names, 1, Agreed(is_reached=False)) == alone, "the model is its own"
+    assert agreement_of(names, 1, Agreed(is_reached=True)) is None, "there is one anyway"

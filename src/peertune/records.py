@@ -15,6 +15,7 @@ from peertune.model.blocks import Block, frozen_names
 from peertune.model.quantization import num_weights
 from peertune.plugins import code_version
 from peertune.prepare import Prepared
+from peertune.run_state import Agreed
 from peertune.runtimes import Member
 
 SUMMED = ("bytes_sent", "header_bytes_sent", "cpu_s")
@@ -232,26 +233,20 @@ def _describe(block: Block, sizes: Mapping[str, int]) -> dict[str, Any]:
     return {"index": block.index, "name": block.name, "parameters": count, "tensors": len(block.parameters)}
 
 
-def agreement_of(
-    peers: Sequence[str], own: int, hops: int, absent: Sequence[int] | None, unheard: Sequence[int], *, is_one: bool
-) -> dict[str, Any] | None:
+def agreement_of(peers: Sequence[str], own: int, agreed: Agreed) -> dict[str, Any] | None:
     """With whom a site agreed on its model in the end, by name; None where there is one anyway, as over a server.
 
     Args:
         peers: names, by index.
         own: this site's index.
-        hops: of the final agreement.
-        absent: peers who are not in it; None: there was none, and the model is this site's own.
-        unheard: peers who are in it, but were not heard in the last round.
-        is_one: whether all who were asked after it hold one model.
     """
-    others = [peer for peer in range(len(peers)) if peer != own]
-    if absent is not None and not hops and not absent:
+    if agreed.is_reached and not agreed.hops and not agreed.absent:
         return None
-    lost = others if absent is None else absent
+    others = [peer for peer in range(len(peers)) if peer != own]
+    lost = agreed.absent if agreed.is_reached else others
     return {
         "with": [peers[peer] for peer in others if peer not in lost],
         "without": [peers[peer] for peer in others if peer in lost],
-        "unheard": [peers[peer] for peer in unheard],
-        "is_one": is_one,
+        "unheard": [peers[peer] for peer in agreed.unheard],
+        "is_one": agreed.is_one,
     }

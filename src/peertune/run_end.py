@@ -36,7 +36,7 @@ def agree_on_model(run: RunSetup) -> Agreed:
         return Agreed(is_reached=False, before=before)
     away = run.members[0].exchange.left_out  # in the last round
     try:
-        hops, absent, is_one = agree(
+        found = agree(
             run.method.num_rounds, run.members, may_lose=run.group.survives_loss, take_late=run.group.take_late
         )
     except PeerLostError as error:
@@ -44,23 +44,23 @@ def agree_on_model(run: RunSetup) -> Agreed:
             raise
         run.progress.note(f"{error}; the model is this site's own")
         return Agreed(is_reached=False, before=before)
-    if absent:
-        names = ", ".join(str(run.name_of(peer)) for peer in absent)
-        whose = "the others'" if len(absent) < run.num_peers - 1 else "this site's own"
+    if found.absent:
+        names = ", ".join(str(run.name_of(peer)) for peer in found.absent)
+        whose = "the others'" if len(found.absent) < run.num_peers - 1 else "this site's own"
         run.progress.note(f"in the final agreement nothing was heard of {names}: the model is {whose}")
-    unheard = [peer for peer in away if hops and peer < run.num_peers and peer not in absent]
+    unheard = [peer for peer in away if found.hops and peer < run.num_peers and peer not in found.absent]
     if unheard:
         names = ", ".join(str(run.name_of(peer)) for peer in unheard)
         run.progress.note(
             f"nothing was heard of {names} in the last round, but again in the final agreement: what is held there"
             " counts as much as anyone's, also where it was trained apart"
         )
-    if not is_one:
+    if not found.is_one:
         run.progress.note(
             "warning: after the final agreement not all sites hold one model: one has passed on another than its own,"
             " or some were out of reach meanwhile; compare the hashes of the sites' model folders"
         )
-    return Agreed(is_reached=True, hops=hops, absent=absent, unheard=unheard, is_one=is_one, before=before)
+    return Agreed(**vars(found), is_reached=True, unheard=unheard, before=before)
 
 
 def conclude(run: RunSetup, agreed: Agreed) -> dict[str, Any]:
@@ -103,9 +103,7 @@ def _write(
     if run.site is not None:
         for told_of in found["rounds_without"]:
             told_of |= {key: run.name_of(told_of[key]) for key in ("peer", "went_without")}
-        absent = agreed.absent if agreed.is_reached else None
-        peers, own = run.site.members[: run.num_peers], run.site.index
-        found["agreement"] = agreement_of(peers, own, agreed.hops, absent, agreed.unheard, is_one=agreed.is_one)
+        found["agreement"] = agreement_of(run.site.members[: run.num_peers], run.site.index, agreed)
         found["contributions"] = run.site.contributions(rounds)
     agreed_with = {} if run.site is None else {"agreement": found["agreement"]}
     folder.event("end", metrics=metrics, wall_s=wall_s, peak_memory_bytes=found["peak_memory_bytes"], **agreed_with)

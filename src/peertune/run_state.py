@@ -20,21 +20,17 @@ from peertune.link import Clock
 from peertune.memory import peak_bytes
 from peertune.model.blocks import Block
 from peertune.runtimes import Member
+from peertune.runtimes.rounds import Agreement
 
 
 @dataclass(frozen=True, kw_only=True)
-class Agreed:
-    """How the final agreement ended."""
+class Agreed(Agreement):
+    """How the final agreement of a run ended."""
 
     is_reached: bool
     """Whether all that are not absent hold one model."""
-    hops: int = 0
-    absent: Sequence[int] = ()
-    """Peers who are not in it."""
     unheard: Sequence[int] = ()
     """Peers who are in it, though nothing was heard of them in the last round."""
-    is_one: bool = True
-    """Whether all who were asked after it hold one model, as far as is known."""
     before: Sequence[Measured | None] = ()
     """Quality of each peer's own model before it."""
 

@@ -6,10 +6,9 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,7 +84,8 @@ def _timed_local(
     return [None if report is None else replace(report, cpu_s=cpu_s, wall_s=wall_s) for report in reports]
 
 
-class Agreement(NamedTuple):
+@dataclass(frozen=True)
+class Agreement:
     """How an agreement ended."""
 
     hops: int = 0
