@@ -51,20 +51,25 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     return square.sqrt()
 
 
+def gradient_of(parameter: nn.Parameter) -> Tensor:
+    """Its gradient; zeros take the place of a missing one, as of an expert that no token was routed to."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
 def clip_gradients(parameters: Mapping[str, nn.Parameter], max_norm: float) -> Tensor:
     """Scale all gradients so that their L2 norm is at most `max_norm`; 0: leave them. Missing ones become zero.
 
     Returns:
         The norm before, a float32 scalar.
     """
-    for parameter in parameters.values():
-        if parameter.grad is None:  # an expert that no token was routed to
-            parameter.grad = torch.zeros_like(parameter)
+    grads = [gradient_of(parameter) for parameter in parameters.values()]
     norm = gradient_norm(parameters.values())
     if max_norm:
         scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_
-        for _, (grads,) in contiguous_runs([p.grad for p in parameters.values() if p.grad is not None]):
-            grads.mul_(scale)
+        for _, (vector,) in contiguous_runs(grads):
+            vector.mul_(scale)
     return norm
 
 

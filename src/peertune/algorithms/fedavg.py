@@ -28,7 +28,7 @@ from torch import Tensor
 from peertune.algorithms.local_steps import LocalSteps, LocalStepsConfig
 from peertune.config import AlgorithmConfig, Decays, Epsilon, LearningRate, NonNegative, TopologySection
 from peertune.exchange import Hop, Inbox, Payload
-from peertune.optim import adam_moments
+from peertune.optim import adam_moments, gradient_of
 from peertune.peer import Peer
 from peertune.seeds import numpy_rng
 from peertune.topology import Topology
@@ -149,8 +149,7 @@ class Fedavg(LocalSteps):
         if self.config.proximal:
             for name, anchor in self.anchor.items():
                 pull = (self.masters.snapshot(name) - anchor).mul_(self.config.proximal)
-                parameter = self.active[name]
-                parameter.grad = pull.to(parameter.dtype) if parameter.grad is None else parameter.grad.add_(pull)
+                gradient_of(self.active[name]).add_(pull)
 
     def hops(self, round: int) -> Sequence[Hop]:
         shares, chosen = self.shares(), self.sampled(round)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from peertune.algorithms.local_steps import LocalSteps
 from peertune.exchange import Hop, Inbox, Payload
+from peertune.optim import gradient_of
 
 TRACKED = "tracked/"
 
@@ -46,12 +47,10 @@ class Gt(LocalSteps):
         """g_i -> s_i = g_i + c_i."""
         share = 1 / self.config.local_steps
         for name, correction in self.correction.items():
-            parameter = self.active[name]
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            tracked = parameter.grad.float() + correction
+            gradient = gradient_of(self.active[name])
+            tracked = gradient.float() + correction
             self.tracked[name].add_(tracked, alpha=share)
-            parameter.grad.copy_(tracked)
+            gradient.copy_(tracked)
 
     def can_join(self, round: int) -> bool:
         """Never: the sum of all corrections is zero, and one who left took his along."""

@@ -23,6 +23,7 @@ from torch import Tensor
 from peertune.algorithms.fedavg import Fedavg, FedavgConfig
 from peertune.config import AlgorithmConfig
 from peertune.exchange import Hop, Inbox, Payload
+from peertune.optim import gradient_of
 from peertune.peer import Peer
 from peertune.topology import Topology
 
@@ -58,12 +59,10 @@ class Scaffold(Fedavg):
     def adjust_gradients(self) -> None:
         """g_i -> g_i - c_i + c."""
         for name, change in self.change.items():
-            parameter = self.active[name]
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            gradient = parameter.grad.float()
+            held = gradient_of(self.active[name])
+            gradient = held.float()
             change.add_(gradient, alpha=1 / self.count)
-            parameter.grad.copy_(gradient - self.own[name] + self.control[name])
+            held.copy_(gradient - self.own[name] + self.control[name])
         super().adjust_gradients()
 
     def outgoing(self, hop: Hop) -> Payload:
