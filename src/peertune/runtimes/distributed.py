@@ -18,14 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 
-from peertune.algorithms.base import Algorithm
 from peertune.config import LinkSection
 from peertune.errors import ConfigError, PeerLostError
 from peertune.exchange import Hop, Inbox, Payload
-from peertune.link import Clock
-from peertune.runtimes.group import Lockstep, weighted_mean
+from peertune.runtimes.group import Group, Lockstep, weighted_mean
 from peertune.wire import parts_of
 
 T = TypeVar("T")
@@ -110,8 +108,8 @@ def _meeting_place() -> dict[str, Any]:
     return {"store": own, "rank": rank, "world_size": size}
 
 
-class DistributedGroup:
-    """Implements `peertune.runtimes.Group` inside a `process_group`.
+class DistributedGroup(Group):
+    """One process plays a member, or a shard of it, inside a `process_group`.
 
     Args:
         num_members: N, or N + 1 with a hub.
@@ -133,7 +131,6 @@ class DistributedGroup:
         member, self.shard = divmod(rank, ranks_per_peer)
         self.hosted: Sequence[int] = [member]
         self.is_recorder = member == 0
-        self.ranks: DeviceMesh | None = None
         self._alike: dist.ProcessGroup | None = None
         """The same shard of all members; None: all ranks."""
         if ranks_per_peer > 1:
@@ -142,20 +139,9 @@ class DistributedGroup:
             self.ranks, self._alike = mesh["shard"], mesh["member"].get_group()
             for group in (self._alike, self.ranks.get_group()):
                 distributed_c10d._set_pg_timeout(PATIENCE, group)
-        self.clock: Clock | None = None
-        self.survives_loss = self.is_leaving = False
 
     def exchange(self, member: int) -> DistributedExchange:
         return DistributedExchange(member, lambda other: other * self.num_shards + self.shard)
-
-    def open(self, algorithm: Algorithm) -> None:
-        pass  # they are
-
-    def catch_up(self, round: int, algorithm: Algorithm) -> int:
-        return round  # nobody is ever behind
-
-    def take_late(self, algorithm: Algorithm) -> None:
-        pass  # none is
 
     def gather(self, values: Sequence[T], combine: Callable[[Sequence[T]], T] | None = None) -> list[T | None]:
         (value,) = values

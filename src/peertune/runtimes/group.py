@@ -25,7 +25,8 @@ T = TypeVar("T")
 class Group(Protocol):
     """The processes of a run: which members each plays, and what they tell each other beside the method's messages.
 
-    Every process calls `gather` and `mean` in the same order.
+    Every process calls `gather` and `mean` in the same order. What has a body is as it is where all members stop and go
+    on together.
     """
 
     hosted: Sequence[int]
@@ -33,22 +34,24 @@ class Group(Protocol):
     is_recorder: bool
     """Whether this process's member works out what is common to the run: events, summary, report, the exported model.
     Of several processes that play it, the first writes."""
-    ranks: DeviceMesh | None
+    ranks: DeviceMesh | None = None
     """The processes that play this one's member together; None: it does so alone."""
-    clock: Clock | None
+    clock: Clock | None = None
     """Simulated time, where links are simulated."""
-    survives_loss: bool
+    survives_loss: bool = False
     """Whether the run goes on, and ends, without a member that is gone."""
 
     @property
     def is_leaving(self) -> bool:
         """Whether this process was asked to leave the run before its end."""
+        return False
 
     def exchange(self, member: int) -> Exchange:
         """What carries a hosted member's payloads."""
 
     def open(self, algorithm: Algorithm) -> None:
         """Connect the hosted members to those with whom the method has them exchange messages: its `edges`."""
+        return
 
     def catch_up(self, round: int, algorithm: Algorithm) -> int:
         """Called between rounds: help others who are behind, and come back where this process is.
@@ -56,9 +59,11 @@ class Group(Protocol):
         Returns:
             The round to go on with.
         """
+        return round
 
     def take_late(self, algorithm: Algorithm) -> None:
         """Add to what the method holds the messages that came after their rounds, as far as it can."""
+        return
 
     def gather(self, values: Sequence[T], combine: Callable[[Sequence[T]], T] | None = None) -> list[T | None]:
         """Values that JSON can hold, one for each hosted member -> one for each of all; None for what stays unknown.

@@ -19,15 +19,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from peertune.algorithms.base import Algorithm
 from peertune.charter import check_members
 from peertune.errors import Left, PeerLostError, TurnedAwayError
 from peertune.exchange import ROLL, Hop, Inbox, Payload
-from peertune.link import Clock
 from peertune.runtimes.catch_up import StateRequest
 from peertune.runtimes.edge_frames import STATE, Key
+from peertune.runtimes.group import Group
 from peertune.runtimes.neighbor import Neighbor
 from peertune.runtimes.node import Node
 from peertune.runtimes.rounds import edges
@@ -43,8 +42,8 @@ WAITING_S = 5.0
 """Seconds after which one is told whom a round waits for."""
 
 
-class NetworkGroup:
-    """Implements `peertune.runtimes.Group` for one site; `gather` gives only what this site knows, `mean` nothing.
+class NetworkGroup(Group):
+    """One site; `gather` gives only what it knows, `mean` nothing.
 
     Args:
         is_robust: messages are mixed by a rule that a late one, added by itself, would go around.
@@ -54,8 +53,6 @@ class NetworkGroup:
         self.node, self._is_robust = node, is_robust
         self.hosted: Sequence[int] = [node.index]
         self.is_recorder = self.survives_loss = True
-        self.ranks: DeviceMesh | None = None
-        self.clock: Clock | None = None
         self._exchange = NetworkExchange(node, requests)
         self._request = StateRequest(node, is_robust=is_robust)
         self._joined = 0

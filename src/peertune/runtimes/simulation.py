@@ -6,20 +6,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
-from peertune.algorithms.base import Algorithm
 from peertune.config import LinkSection
 from peertune.exchange import Hop, Inbox, Payload
 from peertune.link import Clock
-from peertune.runtimes.group import Lockstep, weighted_mean
+from peertune.runtimes.group import Group, Lockstep, weighted_mean
 from peertune.wire import header
 
 T = TypeVar("T")
 
 
-class SimulatedGroup:
-    """Implements `peertune.runtimes.Group`: one process plays all members.
+class SimulatedGroup(Group):
+    """One process plays all members.
 
     Args:
         num_members: N, or N + 1 with a hub.
@@ -27,25 +25,14 @@ class SimulatedGroup:
     """
 
     is_recorder = True
-    ranks: DeviceMesh | None = None
-    survives_loss = is_leaving = False
 
     def __init__(self, num_members: int, link: LinkSection) -> None:
         self.hosted: Sequence[int] = range(num_members)
-        self.clock: Clock | None = Clock(link)
+        self.clock = Clock(link)
         self._mailbox = Mailbox(self.clock)
 
     def exchange(self, member: int) -> SimulatedExchange:
         return self._mailbox.endpoint(member)
-
-    def open(self, algorithm: Algorithm) -> None:
-        pass  # they are
-
-    def catch_up(self, round: int, algorithm: Algorithm) -> int:
-        return round  # nobody is ever behind
-
-    def take_late(self, algorithm: Algorithm) -> None:
-        pass  # none is
 
     def gather(self, values: Sequence[T], combine: Callable[[Sequence[T]], T] | None = None) -> list[T | None]:
         return list(values)
