@@ -16,7 +16,7 @@ from peertune.compare.cells import Cell, DivergedCell
 from peertune.compare.grid import Tuned
 from peertune.compare.stats import LEVEL, Pair, mean, spread
 from peertune.formatting import NONE, count, duration, memory, number, percent, plural, traffic
-from peertune.metric import METRICS, Metric
+from peertune.metric import METRICS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,21 +63,6 @@ PAIRS_MAX = 10
 """Pairs that have a sentence each; of more, those have whose difference is larger than the seed noise."""
 DIVERGED = "diverged"
 """Stands in tables in the place of a number that there is none of."""
-HEAD = {
-    "contestant": "method",
-    "mean": "",
-    "worst_peer": "worst peer",
-    "macro_f1": "F1",
-    "samples": "samples",
-    "bytes_sent": "sent",
-    "bytes_sent_by_hub": "server sent",
-    "peak_memory_bytes": "memory",
-    "cpu_s": "CPU",
-    "simulated_s": "sim. time",
-    "lambda2": "λ2",
-    "tuned": "tuned",
-}
-"""Titles of the columns; samples, bytes and CPU time are a peer's. The metric's own title stands for the empty one."""
 
 
 def row(contestant: str, cells: Sequence[Cell], diverged: Sequence[int], metric: str, tuned: Tuned | None) -> Row:
@@ -126,26 +111,12 @@ def _chosen(tuned: Tuned | None) -> str:
 
 def cells_of(row: Row, keys: Sequence[str]) -> list[str]:
     """A row's texts, by the keys of `columns`."""
-    metric = METRICS[row.metric]
-    texts = {
-        "contestant": row.contestant,
-        "mean": _with_spread(row, metric),
-        "worst_peer": NONE if row.worst_peer is None else metric.show(row.worst_peer),
-        "macro_f1": NONE if row.macro_f1 is None else METRICS["macro_f1"].show(row.macro_f1),
-        "samples": NONE if row.samples is None else count(row.samples),
-        "bytes_sent": traffic(row.bytes_sent),
-        "bytes_sent_by_hub": traffic(row.bytes_sent_by_hub),
-        "peak_memory_bytes": memory(row.peak_memory_bytes),
-        "cpu_s": duration(row.cpu_s),
-        "simulated_s": duration(row.simulated_s),
-        "lambda2": NONE if row.lambda2 is None else number(row.lambda2, 2),
-        "tuned": row.tuned,
-    }
-    return [texts[key] for key in keys]
+    return [COLUMNS[key][1](row) for key in keys]
 
 
-def _with_spread(row: Row, metric: Metric) -> str:
+def _with_spread(row: Row) -> str:
     """ "61.1 ± 4.8 %": the unit once; "diverged (1 of 3)" where seeds did."""
+    metric = METRICS[row.metric]
     if row.mean is None:
         is_part = len(row.diverged) < row.num_seeds
         return DIVERGED + (f" ({len(row.diverged)} of {row.num_seeds})" if is_part else "")
@@ -155,9 +126,26 @@ def _with_spread(row: Row, metric: Metric) -> str:
     return f"{center} ± {metric.show(row.spread)}"
 
 
+COLUMNS: dict[str, tuple[str, Callable[[Row], str]]] = {
+    "contestant": ("method", lambda row: row.contestant),
+    "mean": ("", _with_spread),
+    "worst_peer": ("worst peer", lambda row: METRICS[row.metric].show(row.worst_peer)),
+    "macro_f1": ("F1", lambda row: METRICS["macro_f1"].show(row.macro_f1)),
+    "samples": ("samples", lambda row: NONE if row.samples is None else count(row.samples)),
+    "bytes_sent": ("sent", lambda row: traffic(row.bytes_sent)),
+    "bytes_sent_by_hub": ("server sent", lambda row: traffic(row.bytes_sent_by_hub)),
+    "peak_memory_bytes": ("memory", lambda row: memory(row.peak_memory_bytes)),
+    "cpu_s": ("CPU", lambda row: duration(row.cpu_s)),
+    "simulated_s": ("sim. time", lambda row: duration(row.simulated_s)),
+    "lambda2": ("λ2", lambda row: number(row.lambda2, 2)),
+    "tuned": ("tuned", lambda row: row.tuned),
+}
+"""Title and text of each; samples, bytes and CPU time are a peer's. The metric's own title stands for the empty one."""
+
+
 def heads(rows: Sequence[Row]) -> list[str]:
     """Titles of the columns; those that no row fills are left out."""
-    return [HEAD[key] or METRICS[rows[0].metric].title for key in columns(rows)]
+    return [COLUMNS[key][0] or METRICS[rows[0].metric].title for key in columns(rows)]
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
@@ -166,7 +154,7 @@ def columns(rows: Sequence[Row]) -> list[str]:
     without = {key for key in optional if not any(getattr(row, key) not in (None, "") for row in rows)}
     if not any(":topology." in row.contestant.replace(" ", "") for row in rows):
         without.add("lambda2")
-    return [key for key in HEAD if key not in without]
+    return [key for key in COLUMNS if key not in without]
 
 
 def terminal_table(rows: Sequence[Row], width: int = 80) -> Table:
