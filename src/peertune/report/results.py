@@ -87,7 +87,7 @@ def loss(run: RunRecord) -> str:
     window = series.window_of(len(curves[0])) if curves else 1
     curves = [series.smooth(c, window) for c in curves]
     x = [v for v in series.downsample([r.round + 1 for r in rounds], size) if v is not None]
-    lines, band = peer_lines(curves, "mean of peers", own="this site" if run.is_site else "")
+    lines, band = peer_lines(curves, own="this site" if run.is_site else "")
     chart = line_chart(x, lines, band=band, y_title="training loss (nats)", show=number, tall=True)
     lead = "Each peer's loss on its own data." if run.num_models > 1 else "The model's loss on its batches."
     if run.is_site:
@@ -117,8 +117,8 @@ def heldout(run: RunRecord) -> str:
         elif len(models) > 1:
             for label, reduce in (
                 (f"mean of {whose}s", series.mean),
-                (f"lowest {whose}", _least),
-                (f"highest {whose}", _most),
+                (f"lowest {whose}", partial(min, default=None)),
+                (f"highest {whose}", partial(max, default=None)),
             ):
                 rows.append([label, *(metric_named(n).show(reduce(_known(models, n))) for n in names)])
     summary = table(["model", *(esc(metric_named(n).title, 30) for n in names)], rows)
@@ -159,7 +159,7 @@ def sent(run: RunRecord) -> str:
         x, rows = [*x, x[-1] + 1], [*rows, run.bytes_sent]
     if not any(series.mean(row) for row in rows):
         return card("traffic", "Traffic", empty("Nothing has been sent."), wide=False)
-    lines, band = peer_lines(series.columns(rows), "mean of peers", own="this site" if run.is_site else "")
+    lines, band = peer_lines(series.columns(rows), own="this site" if run.is_site else "")
     chart = line_chart(x, lines, band=band, y_title="sent since the start (bytes)", from_zero=True, show=traffic)
     lead = f"What {'this site' if run.is_site else 'each peer'} has put on the wire."
     if run.agreement_hops is not None:
@@ -167,9 +167,7 @@ def sent(run: RunRecord) -> str:
     return card("traffic", "Traffic", chart, wide=False, lead=lead)
 
 
-def peer_lines(
-    curves: Sequence[series.Column], mean_name: str, dots: bool = False, *, own: str = ""
-) -> tuple[list[Line], Band | None]:
+def peer_lines(curves: Sequence[series.Column], dots: bool = False, *, own: str = "") -> tuple[list[Line], Band | None]:
     """Curves of N peers: named lines up to 8; beyond that their range, with faint lines up to 32. Always their mean.
 
     A site knows its own alone: then that is the only one, under the name `own`.
@@ -187,7 +185,7 @@ def peer_lines(
         Line(name=f"peer {i}", values=c, color=peer_color(i), style=style, dots=dots and few, listed=few)
         for i, c in enumerate(curves if num <= NUM_COLORS else [])
     ]
-    lines.append(Line(name=mean_name, values=series.across(curves, series.mean), style="mean", dots=dots))
+    lines.append(Line(name="mean of peers", values=series.across(curves, series.mean), style="mean", dots=dots))
     band = Band(name=f"range of {num} peers", low=series.across(curves, min), high=series.across(curves, max))
     return lines, None if few else band
 
@@ -208,7 +206,7 @@ def _metric_chart(run: RunRecord, name: str) -> str:
     lines: list[Line] = []
     band, own = None, "before agreement" if run.is_site else ""
     if num > 1:
-        lines, band = peer_lines(series.columns(rows), "mean of peers", dots=len(x) <= 40, own=own)
+        lines, band = peer_lines(series.columns(rows), dots=len(x) <= 40, own=own)
     average = [e.average_model.get(name) for e in run.evaluations]
     lines.append(Line(name=_exported(run), values=average, color="var(--accent)", style="star", dots=len(x) <= 40))
     return line_chart(x, lines, band=band, y_title=metric.axis_title, x_title="rounds done", show=metric.show)
@@ -250,11 +248,3 @@ def _cell(name: str, metrics: Metrics) -> str:
 
 def _known(peers: Sequence[Metrics], name: str) -> list[float]:
     return [p[name] for p in peers if name in p]
-
-
-def _least(values: Sequence[float]) -> float | None:
-    return min(values, default=None)
-
-
-def _most(values: Sequence[float]) -> float | None:
-    return max(values, default=None)
