@@ -703,16 +703,8 @@ def assert_agreed(consortium: Consortium, names: Sequence[str] = NAMES) -> None:
 
 def test_a_refused_message_ends_the_stream_and_the_edge_is_dialled_anew(tmp_path: Path) -> None:
     """On both ends of the edge: each is told why; then they are connected again, and what is right arrives."""
-    charter, identities, port = two_sites(tmp_path)
-    fork = multiprocessing.get_context("fork")
-    heard = fork.Queue()
 
-    def play(index: int) -> None:
-        events: list[str] = []
-        node = Node(
-            charter, identities[index], f"127.0.0.1:{port}" if index == 0 else "", lambda e, **_: events.append(e)
-        )
-        node.start([(0, 1)])
+    def play(index: int, node: Node, events: list[str]) -> tuple[list[list[int]], int]:
         exchange = NetworkExchange(node)
         hop = Hop("gossip", {(i, j): 0.5 for i in range(2) for j in range(2)}, takes_late=True)
         inboxes = []
@@ -721,13 +713,10 @@ def test_a_refused_message_ends_the_stream_and_the_edge_is_dialled_anew(tmp_path
             exchange.start(round, hop, out)
             inboxes.append(exchange.finish(round, hop, lambda: {}))
         refused = min(events.count(what) for what in ("refused", "refused_by"))
-        heard.put((index, [sorted(inbox.payloads) for inbox in inboxes if inbox is not None], refused))
         node.stop(10.0)
-        os._exit(0)
+        return [sorted(inbox.payloads) for inbox in inboxes if inbox is not None], refused
 
-    for index in range(2):
-        fork.Process(target=play, args=(index,), daemon=True).start()
-    for _, received, refused in (heard.get(timeout=60) for _ in range(2)):
+    for received, refused in played_by_two(tmp_path, play):
         assert received[0] == received[2] == [0, 1] and refused >= 1
         assert len(received[1]) == 1, "the odd message was left out"
 
@@ -828,13 +817,9 @@ def play_node(
 def test_a_stranger_gets_no_answer_and_a_member_still_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes that are no TLS, then a key that is in no charter, then the member in whose place it stood."""
     monkeypatch.setattr(node_module, "HANDSHAKE_S", 1.0)
-    port = free_ports(1)[0]
-    charter = make_charter(tmp_path, ["a", "b"])
-    members = [charter.members[0].model_copy(update={"address": f"127.0.0.1:{port}"}), charter.members[1]]
-    charter = charter.model_copy(update={"members": members})
-    a, b, stranger = (load_identity(tmp_path / "a"), load_identity(tmp_path / "b"), make_identity(tmp_path / "c"))
-    charter = charter.signed(a).signed(b)
-    forged = charter.model_copy(update={"members": [members[0], members[1].model_copy(update={"id": stranger.id})]})
+    charter, (a, b), port = two_sites(tmp_path)
+    stranger, (first, second) = make_identity(tmp_path / "c"), charter.members
+    forged = charter.model_copy(update={"members": [first, second.model_copy(update={"id": stranger.id})]})
     fork = multiprocessing.get_context("fork")
     heard = [fork.Queue() for _ in range(3)]
 
@@ -950,28 +935,16 @@ def test_a_second_process_of_a_site_is_turned_away(tmp_path: Path) -> None:
 
 def test_a_site_whose_connection_was_given_up_still_stops(tmp_path: Path) -> None:
     """The task that dials has then been ended once, and goes on until it is ended for good."""
-    charter, identities, port = two_sites(tmp_path)
-    fork = multiprocessing.get_context("fork")
-    heard = fork.Queue()
 
-    def play(index: int) -> None:
-        events: list[str] = []
-        listen = f"127.0.0.1:{port}" if index == 0 else ""
-        node = Node(charter, identities[index], listen, lambda event, **_: events.append(event))
-        node.start([(0, 1)])
+    def play(index: int, node: Node, events: list[str]) -> int:
         wait_for(lambda: "connected" in events)
         if index == 1:  # the one that dials
             node.soon(node.neighbors[0].end)
         wait_for(lambda: events.count("connected") >= 2)
         node.stop()
-        heard.put(index)
-        heard.close()
-        heard.join_thread()
-        os._exit(0)
+        return index
 
-    for index in range(2):
-        fork.Process(target=play, args=(index,), daemon=True).start()
-    assert sorted(heard.get(timeout=60) for _ in range(2)) == [0, 1]
+    assert sorted(played_by_two(tmp_path, play)) == [0, 1]
 
 
 def test_a_node_that_never_started_leaves_no_loop_open(tmp_path: Path) -> None:
@@ -982,11 +955,9 @@ def test_a_node_that_never_started_leaves_no_loop_open(tmp_path: Path) -> None:
     assert node._loop.is_closed()
 
 
-def test_a_node_that_stops_leaves_nothing_pending_in_its_loop(tmp_path: Path) -> None:
+def test_a_node_that_stops_leaves_nothing_pending_in_its_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else Python tells of tasks that were destroyed; those that write take a while to end."""
-    charter, identities, port = two_sites(tmp_path)
-    fork = multiprocessing.get_context("fork")
-    heard, may_stop = fork.Queue(), fork.Event()
+    may_stop = multiprocessing.get_context("fork").Event()
 
     async def slow_to_end(*arguments: Any, write: Any = Neighbor._write) -> None:
         try:
@@ -994,25 +965,16 @@ def test_a_node_that_stops_leaves_nothing_pending_in_its_loop(tmp_path: Path) ->
         finally:
             await asyncio.sleep(3600)
 
-    def play(index: int) -> None:
-        Neighbor._write = slow_to_end  # type: ignore[assignment]
-        events: list[str] = []
-        listen = f"127.0.0.1:{port}" if index == 0 else ""
-        node = Node(charter, identities[index], listen, lambda event, **_: events.append(event))
-        node.start([(0, 1)])
+    def play(index: int, node: Node, events: list[str]) -> tuple[int, list[str]]:
         wait_for(lambda: "connected" in events)
         if index == 1:  # the other one stops first
             may_stop.wait(60)
         node.stop()
-        heard.put((index, [str(task) for task in asyncio.all_tasks(node._loop)]))
-        heard.close()
-        heard.join_thread()
         may_stop.set()
-        os._exit(0)
+        return index, [str(task) for task in asyncio.all_tasks(node._loop)]
 
-    for index in range(2):
-        fork.Process(target=play, args=(index,), daemon=True).start()
-    assert sorted(heard.get(timeout=60) for _ in range(2)) == [(0, []), (1, [])]
+    monkeypatch.setattr(Neighbor, "_write", slow_to_end)
+    assert sorted(played_by_two(tmp_path, play)) == [(0, []), (1, [])]
 
 
 def test_a_port_in_use_is_told_before_anything_is_loaded(
@@ -1053,6 +1015,27 @@ def two_sites(tmp_path: Path) -> tuple[Charter, list[Identity], int]:
     identities = [load_identity(tmp_path / name) for name in "ab"]
     charter = charter.model_copy(update={"members": members}).signed(identities[0]).signed(identities[1])
     return charter, identities, port
+
+
+def played_by_two(tmp_path: Path, play: Callable[[int, Node, list[str]], Any]) -> list[Any]:
+    """What `play` gives for two sites' networks, each in a process: of its index, its node and the events it logs."""
+    charter, identities, port = two_sites(tmp_path)
+    fork = multiprocessing.get_context("fork")
+    heard = fork.Queue()
+
+    def site(index: int) -> None:
+        events: list[str] = []
+        listen = f"127.0.0.1:{port}" if index == 0 else ""
+        node = Node(charter, identities[index], listen, lambda event, **_: events.append(event))
+        node.start([(0, 1)])
+        heard.put(play(index, node, events))
+        heard.close()
+        heard.join_thread()
+        os._exit(0)
+
+    for index in range(2):
+        fork.Process(target=site, args=(index,), daemon=True).start()
+    return [heard.get(timeout=60) for _ in range(2)]
 
 
 def make_charter(tmp_path: Path, names: list[str]) -> Charter:
