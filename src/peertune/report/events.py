@@ -127,7 +127,7 @@ class RunRecord:
 
 
 class Events(Log):
-    """What the lines of events.jsonl add up to."""
+    """What the lines of events.jsonl add up to. A run that goes on has taken out those of what it does again."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,17 +153,12 @@ class Events(Log):
             self.agreement = event
         elif kind == "end":
             self.end = event
-        elif kind in ("checkpoint", "join") and round is not None:
+        elif kind in ("checkpoint", "resume", "join") and round is not None:
             self.reached = max(self.reached, round)
             if kind == "checkpoint":
                 self.checkpoint = (round, time)
-        elif kind == "resume" and round is not None:
-            # Rounds after the checkpoint were lost with the process and are trained again.
-            self.rounds = {r: then for r, then in self.rounds.items() if r < round}
-            self.evaluations = {r: then for r, then in self.evaluations.items() if r <= round}
-            self.agreement = self.end = None
-            self.resumes.append(round)
-            self.reached = round
+            elif kind == "resume":
+                self.resumes.append(round)
 
 
 def read_run(run_dir: Path) -> RunRecord:
