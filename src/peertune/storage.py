@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -35,19 +37,14 @@ GO_ON = "free some space; a run that stopped goes on with the same command (`pee
 """What to do about a full disk."""
 
 
-class storage_errors:
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
     """Context in which an operating-system error means that the disk refused a write."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError | SafetensorError):
-            reason = getattr(error, "strerror", None) or error
-            raise StorageError(f"{self._path}: cannot write: {reason}; {GO_ON}") from error
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(f"{path}: cannot write: {reason}; {GO_ON}") from error
 
 
 def share_weights(folder: Path, like: Path) -> None:
