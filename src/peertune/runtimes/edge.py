@@ -14,6 +14,7 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 from peertune.exchange import Payload
 from peertune.runtimes import message
@@ -258,12 +259,14 @@ class Edge:
             ProtocolError: it is none of ours, or not in its place.
         """
         kind, fields, rest = FRAMES.unpack(frame)
+        key: Any = fields[:2]  # of what is said of one message
         if kind is Kind.OFFER:
-            return self._offered((fields[0], fields[1]), fields[2], fields[3])
+            return self._offered(key, fields[2], fields[3])
         if kind is Kind.WANT:
-            return self._wanted((fields[0], fields[1]), fields[2])
+            self.outbox.ask(key, fields[2])
+            return self._chunks(key, fields[2])
         if kind is Kind.CHUNK:
-            return self._arrived((fields[0], fields[1]), fields[2], fields[3], rest)
+            return self._arrived(key, fields[2], fields[3], rest)
         if kind is Kind.HELLO:
             if fields[0] != self.peer_boot:
                 # A new process makes its messages anew: no part of an old one is put together with those.
@@ -274,12 +277,12 @@ class Edge:
                 self.no_state()
             self.peer_boot, self.peer_has_left = fields[0], False
         elif kind is Kind.GOT:
-            self.outbox.got((fields[0], fields[1]))
+            self.outbox.got(key)
         elif kind is Kind.GONE:
-            if (fields[0], fields[1]) in self.inbox:  # else it would close rounds that nobody has asked for yet
-                self.give_up((fields[0], fields[1]))
+            if key in self.inbox:  # else it would close rounds that nobody has asked for yet
+                self.give_up(key)
         elif kind is Kind.MISSED:
-            self._was_missed((fields[0], fields[1]))
+            self._was_missed(key)
         elif kind is Kind.SAVED:
             self.outbox.drop_before(fields[0])
             self.peer_missed = {key for key in self.peer_missed if key[0] >= fields[0]}
@@ -365,10 +368,6 @@ class Edge:
             if not incoming.size:
                 return self._complete(key, incoming)
         return [_pack(Kind.WANT, *key, incoming.offset)]
-
-    def _wanted(self, key: Key, offset: int) -> Iterable[bytes]:
-        self.outbox.ask(key, offset)
-        return self._chunks(key, offset)
 
     def _chunks(self, key: Key, offset: int) -> Iterator[bytes]:
         """Frames of a message's chunks, one copied at a time.
