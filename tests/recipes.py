@@ -1,10 +1,15 @@
-"""Small recipes and data that the run tests share."""
+"""Small recipes and data that the run tests share, and how a run is killed."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from peertune.algorithms import METHODS
+from peertune.checkpoint import CheckpointStore
 from peertune.config import RunConfig
 from peertune.recipe import from_dict
 
@@ -43,3 +48,22 @@ def tree(folder: Path, base_model: Path, /, **sections: dict[str, Any]) -> dict[
 def recipe(folder: Path, base_model: Path, /, **sections: dict[str, Any]) -> RunConfig:
     """The same, checked."""
     return from_dict(tree(folder, base_model, **sections), METHODS)[0]
+
+
+class Killed(BaseException):
+    """Ends a run as a signal would: nothing in the code catches it."""
+
+
+@contextmanager
+def killed_after(round: int, of: str = "") -> Iterator[None]:
+    """Context whose run dies after the checkpoint of some round, where `of` stands in its folder's name."""
+    prune = CheckpointStore.prune  # called when all peers have one
+
+    def dying(self: CheckpointStore, peer: int) -> None:
+        prune(self, peer)
+        if of in str(self.folder) and self.rounds(peer)[-1] == round:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(CheckpointStore, "prune", dying)
+        yield

@@ -29,7 +29,6 @@ from peertune.algorithms import METHODS
 from peertune.algorithms.fedavg import FedavgConfig
 from peertune.algorithms.local_steps import LocalStepsConfig
 from peertune.algorithms.turns import BlockwiseConfig
-from peertune.checkpoint import CheckpointStore
 from peertune.cli import main
 from peertune.compare import Comparison, Options, compare
 from peertune.compare.budget import (
@@ -54,7 +53,7 @@ from peertune.progress import Silent
 from peertune.recipe import from_dict, load_recipe
 from peertune.report.charts import tick_texts
 from peertune.run import run
-from tests.recipes import recipe, tree
+from tests.recipes import killed_after, recipe, tree
 from tests.test_bad_input import write_toml
 
 NAMES = ["deca", "local", "deca:discrepancy=none"]
@@ -193,24 +192,11 @@ def test_one_seeds_cells_share_partition_graph_and_start(make: Callable[..., tup
     assert starts["0"][0][0] != starts["1"][0][0], "another seed deals the rows anew"
 
 
-class Killed(BaseException):
-    """Ends a run as a signal would."""
-
-
 def test_an_interrupted_cell_goes_on_from_its_checkpoint(
-    make: Callable[..., tuple[Comparison, Quiet]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., tuple[Comparison, Quiet]], tmp_path: Path
 ) -> None:
-    prune = CheckpointStore.prune
-
-    def dying(self: CheckpointStore, peer: int) -> None:
-        prune(self, peer)
-        if "local" in str(self.folder) and self.rounds(peer)[-1] == 8:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CheckpointStore, "prune", dying)
-        with pytest.raises(Killed):
-            make(algorithms="deca,local", seeds="0")
+    with killed_after(8, "local"):
+        make(algorithms="deca,local", seeds="0")
     _, told = make(algorithms="deca,local", seeds="0")
     assert told.cells == ["local, seed 0"]
     cell = tmp_path / "compared" / "cells" / "local" / "seed-0"

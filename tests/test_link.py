@@ -8,14 +8,13 @@ import pytest
 import torch
 
 from peertune.algorithms.base import LocalReport
-from peertune.checkpoint import CheckpointStore
 from peertune.config import LinkSection
 from peertune.link import Clock, hop_seconds
 from peertune.run import run
 from peertune.run_folder import RunFolder
 from peertune.runtimes import Member, play_round
 from peertune.runtimes.simulation import Mailbox
-from tests.recipes import recipe
+from tests.recipes import killed_after, recipe
 
 LINK = LinkSection(bandwidth_mbit=8.0, latency_ms=250.0)  # a megabyte a second
 
@@ -64,23 +63,12 @@ def test_a_local_phase_of_several_threads_takes_what_the_clock_says(
     assert report is not None and (report.cpu_s, report.wall_s) == (5.0, seconds)
 
 
-def test_simulated_time_goes_on_over_an_interruption(
-    tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_simulated_time_goes_on_over_an_interruption(tmp_path: Path, micro_model: Path) -> None:
     """Over so slow a link that computing takes no share of it, an interrupted run has the time of a whole one."""
     link = {"bandwidth_mbit": 1e-3, "latency_ms": 0.0}
     whole = run(recipe(tmp_path, micro_model, link=link, run={"out": str(tmp_path / "whole")}))
-    prune = CheckpointStore.prune
-
-    def dying(self: CheckpointStore, peer: int) -> None:
-        prune(self, peer)
-        if self.rounds(peer)[-1] == 8:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CheckpointStore, "prune", dying)
-        with pytest.raises(KeyboardInterrupt):
-            run(recipe(tmp_path, micro_model, link=link))
+    with killed_after(8):
+        run(recipe(tmp_path, micro_model, link=link))
     resumed = run(recipe(tmp_path, micro_model, link=link), resume=True)
     assert resumed["simulated_s"] == pytest.approx(whole["simulated_s"], rel=1e-2)
     assert len(resumed["cpu_s_per_peer"]) == 4

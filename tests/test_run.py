@@ -30,7 +30,7 @@ from peertune.lock import FolderLock
 from peertune.prepare import prepare_data
 from peertune.run import run
 from peertune.storage import append_line
-from tests.recipes import recipe, tree
+from tests.recipes import Killed, killed_after, recipe, tree
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -126,10 +126,6 @@ def test_what_is_logged_and_how_often_it_is_saved_changes_nothing(tmp_path: Path
     run(recipe(tmp_path, micro_model, run=other, eval={"every": 2}))
     assert same(weights(tmp_path / "out"), weights(tmp_path / "other"))
     assert len(events(tmp_path / "other", "eval")) > len(events(tmp_path / "out", "eval"))
-
-
-class Killed(BaseException):
-    """Ends a run as a signal would: nothing in the code catches it."""
 
 
 @pytest.mark.parametrize(
@@ -241,26 +237,15 @@ def test_a_run_that_was_finished_while_a_second_one_loaded_is_left_as_it_is(
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
 
 
-def interrupt(tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch, after: int = 8) -> None:
+def interrupt(tmp_path: Path, micro_model: Path, after: int = 8) -> None:
     """A run that dies after the checkpoint of some round."""
-    prune = CheckpointStore.prune
-
-    def dying(self: CheckpointStore, peer: int) -> None:
-        prune(self, peer)
-        if self.rounds(peer)[-1] == after:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CheckpointStore, "prune", dying)
-        with pytest.raises(Killed):
-            run(recipe(tmp_path, micro_model))
+    with killed_after(after):
+        run(recipe(tmp_path, micro_model))
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "json", "foreign"])
-def test_a_damaged_checkpoint_is_refused(
-    damage: str, tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    interrupt(tmp_path, micro_model, monkeypatch)
+def test_a_damaged_checkpoint_is_refused(damage: str, tmp_path: Path, micro_model: Path) -> None:
+    interrupt(tmp_path, micro_model)
     folder = tmp_path / "out" / "checkpoints" / "peer-001" / "round-00000008"
     file = folder / "block-000.safetensors"
     data = file.read_bytes()
@@ -279,11 +264,9 @@ def test_a_damaged_checkpoint_is_refused(
 
 
 @pytest.mark.parametrize("left", [None, b"", b'\xff\n{"event": "round", "round": 0}\n[]\n'])
-def test_a_run_whose_log_was_lost_goes_on(
-    left: bytes | None, tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_whose_log_was_lost_goes_on(left: bytes | None, tmp_path: Path, micro_model: Path) -> None:
     """As by a power cut: a checkpoint is on the disk when it is done, lines of the log some time later."""
-    interrupt(tmp_path, micro_model, monkeypatch)
+    interrupt(tmp_path, micro_model)
     log = tmp_path / "out" / "events.jsonl"
     log.unlink()
     if left is not None:
@@ -292,8 +275,8 @@ def test_a_run_whose_log_was_lost_goes_on(
     assert len(events(tmp_path / "out", "start")) == 1 and (tmp_path / "out" / "report.html").exists()
 
 
-def test_changed_data_is_noticed(tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    interrupt(tmp_path, micro_model, monkeypatch)
+def test_changed_data_is_noticed(tmp_path: Path, micro_model: Path) -> None:
+    interrupt(tmp_path, micro_model)
     config = recipe(tmp_path, micro_model)
     lines = (tmp_path / "train.jsonl").read_text().splitlines()
     (tmp_path / "train.jsonl").write_text("\n".join(lines[:-9]))
@@ -388,12 +371,10 @@ def test_a_checkpoint_of_deca_writes_the_blocks_of_the_last_two_turns(
     assert sorted({path.parent.name for path in held}) == before and len({p.stat().st_ino for p in held}) == 8
 
 
-def test_the_newest_checkpoint_is_complete_by_itself(
-    tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_newest_checkpoint_is_complete_by_itself(tmp_path: Path, micro_model: Path) -> None:
     """Also where it shared files with one that is gone."""
     run(recipe(tmp_path, micro_model, run={"out": str(tmp_path / "whole")}))
-    interrupt(tmp_path, micro_model, monkeypatch, after=12)
+    interrupt(tmp_path, micro_model, after=12)
     found = sorted((tmp_path / "out" / "checkpoints").glob("peer-*/round-*"))
     assert {path.name for path in found} == {"round-00000004", "round-00000008", "round-00000012"}
     for older in found:
