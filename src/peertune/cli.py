@@ -24,12 +24,13 @@ from peertune.cli_output import (
     Bars,
     GridBars,
     add_command,
+    add_number,
+    add_set,
     loading,
     print_paths,
     print_summary,
     progress_console,
     say,
-    whole_number,
 )
 from peertune.cli_watch import add_watch
 from peertune.errors import PeertuneError
@@ -290,9 +291,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("-h", "--help", action=_RunHelp, nargs=0, help="show this, and every key of a recipe")
     run.add_argument("recipe", metavar="RECIPE.toml", help="what to train, on what and how")
-    run.add_argument(
-        "--set", action="append", default=[], metavar="section.key=value", help="override a key; repeatable"
-    )
+    add_set(run, "override a key")
     run.add_argument("--out", metavar="DIR", help="folder of the run (run.out); default: the recipe's")
     run.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in that folder")
     run.set_defaults(command=_run, goes_on="; go on with --resume")
@@ -314,9 +313,7 @@ def _parser() -> argparse.ArgumentParser:
         "--algorithms", metavar="A,B,...", help="each name or name:key=value, such as deca:topology.kind=ring"
     )
     compare.add_argument("--seeds", default="0,1,2", metavar="S,S,...", help="run.seed of the cells; default: 0,1,2")
-    compare.add_argument(
-        "--set", action="append", default=[], metavar="section.key=value", help="override a key for all; repeatable"
-    )
+    add_set(compare, "override a key for all")
     compare.add_argument(
         "--budget", default="samples", metavar="KIND", help="what all spend alike: samples (default), bytes or seconds"
     )
@@ -325,13 +322,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY=X,Y,...",
         help="a grid of an [algorithm] key, chosen on validation rows, such as lr=1e-4,1e-3",
     )
-    compare.add_argument(
-        "--workers",
-        type=whole_number(1),
-        default=1,
-        metavar="N",
-        help="cells at a time, each in a process (samples only)",
-    )
+    add_number(compare, "--workers", 1, 1, "cells at a time, each in a process (samples only)")
     compare.add_argument(
         "--out",
         default="runs/compared",
@@ -350,12 +341,7 @@ def _parser() -> argparse.ArgumentParser:
     export = add_command(commands, "export", help="write a run's average model as a folder that from_pretrained loads")
     export.add_argument("folder", metavar="DIR", help="folder of the run")
     export.add_argument("--to", required=True, metavar="DIR", help="folder to write, new or empty")
-    export.add_argument(
-        "--peer",
-        type=whole_number(0),
-        metavar="I",
-        help="with the personal parts of this peer (algorithm.local_modules)",
-    )
+    add_number(export, "--peer", 0, None, "with the personal parts of this peer (algorithm.local_modules)", "I")
     export.add_argument("--adapter", action="store_true", help="the adapter alone, as peft loads it, not merged")
     export.add_argument(
         "--trust-remote-code",
@@ -370,44 +356,15 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--task", choices=["text", "classification", "instruction", "chat"], help="what the rows of all files are"
     )
-    evaluate.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="data.key=value",
-        help="how the files are read, such as data.text_field=sentence; repeatable",
-    )
-    evaluate.add_argument(
-        "--max-samples", type=whole_number(0), default=0, metavar="N", help="rows at most, drawn; 0: all"
-    )
-    evaluate.add_argument(
-        "--max-length",
-        type=whole_number(8),
-        default=0,
-        metavar="N",
-        help="tokens of a sequence at most; default: 256, for --lm-eval the model's own",
-    )
-    evaluate.add_argument(
-        "--generate",
-        type=whole_number(0),
-        default=0,
-        metavar="N",
-        help="rows of a file answered by greedy generation: calls, final numbers",
-    )
-    evaluate.add_argument(
-        "--max-new-tokens",
-        type=whole_number(1),
-        default=128,
-        metavar="N",
-        help="tokens of an answer at most; default: 128",
-    )
-    evaluate.add_argument(
-        "--choices",
-        type=whole_number(0),
-        default=0,
-        metavar="N",
-        help="rows with calls where the functions offered are scored by their likelihood",
-    )
+    add_set(evaluate, "how the files are read, such as data.text_field=sentence", "data.key")
+    for flag, least, default, help in (
+        ("--max-samples", 0, 0, "rows at most, drawn; 0: all"),
+        ("--max-length", 8, 0, "tokens of a sequence at most; default: 256, for --lm-eval the model's own"),
+        ("--generate", 0, 0, "rows of a file answered by greedy generation: calls, final numbers"),
+        ("--max-new-tokens", 1, 128, "tokens of an answer at most; default: 128"),
+        ("--choices", 0, 0, "rows with calls where the functions offered are scored by their likelihood"),
+    ):
+        add_number(evaluate, flag, least, default, help)
     evaluate.add_argument(
         "--lm-eval", metavar="TASK,TASK", help="tasks of lm-evaluation-harness; needs pip install 'peertune[eval]'"
     )

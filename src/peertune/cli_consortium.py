@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from peertune.cli_output import Bars, add_command, print_paths, print_summary, whole_number
+from peertune.cli_output import Bars, add_command, add_number, add_set, print_paths, print_summary
 from peertune.logfields import printable
 
 if TYPE_CHECKING:
@@ -58,13 +58,7 @@ def add_consortium(commands: Any) -> None:
             help="where to accept connections; default: the port of this site's address in the charter",
         )
         parser.add_argument("--model", metavar="PATH", help="where the base lies here, if the charter does not name it")
-        parser.add_argument(
-            "--set",
-            action="append",
-            default=[],
-            metavar="section.key=value",
-            help="a key of this site's own, such as data.text_field=note; repeatable",
-        )
+        add_set(parser, "a key of this site's own, such as data.text_field=note")
         own(parser)
 
     keygen = add_command(commands, "keygen", help="make this site's key and print its id, for a charter")
@@ -82,9 +76,7 @@ def add_consortium(commands: Any) -> None:
         metavar="NAME=ID[@HOST:PORT][#SAMPLES]",
         help="one each, in the peers' order; ID: what keygen printed there",
     )
-    new.add_argument(
-        "--set", action="append", default=[], metavar="section.key=value", help="override a key; repeatable"
-    )
+    add_set(new, "override a key")
     new.add_argument("--expires", type=_date, required=True, metavar="YYYY-MM-DD", help="last day it is valid")
     new.add_argument(
         "--grace",
@@ -93,9 +85,7 @@ def add_consortium(commands: Any) -> None:
         metavar="S",
         help="seconds that a site out of reach is waited for; default: 600",
     )
-    new.add_argument(
-        "--quorum", type=whole_number(1), default=1, metavar="N", help="wait while fewer members are there; default: 1"
-    )
+    add_number(new, "--quorum", 1, 1, "wait while fewer members are there; default: 1")
     new.add_argument(
         "--stall",
         type=_seconds,

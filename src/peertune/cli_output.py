@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentTypeError
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -24,15 +24,20 @@ def add_command(commands: Any, name: str, help: str, **options: Any) -> Any:
     return commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", **options)
 
 
-def whole_number(least: int) -> Callable[[str], int]:
-    """An argument type: a whole number from `least` on."""
+def add_set(parser: Any, help: str, key: str = "section.key") -> None:
+    """An option for keys of a recipe."""
+    parser.add_argument("--set", action="append", default=[], metavar=f"{key}=value", help=f"{help}; repeatable")
+
+
+def add_number(parser: Any, flag: str, least: int, default: int | None, help: str, metavar: str = "N") -> None:
+    """An option for a whole number from `least` on."""
 
     def parse(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
             raise ArgumentTypeError(f"got {text!r}, expected a whole number from {least} on")
         return int(text)
 
-    return parse
+    parser.add_argument(flag, type=parse, default=default, metavar=metavar, help=help)
 
 
 class Lossy:
