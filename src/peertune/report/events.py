@@ -72,7 +72,6 @@ class RunRecord:
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     parameters: int
-    trained: int
     frozen: tuple[str, ...]
     blocks: tuple[Block, ...]
     holdings: tuple[Holding, ...]
@@ -84,7 +83,6 @@ class RunRecord:
     planned_rounds: int
     rounds: tuple[Round, ...]
     evaluations: tuple[Evaluation, ...]
-    final_peers: tuple[Metrics, ...]
     personal: tuple[Metrics, ...]
     """Of the common model with each peer's own parts; empty where no part stays with a peer."""
     bytes_sent: Values
@@ -194,7 +192,6 @@ def read_run(run_dir: Path) -> RunRecord:
         notes=tuple(str(n) for n in items(start.get("notes"))),
         warnings=tuple(warnings),
         parameters=whole(model.get("parameters")) or 0,
-        trained=whole(model.get("trained")) or 0,
         frozen=tuple(str(n) for n in items(model.get("frozen"))),
         blocks=tuple(_block(i, mapping(b)) for i, b in enumerate(items(start.get("blocks")))),
         holdings=tuple(_holding(i, mapping(p)) for i, p in enumerate(items(start.get("peers")))),
@@ -208,7 +205,6 @@ def read_run(run_dir: Path) -> RunRecord:
         planned_rounds=whole(start.get("rounds")) or 0,
         rounds=rounds,
         evaluations=_evaluations(log, metrics, rounds[-1].round + 1 if rounds else 0),
-        final_peers=tuple(_metrics(p) for p in items(metrics.get("peers"))),
         personal=tuple(_metrics(p) for p in items(metrics.get("personal"))),
         bytes_sent=(
             _values(summary.get("bytes_sent_per_peer"))

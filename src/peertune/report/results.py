@@ -105,7 +105,7 @@ def heldout(run: RunRecord) -> str:
         return card("heldout", "Held-out metrics", empty(reason))
     charts = [_metric_chart(run, name) for name in _charted(names)]
     first, last = run.evaluations[0].average_model, run.evaluations[-1].average_model
-    peers = run.final_peers or next((e.peers for e in reversed(run.evaluations) if e.peers), ())
+    peers = next((e.peers for e in reversed(run.evaluations) if e.peers), ())
     rows = [["before training", *(_cell(n, first) for n in names)]] if run.evaluations[0].round == 0 else []
     if len(run.evaluations) > 1 or not rows:
         when = _exported(run) + ("" if run.finished else f", round {count(run.evaluations[-1].round)}")
