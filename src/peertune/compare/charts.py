@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from peertune.formatting import NONE, middle
+from peertune.metric import Metric
 from peertune.report.charts import SIZE, Axis, linear_axis, place_ticks, tick_texts
 from peertune.report.html import esc
 
@@ -45,20 +46,20 @@ def memory_axis(low: float, high: float) -> Axis:
 
 def curve_chart(
     curves: Sequence[Curve],
-    *,
+    metric: Metric,
     x_title: str,
-    y_title: str,
     show_x: Show,
-    show_y: Show,
     x_axis: Callable[[float, float], Axis] = linear_axis,
 ) -> str:
     """Lines through each curve's points, a bar at each point over its range; x starts at zero.
 
     Args:
+        metric: what y is.
         x_axis: makes the axis from its ends.
     Returns:
         HTML.
     """
+    y_title, show_y = metric.axis_title, metric.show
     marks = [mark for curve in curves for mark in curve.marks]
     across = x_axis(0.0, max(m.x for m in marks))
     y_axis = linear_axis(min(m.low for m in marks), max(m.high for m in marks))

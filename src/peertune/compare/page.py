@@ -148,13 +148,8 @@ def _over(
     if not any(mark.x for curve in curves for mark in curve.marks):
         return empty(f"All have {show_x(0.0)} here.")
     lead = _curve_note(cells)
-    return curve_chart(
-        curves,
-        x_title=x_title,
-        y_title=METRICS[metric].axis_title,
-        show_x=lambda value: show_x(value or 0.0),
-        show_y=METRICS[metric].show,
-    ) + (f'<p class="lead">{lead}</p>' if lead else "")
+    chart = curve_chart(curves, METRICS[metric], x_title, lambda value: show_x(value or 0.0))
+    return chart + (f'<p class="lead">{lead}</p>' if lead else "")
 
 
 def _over_memory(cells: Cells, colors: Mapping[str, str], metric: str) -> str:
@@ -166,14 +161,7 @@ def _over_memory(cells: Cells, colors: Mapping[str, str], metric: str) -> str:
         )
         for name, own in cells.items()
     ]
-    return curve_chart(
-        curves,
-        x_title="peak memory",
-        y_title=METRICS[metric].axis_title,
-        show_x=memory,
-        show_y=METRICS[metric].show,
-        x_axis=memory_axis,
-    )
+    return curve_chart(curves, METRICS[metric], "peak memory", memory, memory_axis)
 
 
 def _by_position(cells: Sequence[Cell]) -> list[tuple[Point, ...]]:
