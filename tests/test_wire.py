@@ -58,3 +58,14 @@ def test_a_simulation_refuses_what_peers_apart_could_not_carry(target: int, chan
     with pytest.raises(ValueError, match=said):
         for end, payload in zip(ends, (make_payload(), make_payload() | change), strict=True):
             end.start(0, hop, payload)
+
+
+def test_a_simulation_asks_who_only_receives_what_it_would_send_as_peers_apart_do() -> None:
+    """A server whose `outgoing` differs from its clients', or fails there, else fails only where it is a process."""
+    mailbox = Mailbox()
+    client, server = mailbox.endpoint(0), mailbox.endpoint(1)
+    hop = Hop("up", {(0, 1): 1.0})
+    client.start(0, hop, make_payload())
+    assert client.finish(0, hop, lambda: pytest.fail("nothing comes here")) is None
+    with pytest.raises(ValueError, match=r"hop 'up': peer 1 sends tensors .* than peer 0; .* that only receives"):
+        server.finish(0, hop, lambda: {"tau": torch.zeros(())})

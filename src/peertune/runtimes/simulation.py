@@ -54,6 +54,8 @@ class Mailbox:
         """Peer -> bytes it sends in this hop, headers included."""
         self._layout: tuple[int, bytes] | None = None
         """The first peer that sends in this hop, and the header of its payload."""
+        self._asked: set[tuple[int, str]] = set()
+        """Peers that were asked what they would send along hops of a name, where they only receive."""
         self._clock = clock
         self._num_endpoints = 0
         self._num_finished = 0
@@ -70,18 +72,32 @@ class Mailbox:
             ValueError: to one who is not there, or of other names or shapes than another peer's; peers apart could
                 not carry it.
         """
-        targets, here = hop.targets(peer), header(payload)
+        targets = hop.targets(peer)
         if targets and targets[-1] >= self._num_endpoints:
             raise ValueError(
                 f"hop {hop.name!r}: peer {peer} sends to {targets[-1]}, expected one of {self._num_endpoints}"
             )
+        self._check_layout(peer, hop, payload)
+        self.payloads[peer], self.sizes[peer] = payload, size
+
+    def ask(self, peer: int, hop: Hop, like: Callable[[], Payload]) -> None:
+        """Ask one who only receives what it would send, as peers apart do in each round; once for a name of hops.
+
+        Raises:
+            ValueError: as `put`.
+        """
+        if peer not in self.payloads and (peer, hop.name) not in self._asked:
+            self._asked.add((peer, hop.name))
+            self._check_layout(peer, hop, like())
+
+    def _check_layout(self, peer: int, hop: Hop, payload: Payload) -> None:
+        here = header(payload)
         first, layout = self._layout = self._layout or (peer, here)
         if layout != here:
             raise ValueError(
                 f"hop {hop.name!r}: peer {peer} sends tensors of other names or shapes than peer {first}; what"
-                " `outgoing` gives has to be laid out alike on all peers"
+                " `outgoing` gives has to be laid out alike on all peers, also on one that only receives"
             )
-        self.payloads[peer], self.sizes[peer] = payload, size
 
     def collect(self, weights: Mapping[int, float]) -> Inbox:
         """The payloads of some peers; when the last endpoint has its own, the mailbox lets go of them all."""
@@ -107,5 +123,7 @@ class SimulatedExchange(Lockstep):
         self._mailbox.put(self._peer, hop, out, self.sent.count(hop.targets(self._peer), out))
 
     def finish(self, round: int, hop: Hop, like: Callable[[], Payload]) -> Inbox | None:
+        if hop.sources(self._peer):
+            self._mailbox.ask(self._peer, hop, like)
         inbox = self._mailbox.collect(hop.sources(self._peer))
         return inbox if inbox.weights else None
