@@ -696,6 +696,17 @@ def test_nan_infinity_and_numbers_without_a_square_are_refused(value: float, dty
     assert pair.got[1] == {(4, 0): None}
 
 
+def test_bits_of_a_methods_own_are_no_numbers() -> None:
+    """Signs that are packed would be NaN for one who takes them for float32."""
+    payload = {"signs": torch.full((CHUNK_SIZE + 3,), 255, dtype=torch.uint8), "scale": torch.ones(1).view(torch.uint8)}
+    pair = Pair()
+    pair.connect()
+    pair.expect(1, (3, 0), payload)
+    pair.post(0, (3, 0), payload)
+    pair.run()
+    assert same(pair.got[1][3, 0], payload)
+
+
 def test_what_was_offered_on_a_stream_that_is_gone_is_refused_on_the_next() -> None:
     """Who sends it has to be told, and without a stream could not be."""
     sender, receiver = Edge(), Edge()

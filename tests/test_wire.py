@@ -26,9 +26,13 @@ def test_header_and_tensors_are_a_safetensors_file() -> None:
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
 
 
-def test_only_float32_travels() -> None:
+def test_only_float32_travels_or_a_methods_own_bits() -> None:
     with pytest.raises(TypeError, match=r"a payload's 'a' is torch\.float64, expected torch\.float32"):
         header({"a": torch.zeros(2, dtype=torch.float64)})
+    bits = {"signs": torch.arange(3, dtype=torch.uint8), "scale": torch.zeros(1).view(torch.uint8)}
+    assert payload_size(bits) == 7 and load(header(bits) + bytes(7))["scale"].dtype == torch.uint8
+    with pytest.raises(TypeError, match=r"a payload's 'signs' is torch\.uint8 beside torch\.float32"):
+        header({**bits, "scale": torch.zeros(1)})
 
 
 def test_traffic_is_counted_by_edge_payload_and_header_apart() -> None:

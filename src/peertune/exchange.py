@@ -26,7 +26,7 @@ ROLL = "roll"
 """Name of a hop that carries who is still there, and nothing of the method's."""
 Payload = Mapping[str, Tensor]
 """Named float32 tensors; a snapshot: nobody writes to them after they were handed over. On their way they may all be
-bfloat16 (`codec`)."""
+bfloat16 (`codec`); of a method that takes no mean of them, all may be uint8, bits of its own."""
 
 
 @dataclass(frozen=True)

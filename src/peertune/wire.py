@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 8
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
-"""What a payload may hold, as safetensors calls it."""
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
+"""What a payload may hold, all of one type, as safetensors calls it."""
 
 
 def header(payload: Mapping[str, Tensor]) -> bytes:
@@ -54,6 +54,8 @@ def _header(tensors: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]) -> by
         start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
         if dtype not in DTYPES:
             raise TypeError(f"a payload's {name!r} is {dtype}, expected {', '.join(map(str, DTYPES))}")
+        if dtype != tensors[0][1]:
+            raise TypeError(f"a payload's {name!r} is {dtype} beside {tensors[0][1]}, expected one type for all")
         entries[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGNMENT)

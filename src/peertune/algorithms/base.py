@@ -105,7 +105,7 @@ class Algorithm(ABC):
 
     @abstractmethod
     def outgoing(self, hop: Hop) -> Payload:
-        """What this peer sends along a hop of its own `hops`: float32 copies.
+        """What this peer sends along a hop of its own `hops`: float32 copies, or uint8 where nothing `averages` it.
 
         Names and shapes are the same on all peers, and the call changes nothing: one that only receives is asked too.
         """

@@ -72,9 +72,11 @@ class Incoming:
         self._bytes = _view(self._buffer)
 
     def take(self, data: memoryview) -> bool:
-        """Take the next bytes in. Returns whether they are numbers of at most `LARGEST`, all of them."""
+        """Take the next bytes in. Returns whether they are numbers of at most `LARGEST`, all of them, or bare bytes."""
         start, self.offset = self.offset, self.offset + len(data)
         self._bytes[start : self.offset] = data
+        if self._buffer.dtype == torch.uint8:
+            return True
         # A part at a time, while it lies in the cache; by numpy, as torch would take threads from the training for it.
         if self._buffer.dtype == torch.bfloat16:  # but for the sign, its bits are in the order of the numbers
             bits = np.frombuffer(self._bytes[start : self.offset], np.uint16)
