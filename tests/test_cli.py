@@ -220,7 +220,9 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["--version"], peertune.__version__),
         (["--help"], "examples:"),
         (["run", "--help"], "inner_steps = 48"),
-        (["run", "--help"], "[diloco: 500; noloco: 50]"),
+        (["run", "--help"], "diloco, noloco: 0.0004]"),
+        (["run", "--help"], "(choco) Consensus step size"),
+        (["run", "--help"], "(noloco) Pull of slow weights"),  # another meaning under the same name
         (["run", "--help"], "One of iid, dirichlet, quantity, column, files."),
         (["run", "--help"], "One of paper, descent, descent_scaled, none, trivial."),
     ):

@@ -233,13 +233,15 @@ def _keys_help() -> str:
             meaning += f" One of {', '.join(allowed)}."
         lines.append(f"    {name} = {shown(field)}".ljust(38) + remark + meaning + after)
 
-    def elsewhere(key: str, method: str) -> str:
-        """Other methods' defaults of a key, where they are not this one's."""
+    def users_of(key: str) -> list[str]:
+        return [method for method, config in METHODS.items() if key in config.model_fields]
+
+    def elsewhere(key: str, users: Sequence[str]) -> str:
+        """Methods' defaults of a key, where they are not the first one's."""
         found: dict[str, list[str]] = {}
-        for other, config in METHODS.items():
-            if key in config.model_fields:
-                found.setdefault(shown(config.model_fields[key]), []).append(other)
-        found.pop(shown(METHODS[method].model_fields[key]))
+        for user in users:
+            found.setdefault(shown(METHODS[user].model_fields[key]), []).append(user)
+        found.pop(shown(METHODS[users[0]].model_fields[key]))
         told = "; ".join(f"{', '.join(methods)}: {default}" for default, methods in found.items())
         return f" [{told}]" if told else ""
 
@@ -251,7 +253,7 @@ def _keys_help() -> str:
             if isinstance(kind, type) and issubclass(kind, Section):
                 inner.append((name, kind))
                 continue
-            line(name, field, after=elsewhere(name, "deca") if prefix == "algorithm" else "")
+            line(name, field, after=elsewhere(name, users_of(name)) if prefix == "algorithm" else "")
         for name, kind in inner:
             show(kind, f"{prefix}.{name}")
 
@@ -261,9 +263,12 @@ def _keys_help() -> str:
             lines.append("\n  [algorithm], of other methods")
             known = METHODS["deca"].model_fields.keys()
             for key in sorted({key for m in METHODS.values() for key in m.model_fields} - known):
-                users = [method for method, m in METHODS.items() if key in m.model_fields]
-                remark = f"({', '.join(users)}) "
-                line(key, METHODS[users[0]].model_fields[key], remark, elsewhere(key, users[0]))
+                by_meaning: dict[str | None, list[str]] = {}
+                for method in users_of(key):
+                    by_meaning.setdefault(METHODS[method].model_fields[key].description, []).append(method)
+                for users in by_meaning.values():
+                    remark = f"({', '.join(users)}) "
+                    line(key, METHODS[users[0]].model_fields[key], remark, elsewhere(key, users))
         elif isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             show(field.annotation, name)
     return "\n".join(lines)
