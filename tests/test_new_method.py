@@ -70,6 +70,19 @@ def test_a_method_may_come_with_a_package_of_its_own(installed: Path) -> None:
     assert "Share of the way to the mean" in asked("from peertune.cli import main; main(['run', '--help'])", installed)
 
 
+def test_a_method_of_a_notebook_is_known_once_it_is_named(installed: Path) -> None:
+    shutil.rmtree(installed / "my_methods-1.2.dist-info")
+    [line] = re.findall(r"^`(ALGORITHMS\[.*)` \(both of `peertune\.algorithms`\)", PAGE, re.M)
+    (installed / "cell.py").write_text(f"""
+from my_methods.lazy_gossip import LazyGossip
+from peertune.algorithms import ALGORITHMS, METHODS
+from peertune.recipe import load_recipe
+{line}
+print(load_recipe(None, ["algorithm.name=lazy", "algorithm.tau=0.25"], METHODS)[0].algorithm.tau)
+""")
+    assert asked("import cell", installed) == "0.25"
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
