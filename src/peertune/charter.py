@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -32,19 +33,21 @@ PIECE = 8
 MAX_NAMED = 5
 """Keys named in which two charters differ."""
 SAME_FILE = "give both sites the same file"
+HOST = re.compile(r"[^\s/@#:\[\]]+|\[[0-9a-fA-F:.]+(%\w+)?\]")
+"""A name, an IPv4 address, or an IPv6 address in brackets."""
 OWN_KEYS = {"run": ("out", "device"), "model": ("trust_remote_code",), "data": ("train", "test")}
 """Keys of a recipe that are each site's own business, in no charter, and taken from none."""
 
 
 def is_address(text: str) -> bool:
-    """Whether a text is HOST:PORT."""
+    """Whether a text is HOST:PORT; an IPv6 address without brackets is none: gRPC takes its port for a part of it."""
     host, _, port = text.rpartition(":")
-    return bool(host) and not set(host) & set(" /@#") and port.isdecimal() and 0 < int(port) < 65536
+    return bool(HOST.fullmatch(host)) and port.isdecimal() and 0 < int(port) < 65536
 
 
 def _address(text: str) -> str:
     if text and not is_address(text):
-        raise ValueError(f"got {text!r}, expected HOST:PORT")
+        raise ValueError(f"got {text!r}, expected HOST:PORT, or [ADDRESS]:PORT with an IPv6 address")
     return text
 
 
@@ -229,7 +232,7 @@ def parse_member(text: str) -> Member:
     except (ValidationError, ValueError):
         raise CharterError(
             f"--member: got {text!r}, expected NAME=ID, NAME=ID@HOST:PORT or NAME=ID@HOST:PORT#SAMPLES, with the"
-            " ID that `peertune keygen` printed"
+            " ID that `peertune keygen` printed, and an IPv6 address in brackets"
         ) from None
 
 

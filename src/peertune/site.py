@@ -52,7 +52,7 @@ class SiteOptions:
 
     def __post_init__(self) -> None:
         if self.listen and not is_address(self.listen):
-            raise ConfigError(f"--listen: got {self.listen!r}, expected HOST:PORT, such as 0.0.0.0:7000")
+            raise ConfigError(f"--listen: got {self.listen!r}, expected HOST:PORT, such as 0.0.0.0:7000 or [::]:7000")
         for text in self.overrides:
             if text.partition("=")[0].strip() not in SITE_KEYS:
                 raise ConfigError(f"--set {text!r}: the charter fixes this key; a site may set {', '.join(SITE_KEYS)}")
