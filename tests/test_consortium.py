@@ -1491,6 +1491,29 @@ def test_why_a_neighbor_cannot_be_reached_is_logged_once(tmp_path: Path, monkeyp
     assert heard.empty()
 
 
+def test_what_is_in_the_way_is_found_out_however_short_the_stall(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A firewall that drops all takes several seconds to be known as one."""
+    charter, (_, b), _ = two_sites(tmp_path)
+    monkeypatch.setattr(node_module, "RECONNECT_S", 0.1)
+
+    async def dropped(*_: Any) -> str:
+        return "no answer"
+
+    async def attempt() -> dict[str, Any]:
+        told: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        node = Node(charter.model_copy(update={"stall_s": 0.05}), b, "", lambda _, **fields: told.set_result(fields))
+        trying = asyncio.ensure_future(node._ready(SimpleNamespace(channel_ready=asyncio.Event().wait), 0))
+        await asyncio.wait([trying, told], return_when=asyncio.FIRST_COMPLETED)
+        trying.cancel()
+        node.stop()
+        return told.result()
+
+    monkeypatch.setattr(node_module, "diagnose", dropped)
+    assert asyncio.run(attempt()) == {"peer": "a", "reason": "no answer"}
+
+
 def test_what_another_site_says_of_its_charter_cannot_write_to_a_terminal(tmp_path: Path) -> None:
     charter = make_charter(tmp_path, ["a", "b"])
     named = difference(charter, {"\x1b]0;x\x07\x1b[2J\nnote: all is well": "y", **charter.parts()}, "")

@@ -52,6 +52,8 @@ MAX_STREAMS = 8
 """Streams that a member may have open over one connection: a talk, a probe, and those that are just ending."""
 EXPLAIN = 1 / 6
 """Of `stall_s`, after which it is looked what keeps a neighbour from being reached."""
+ATTEMPT_S = 10.0
+"""Seconds of an attempt to reach one at least: where a firewall drops all, that look takes most of them."""
 RECONNECT_S = 2.0
 """Seconds between gRPC's own attempts at most, as long as one attempt here goes on."""
 REDIAL_S = (0.2, 10.0)
@@ -333,7 +335,7 @@ class Node:
         """Wait for a neighbour's channel, and meanwhile find out what is in the way. Raises TimeoutError."""
         explains = asyncio.create_task(self._explain(index))
         try:
-            await asyncio.wait_for(channel.channel_ready(), self.charter.stall_s)
+            await asyncio.wait_for(channel.channel_ready(), max(self.charter.stall_s, ATTEMPT_S))
             self._refusals.pop(("unreachable", index), None)
         finally:
             explains.cancel()
