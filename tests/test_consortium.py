@@ -65,6 +65,7 @@ from peertune.recipe import from_dict
 from peertune.run import run
 from peertune.runtimes import node as node_module
 from peertune.runtimes import outbox
+from peertune.runtimes import probe as probe_module
 from peertune.runtimes.neighbor import Neighbor
 from peertune.runtimes.network import NetworkExchange, without
 from peertune.runtimes.node import Node
@@ -1429,6 +1430,17 @@ def test_a_proxy_that_is_in_the_way_is_named_without_its_password(
         threading.Thread(target=speak_nonsense, args=(server,), daemon=True).start()
         told = reason(passes.address)
     assert told.startswith(f"through the HTTP proxy {passes.address} (https_proxy): something answers there")
+
+
+@pytest.mark.usefixtures("no_proxies")
+def test_one_who_takes_a_connection_and_says_nothing_is_told_from_a_firewall(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    charter, _, port = two_sites(tmp_path)
+    monkeypatch.setattr(probe_module, "CONNECT_S", 0.5)
+    with socket.create_server(("127.0.0.1", port)):
+        told = asyncio.run(diagnose(charter, 0))
+    assert told.startswith("a connection opens, but nothing comes over it") and "MTU" in told
 
 
 @pytest.mark.usefixtures("no_proxies")

@@ -52,6 +52,8 @@ MAX_FRAMES = 1024
 MAX_HELLO = 64 << 10
 BUSY, TOO_OFTEN = grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.FAILED_PRECONDITION
 DOINGS = ("join", "doctor")
+LARGE = "large packets are lost on the way (a smaller MTU here tells)"
+"""As on a tunnel whose ends learn of no limit: small packets pass, TLS and messages do not."""
 
 
 MAX_S = 1e10
@@ -268,18 +270,17 @@ async def _diagnose(charter: Charter, member: Member, proxy: Proxy | None) -> st
     anyone = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     anyone.check_hostname, anyone.verify_mode = False, ssl.CERT_NONE
     anyone.set_alpn_protocols(["h2"])
+    writer: asyncio.StreamWriter | None = None
     try:
         async with asyncio.timeout(CONNECT_S):
-            if proxy is None:
-                _, writer = await asyncio.open_connection(
-                    host.strip("[]"), int(port), ssl=anyone, server_hostname=member.id
-                )
-            else:
-                _, writer = await proxy.open(member.address)
-                await writer.start_tls(anyone, server_hostname=member.id)
+            opening = proxy.open(member.address) if proxy else asyncio.open_connection(host.strip("[]"), int(port))
+            _, writer = await opening
+            await writer.start_tls(anyone, server_hostname=member.id)
     except ProxyError as error:
         return str(error)
     except TimeoutError:
+        if writer is not None:
+            return f"a connection opens, but nothing comes over it within {CONNECT_S:g} s: it is frozen, or {LARGE}"
         if proxy is not None:
             return f"{THE_PROXY}{proxy} lets nothing through within {CONNECT_S:g} s"
         return f"no answer within {CONNECT_S:g} s; a firewall may drop what is sent there"
@@ -296,7 +297,10 @@ async def _diagnose(charter: Charter, member: Member, proxy: Proxy | None) -> st
     finally:
         writer.transport.abort()
     if id == member.id:
-        return "it answers with its own key, but not to this site: it may have another charter, or another version"
+        return (
+            "it answers with its own key, but not to this site: it may have another charter, or another version, or"
+            f" {LARGE}"
+        )
     names = [other.name for other in charter.members if other.id == id]
     return f"the key of {names[0]} answers there" if names else "a key answers there that is no member's"
 
