@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import peertune
+from peertune import cli_output
 from peertune.cli import _parser, main
 from peertune.cli_output import Bars, progress_console
 from peertune.demo import comparison, demo
@@ -290,6 +291,38 @@ class Refusing(io.StringIO):
     def write(self, text: str) -> int:
         self.asked += 1
         raise self.error("refused")
+
+
+def test_nobody_waits_for_a_terminal_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after Ctrl-S, or of a broken ssh connection: a site's beats to its neighbours would wait with it."""
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(writing, b"x"):
+            pass
+    os.set_blocking(writing, True)
+    said = b""
+    with open(writing, "w") as stream, open(reading, "rb", buffering=0) as reader:
+        monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setattr(cli_output, "PATIENCE_S", 0.01)
+        with Bars(progress_console()) as bars:
+            bars.note("one")
+            bars.note("two")
+            while b"note: three\n" not in said:
+                said += reader.read() or b""
+                bars.note("three")
+    assert b"note: one\n" in said and b"two" not in said
+
+
+def test_a_command_without_standard_streams_runs(tmp_path: Path) -> None:
+    """As a service that was started with them closed: what it opens is not taken for them."""
+    code = (
+        "import os, sys; [os.close(fd) for fd in range(3)]; sys.stdin = sys.stdout = sys.stderr = None;"
+        " from peertune.cli import main; rc = main(['leave', 'nothing']);"
+        " sys.exit(rc if os.open('opened', os.O_CREAT | os.O_WRONLY) > 2 else 99)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, timeout=60).returncode == 2
 
 
 @pytest.mark.parametrize("error", [OSError, BrokenPipeError])

@@ -64,6 +64,9 @@ ENVIRONMENT = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
+    while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:  # else a run's file is where libraries write errors to
+        pass
+    os.close(opened)
     try:
         try:
             return _main(arguments)

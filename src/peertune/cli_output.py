@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import UnsupportedOperation
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO, cast
@@ -17,6 +20,9 @@ from rich.table import Table
 from peertune.formatting import traffic
 from peertune.logfields import printable
 from peertune.metric import metric_named
+
+PATIENCE_S = 1.0
+"""Seconds that a remark may take to be written; then the work goes on, and nothing is shown until it is out."""
 
 
 def add_command(commands: Any, name: str, help: str, **options: Any) -> Any:
@@ -41,19 +47,37 @@ def add_number(parser: Any, flag: str, least: int, default: int | None, help: st
 
 
 class Lossy:
-    """A text stream without which the work goes on: what a full disk or a closed pipe does not take is lost."""
+    """A text stream without which the work goes on: what a full disk or a closed pipe does not take is lost, and so is
+    what comes while a terminal is stopped or nobody reads the pipe, which may be for hours.
+    """
 
     def __init__(self, stream: Any) -> None:
-        self._stream = stream
+        self._stream, self._text = stream, ""
+        self._lock = threading.Lock()
+        self._writer = threading.Thread()
 
     def write(self, text: str) -> int:
-        with suppress(OSError, ValueError):
-            self._stream.write(text)
+        self._text += text
         return len(text)
 
     def flush(self) -> None:
-        with suppress(OSError, ValueError):
-            self._stream.flush()
+        with self._lock, suppress(RuntimeError):  # as many threads as there may be
+            text, self._text = self._text, ""
+            if text and not self._writer.is_alive():
+                self._writer = threading.Thread(target=self._write, args=(text,), daemon=True)
+                self._writer.start()
+                self._writer.join(PATIENCE_S)
+
+    def _write(self, text: str) -> None:
+        with suppress(OSError, ValueError, AttributeError):  # AttributeError: there is no stream
+            try:
+                descriptor = self._stream.fileno()
+            except UnsupportedOperation:
+                self._stream.write(text)
+                return
+            data = text.encode(self._stream.encoding, "backslashreplace")
+            while data:  # past the stream's own lock, for which the interpreter would wait at its end
+                data = data[os.write(descriptor, data) :]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
