@@ -17,6 +17,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
+from copy import copy
 from dataclasses import replace
 from datetime import date
 from functools import partial
@@ -207,7 +208,7 @@ def test_sites_end_with_bitwise_the_weights_of_the_simulation(name: str, tmp_pat
 
 
 def test_a_killed_site_comes_back_and_nothing_is_lost(tmp_path: Path, micro_model: Path) -> None:
-    """kill -9 in mid-run; the same command again: all sites end with the bits of an undisturbed run."""
+    """kill -9 in mid-run; all it had is moved, as to another machine: all end with the bits of an undisturbed run."""
     section = {"num_peers": 4, "threads": 1, "checkpoint_every": 2}
     consortium = Consortium(tmp_path, micro_model, {"inner_steps": 16}, run=section)
     run(consortium.config)
@@ -217,8 +218,19 @@ def test_a_killed_site_comes_back_and_nothing_is_lost(tmp_path: Path, micro_mode
     os.kill(victim.pid, signal.SIGKILL)
     victim.join()
     assert not (tmp_path / "east" / "run" / "summary.json").exists()
-    processes["east"] = consortium.site("east")
+    moved = copy(consortium)
+    moved.folder = tmp_path / "another machine \u00e9"
+    moved.folder.mkdir()
+    for name in ("east", "east.jsonl", "test.jsonl"):
+        (tmp_path / name).rename(moved.folder / name)
+    moved.model = shutil.copytree(micro_model, moved.folder / "base")
+    processes["east"] = moved.site("east")
+    moved.ended({"east": processes.pop("east")})
     consortium.ended(processes)
+    assert json.loads((moved.folder / "east" / "run" / "recipe.json").read_text())["config"]["data"]["train"] == str(
+        moved.folder / "east.jsonl"
+    )
+    (moved.folder / "east").rename(tmp_path / "east")
     assert consortium.events("east", "resume", "events.jsonl")
     for site in NAMES:
         assert consortium.same_model(site)

@@ -25,7 +25,7 @@ from peertune.prepare import check_vocabulary, prepare_data, prepare_model, reso
 from peertune.progress import Progress, Silent
 from peertune.records import combined_fields, peer_fields, round_event, start_event, versions
 from peertune.run_end import agree_on_model, conclude
-from peertune.run_folder import RunFolder
+from peertune.run_folder import FREE_KEYS, SITE_FREE_KEYS, RunFolder
 from peertune.run_setup import Connect, Inputs, RunSetup, Site
 from peertune.runtimes import play_round
 from peertune.runtimes.simulation import SimulatedGroup
@@ -77,7 +77,7 @@ def run(
             " can be one peer together, not in a simulation nor between sites; set run.ranks_per_peer = 1"
         )
     folder = RunFolder(Path(config.run.out))
-    folder.check(config.to_dict(), resume)
+    folder.check(config.to_dict(), resume, FREE_KEYS if site is None else SITE_FREE_KEYS)
     if resume and folder.summary.exists():
         progress.note(f"{folder.path}: this run is finished already")
         return folder.read_summary()
@@ -135,13 +135,16 @@ class Run(RunSetup):
         if self.folder.is_written:
             self.folder.require_space(foreseen_bytes(self.method, self.num_stored))
         self.progress.note("blocks:\n" + block_table(self.average.model.module, self.method.blocks))
+        config, base = self.config.to_dict(), str(self.base.absolute())
         if done == 0:
-            base, then = str(self.base.absolute()), versions(self.config.algorithm.name)
             recipe = {
-                "config": self.config.to_dict(), "versions": then, "base": base, "members": self.num_members,
-                "site": None if self.site is None else self.site.index, "labels": list(self.data.label_names),
+                "config": config, "versions": versions(self.config.algorithm.name), "base": base,
+                "members": self.num_members, "site": None if self.site is None else self.site.index,
+                "labels": list(self.data.label_names),
             }  # fmt: skip
             self.folder.create(recipe)
+        elif self.site is not None:
+            self.folder.moved(config=config, base=base)
         if not self.folder.rewind(done):  # also where the log was lost, as one is that no disk had yet at a power cut
             self.folder.event("start", **start_event(self.config, self.method, self.data, self.notes, self.agrees))
         if done == 0:

@@ -40,6 +40,8 @@ FREE_KEYS = {
     *("link.bandwidth_mbit", "link.latency_ms"),
 }
 """Keys that a resumed run may change: they do not touch what is computed."""
+SITE_FREE_KEYS = FREE_KEYS | {"run.device", "run.threads", "model.path", "data.train", "data.test"}
+"""At a site of a consortium, which may go on on another machine: what lies at those places is known by its hash."""
 LABELS = "labels.json"
 """Beside a model that tells classes: their names, in the order of their numbers."""
 
@@ -149,6 +151,12 @@ class RunFolder:
             if not self._refuses:
                 self.refused(error)
             self._refuses = True
+
+    def moved(self, **fields: Any) -> None:
+        """Put right where the recipe says that things lie, on the machine on which the run goes on."""
+        if self.is_written and (recipe := self.read_recipe()) != recipe | fields:
+            with storage_errors(self.path):
+                write_atomically(self.recipe, json.dumps(recipe | fields, indent=1))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         with storage_errors(self.path):
