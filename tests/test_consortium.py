@@ -1492,6 +1492,19 @@ def test_grpc_says_nothing_by_itself() -> None:
     assert (ran.returncode, ran.stderr) == (0, "")
 
 
+def test_grpc_finds_addresses_as_everything_else_on_the_machine() -> None:
+    """Here by a short form of 127.0.0.1 that the system knows and gRPC's own resolver would ask a name server for."""
+    code = (
+        "import os; from peertune.cli import ENVIRONMENT; os.environ.update(ENVIRONMENT); import grpc; from"
+        " concurrent.futures import ThreadPoolExecutor; server = grpc.server(ThreadPoolExecutor(1));"
+        " port = server.add_insecure_port('127.0.0.1:0'); server.start();"
+        " grpc.channel_ready_future(grpc.insecure_channel(f'127.1:{port}')).result(30); server.stop(None)"
+    )
+    environment = {**os.environ, "no_grpc_proxy": "127.1"}
+    environment.pop("GRPC_DNS_RESOLVER", None)
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, env=environment).returncode == 0
+
+
 def test_why_a_neighbor_cannot_be_reached_is_logged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     charter, (a, b), port = two_sites(tmp_path)
     monkeypatch.setattr(node_module, "RECONNECT_S", 0.1)

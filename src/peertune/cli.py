@@ -54,6 +54,8 @@ ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "DATASETS_VERBOSITY": "critical",
     "GRPC_VERBOSITY": "NONE",  # what keeps a neighbour away is told by `unreachable` in words
+    # Its own resolver asks the name server for names in /etc/hosts too, 12 s where none answers, and knows no nsswitch.
+    "GRPC_DNS_RESOLVER": "native",
     # PyTorch's threads wait for each other a dozen times a step of the optimiser's, by default for milliseconds of
     # spinning, even where the one waited for has no core: beside others' work a step took 40 times as long as on one
     # thread. So much is what libgomp itself takes where it knows that there are too few cores.
