@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import errno
 import json
 import multiprocessing
 import os
@@ -1442,6 +1443,30 @@ def test_a_proxy_that_is_in_the_way_is_named_without_its_password(
         threading.Thread(target=speak_nonsense, args=(server,), daemon=True).start()
         told = reason(passes.address)
     assert told.startswith(f"through the HTTP proxy {passes.address} (https_proxy): something answers there")
+
+
+@pytest.mark.usefixtures("no_proxies")
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError("Multiple exceptions: [Errno 113] Connect call failed ('fd00::2', 7000, 0, 0), [Errno 111] Connect"
+                 " call failed ('10.0.0.2', 7000)"), "nothing listens there"),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connect call failed ('10.0.0.2', 7000)"), "nothing listens there"),
+        (OSError(errno.EHOSTUNREACH, "Connect call failed ('10.0.0.2', 7000)"), os.strerror(errno.EHOSTUNREACH)),
+        (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), "Name or service not known"),
+    ],
+)  # fmt: skip
+def test_why_no_connection_can_be_made_is_told_in_the_systems_words(
+    error: OSError, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """asyncio puts addresses there, and of a name with several all in one text."""
+    charter, _, _ = two_sites(tmp_path)
+
+    async def refused(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(asyncio, "open_connection", refused)
+    assert asyncio.run(diagnose(charter, 0)) == expected
 
 
 @pytest.mark.usefixtures("no_proxies")

@@ -15,9 +15,11 @@ takes part in one probe at a time, its own included: two at once would measure e
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import math
 import os
+import re
 import ssl
 import time
 from collections.abc import Iterator
@@ -286,10 +288,8 @@ async def _diagnose(charter: Charter, member: Member, proxy: Proxy | None) -> st
         return f"no answer within {CONNECT_S:g} s; a firewall may drop what is sent there"
     except (ssl.SSLError, ConnectionResetError):
         return "something answers there that is no peertune"
-    except ConnectionRefusedError:
-        return "nothing listens there"
     except OSError as error:
-        return f"{error.strerror or error}"
+        return _reason(error)
     try:
         id = certificate_id(ssl.DER_cert_to_PEM_cert(writer.get_extra_info("ssl_object").getpeercert(True)).encode())
     except IdentityError:
@@ -303,6 +303,14 @@ async def _diagnose(charter: Charter, member: Member, proxy: Proxy | None) -> st
         )
     names = [other.name for other in charter.members if other.id == id]
     return f"the key of {names[0]} answers there" if names else "a key answers there that is no member's"
+
+
+def _reason(error: OSError) -> str:
+    """Why no connection could be made: asyncio tells addresses in place of it, those of several in one text."""
+    numbers = [error.errno] if error.errno else [int(number) for number in re.findall(r"\[Errno (\d+)\]", str(error))]
+    if errno.ECONNREFUSED in numbers:
+        return "nothing listens there"
+    return ", ".join({os.strerror(number): None for number in numbers if number > 0}) or str(error.strerror or error)
 
 
 async def _next(call: Any) -> bytes:
