@@ -1251,6 +1251,7 @@ def test_a_charter_needs_a_date_to_come_and_as_many_members_as_peers_each_with_i
         ([f"--member=m={ids[0]}"], "got 1 members for a recipe of 4"),
         ([f"--member=m{i}={ids[0]}@h:{i + 1}" for i in range(4)], "stands there twice"),
         ([f"--member=m{i}={id}@h:1" for i, id in enumerate(ids)], "address h:1 stands there twice"),
+        ([f"--member=m{i}={id}@[::]:{i + 1}" for i, id in enumerate(ids)], "m0 has the address [::]:1, at which"),
         ([f"--member=m={ids[0]}", "--set", "data.validation_rows=5"], "data.validation_rows: got 5, expected 0"),
         (["--expires=2001-01-01", f"--member=m={ids[0]}"], "--expires: got 2001-01-01, which is over"),
     ):

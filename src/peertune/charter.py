@@ -243,7 +243,8 @@ def check_members(members: Sequence[Member], num_members: int, edges: Sequence[t
         num_members: of the recipe, a server included.
         edges: pairs of members that exchange messages.
     Raises:
-        CharterError: too many or too few, a name, id or address twice, or an edge with no end that can be reached.
+        CharterError: too many or too few, a name, id or address twice, an address that leads nowhere, or an edge with
+            no end that can be reached.
     """
     if len(members) != num_members:
         raise CharterError(
@@ -255,6 +256,12 @@ def check_members(members: Sequence[Member], num_members: int, edges: Sequence[t
         twice = next((value for value in values if value and values.count(value) > 1), None)
         if twice is not None:
             raise CharterError(f"--member: {key} {twice} stands there twice; every member needs its own")
+    everywhere = next((m for m in members if m.address.rpartition(":")[0] in ("0.0.0.0", "[::]")), None)
+    if everywhere is not None:
+        raise CharterError(
+            f"--member: {everywhere.name} has the address {everywhere.address}, at which a machine listens, but which"
+            " leads others to themselves; give the name or address that others reach it by"
+        )
     for i, j in edges:
         if not members[i].address and not members[j].address:
             raise CharterError(
