@@ -39,13 +39,25 @@ want = (a.float() @ b.float())
 assert torch.equal(a @ b, want.bfloat16())
 assert torch.baddbmm(c, a, b, beta=0, alpha=0.5, out=c) is c
 assert torch.equal(c, (0.5 * want).bfloat16())
+assert torch.equal(torch.mm(a[0], b[0], out=torch.empty(0).bfloat16()), want[0].bfloat16())
+for total, add in (c[0].clone(), (a[0], b[0])), (c.clone(), (a, b)):
+    ours, sums = total.clone(), total.float() + (want if total.ndim == 3 else want[0])
+    add_ = ours.addmm_ if total.ndim == 2 else ours.baddbmm_
+    assert is_widened(lambda: add_(*add, beta=0)) and add_(*add, beta=0) is ours
+    ours.copy_(total)
+    assert torch.equal(add_(*add), sums.bfloat16()) and torch.equal(ours, sums.bfloat16())
 after = a[:, :7] @ b, want
 assert all(map(torch.equal, before, after))
 assert is_widened(lambda: a @ b)
 assert is_widened(lambda: torch.baddbmm(c, a, b, out=c))
 assert not is_widened(lambda: a[:, :7] @ b)
 assert not is_widened(lambda: torch.mm(want[0], want[0].T))
-for refused in (lambda: a @ b.float(), lambda: a @ b[:, :3], lambda: torch.mm(a[0, 0], b[0])):
+for refused in (
+    lambda: a @ b.float(),
+    lambda: a @ b[:, :3],
+    lambda: torch.mm(a[0, 0], b[0]),
+    lambda: torch.mm(a[0], b[0], out=torch.zeros(9, 16)),
+):
     try:
         refused()
     except RuntimeError:
@@ -74,6 +86,32 @@ assert is_widened(lambda: attend(q, k, v))
 q, k, v = q.float(), k.float(), v.float()
 assert not is_widened(lambda: attend(q, k, v))
 """
+OTHER_THREADS = """
+import sys
+import threading
+
+turns, done = [0], threading.Event()
+
+def take_turns():
+    while not done.is_set():
+        turns[0] += 1
+
+def turns_during(product):
+    before = turns[0]
+    product()
+    return turns[0] - before
+
+x = torch.ones(1200, 1200)
+sys.setswitchinterval(1e-6)
+thread = threading.Thread(target=take_turns)
+thread.start()
+plain = turns_during(lambda: x @ x)
+products.widen()
+wide, narrow = turns_during(lambda: x @ x), turns_during(lambda: x.bfloat16() @ x.bfloat16())
+done.set()
+thread.join()
+assert min(wide, narrow) > plain / 10, (plain, wide, narrow)
+"""
 LOADING = """
 from peertune.config import ModelSection
 from peertune.model.load import load_model
@@ -91,7 +129,9 @@ assert load("bfloat16") == 1
 
 
 @pytest.mark.parametrize(
-    "code", [GRADIENTS, IN_PLACE, ATTENTION, LOADING], ids=["gradients", "in place", "attention", "loading"]
+    "code",
+    [GRADIENTS, IN_PLACE, ATTENTION, OTHER_THREADS, LOADING],
+    ids=["gradients", "in place", "attention", "other threads", "loading"],
 )
 def test_products_of_bfloat16_matrices(code: str) -> None:
     command = [sys.executable, "-W", "error::UserWarning", "-c", textwrap.dedent(START + code)]
