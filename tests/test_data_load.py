@@ -154,6 +154,9 @@ def test_a_system_turn_may_stand_beside_the_messages(tmp_path: Path) -> None:
     assert others == [[told, asked], [asked], [asked], [asked]]
     with pytest.raises(DataError, match=r"no row has the field 'prompt'.*data\.system_field"):
         load_table(str(tmp_path / "a.jsonl"), DataSection(task="chat", system_field="prompt"))
+    (tmp_path / "a.jsonl").write_text(lines([{"system": {"os": "any"}, "messages": [asked]}]))
+    [row] = load_table(str(tmp_path / "a.jsonl"), DataSection(task="chat", system_field="")).rows
+    assert row["messages"] == [asked]
 
 
 def test_long_cells_of_csv_are_read(tmp_path: Path) -> None:

@@ -128,7 +128,8 @@ class DataSection(Section):
     messages_field: str = "messages"
     """Field of the messages, a list of objects with a role and content, or with from and value as ShareGPT's (chat)."""
     system_field: str = "system"
-    """Field of a system turn's text that is not among the messages; used where a row has it (chat)."""
+    """Field of a system turn's text that is not among the messages; used where a row has it (chat). Empty: none, as
+    where a field of that name says something else."""
     tools_field: str = "tools"
     """Field of the functions offered, a list of their schemas; used where a row has it (chat)."""
     partition: PartitionSection = PartitionSection()

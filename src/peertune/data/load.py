@@ -93,7 +93,7 @@ def _check_optional(rows: list[Row], config: DataSection, where: str) -> None:
     """Refuse the name of an optional field that was set and that no row has: it is a wrong one. Raises DataError."""
     for key in OPTIONAL.get(config.task, ()):
         field = getattr(config, key)
-        if field != type(config).model_fields[key].default and not any(field in row for row in rows):
+        if field not in ("", type(config).model_fields[key].default) and not any(field in row for row in rows):
             raise DataError(
                 f"{where}: no row has the field {field!r} (the first has {', '.join(map(str, rows[0]))}); name the"
                 f" right one with data.{key}, or leave that out"
