@@ -38,7 +38,7 @@ from peertune.logfields import printable
 
 EPILOG = """\
 examples:
-  peertune demo                                     eight peers, three minutes, a report to look at
+  peertune demo                                     eight peers, a few minutes, a report to look at
   peertune run recipe.toml --out runs/first         carry out a recipe
   peertune run recipe.toml --set algorithm.lr=1e-4 --set topology.kind=ring --out runs/second
   peertune run recipe.toml --out runs/first --resume
