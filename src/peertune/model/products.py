@@ -62,17 +62,15 @@ def _before(operator: Any, wide: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _product(kernel: Callable[..., Any], *operands: Any, is_in_place: bool = False, **options: Any) -> Any:
-    out = options.get("out")
+    out: Any = operands[0] if is_in_place else options.get("out")
     a, b = operands[-2:]
     rows = min((*a.shape[-2:-1], *b.shape[-1:]), default=0)
     if rows < _MIN_ROWS or any(x.dtype != torch.bfloat16 for x in (*operands, *([] if out is None else [out]))):
         return kernel(*operands, **options)
-    if out is not None:
+    if "out" in options:
         options["out"] = torch.empty_like(out, dtype=torch.float32)
     found = kernel(*(x.float() for x in operands), **options)
-    if out is not None:
-        return out.resize_(found.shape).copy_(found)
-    return operands[0].copy_(found) if is_in_place else found.bfloat16()
+    return found.bfloat16() if out is None else out.resize_(found.shape).copy_(found)
 
 
 def _attend(kernel: Callable[..., Any], *operands: Any, **options: Any) -> Any:
