@@ -46,6 +46,11 @@ LABELS = "labels.json"
 """Beside a model that tells classes: their names, in the order of their numbers."""
 
 
+def free_keys(at_site: bool) -> Set[str]:
+    """Keys that a resumed run may change, at a site of a consortium or elsewhere."""
+    return SITE_FREE_KEYS if at_site else FREE_KEYS
+
+
 class RunFolder:
     """Paths and small files of one run. Creates nothing until `create`."""
 

@@ -15,7 +15,7 @@ from peertune.doctor.finding import Finding, problem
 from peertune.errors import IdentityError, InputError
 from peertune.formatting import memory, plural, traffic
 from peertune.prepare import resolve_device
-from peertune.run_folder import SITE_FREE_KEYS, RunFolder
+from peertune.run_folder import RunFolder, free_keys
 from peertune.runtimes.node import Node
 from peertune.storage import nearest_existing
 from peertune.workload import foreseen_bytes, needed_bytes
@@ -53,7 +53,7 @@ def check_folder(config: RunConfig) -> list[Finding]:
     path = folder.path
     made: list[Path] = []
     try:
-        folder.check(config.to_dict(), folder.holds_run, SITE_FREE_KEYS)
+        folder.check(config.to_dict(), folder.holds_run, free_keys(at_site=True))
         made = [each for each in (path, *path.parents) if not each.exists()]
         path.mkdir(parents=True, exist_ok=True)
     except InputError as error:
