@@ -1,11 +1,14 @@
 """One peer a process: bitwise the weights of the simulation, and a clear end where a rank is lost."""
 
+import contextvars
 import json
 import multiprocessing
 import os
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -185,19 +188,26 @@ def test_torchrun_carries_out_a_recipe(tmp_path: Path, micro_model: Path) -> Non
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["rounds"] > 0
 
 
-@pytest.mark.parametrize(("machines", "is_new"), [(1, True), (2, False)])
-def test_ranks_that_torchrun_restarts_do_not_dial_those_before(
-    machines: int, is_new: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whose addresses are still in the store that it keeps. On several machines each may count on its own."""
+def test_ranks_that_torchrun_restarts_do_not_dial_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose addresses are still in the store that it keeps; rank 0 is the first to come back, and finds them."""
     kept = dist.HashStore()
-    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(kept, 0, machines)]))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    monkeypatch.setenv("WORLD_SIZE", str(machines))
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    _meeting_place()["store"].set("address", "of a rank that died")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert _meeting_place()["store"].check(["address"]) is not is_new
+    rank = contextvars.ContextVar("rank", default=0)
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(kept, rank.get(), 3)]))
+
+    def meet(own: int) -> Any:
+        rank.set(own)
+        return _meeting_place()["store"]
+
+    with ThreadPoolExecutor(3) as threads:
+        for is_first in (True, False):
+            before = b"" if is_first else kept.get("called")
+            stores = [threads.submit(meet, 0)]
+            while not is_first and kept.get("called") == before:
+                time.sleep(0.001)
+            first, *others = [future.result(60) for future in stores + [threads.submit(meet, r) for r in (1, 2)]]
+            assert not first.check(["address"])
+            first.set("address", "of a rank that will die")
+            assert all(other.get("address") == b"of a rank that will die" for other in others)
 
 
 def test_half_an_environment_and_one_gpu_for_all_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,10 @@ or the user's, goes on with --resume.
 
 from __future__ import annotations
 
+import hashlib
 import os
+import secrets
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -96,16 +99,31 @@ def process_group(device: str) -> Iterator[None]:
 
 
 def _meeting_place() -> dict[str, Any]:
-    """Where the ranks tell each other their addresses.
-
-    torchrun keeps one store over its restarts, which holds the addresses of the ranks before, so each restart has keys
-    of its own. On several machines counts of restarts may differ, and it stays as torchrun has it.
-    """
+    """Where the ranks tell each other their addresses: of torchrun's store the part that is this start's alone."""
     store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))  # type: ignore[attr-defined]
-    on_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(size)
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if on_one_machine else "0"
-    own = dist.PrefixStore(f"restart-{restarts}", store)  # type: ignore[attr-defined]
+    own = dist.PrefixStore(_name_of_start(store, rank, size), store)  # type: ignore[attr-defined]
     return {"store": own, "rank": rank, "world_size": size}
+
+
+def _name_of_start(store: Any, rank: int, size: int) -> str:
+    """A name that all ranks of this start come to, and those of no start before.
+
+    torchrun keeps one store over its restarts, with the addresses of the ranks before; its own counts of restarts
+    differ between machines. So each process brings a number of its own, rank 0 calls the list that it finds, with some
+    of the dead at first, and the start is named by the list that each rank has said yes to: nobody does for the dead.
+    """
+    mine = secrets.token_hex(8)
+    store.set(f"here-{rank}", mine)
+    while True:
+        if rank == 0:
+            store.set("called", " ".join(store.get(f"here-{r}").decode() for r in range(size)))
+        called = store.get("called")
+        if mine in called.decode().split():
+            name = hashlib.sha256(called).hexdigest()
+            store.set(f"{name}-{rank}", "yes")
+            if store.check([f"{name}-{r}" for r in range(size)]):
+                return name
+        time.sleep(0.05)
 
 
 class DistributedGroup(Group):
