@@ -28,6 +28,7 @@ from peertune.launch import launch
 from peertune.progress import Silent
 from peertune.recipe import from_dict
 from peertune.run import run
+from peertune.run_folder import RunFolder
 from peertune.runtimes import distributed
 from peertune.runtimes.distributed import _meeting_place, is_launched, local_device, process_group
 from peertune.workload import foreseen_bytes
@@ -208,6 +209,17 @@ def test_ranks_that_torchrun_restarts_do_not_dial_those_before(monkeypatch: pyte
             assert not first.check(["address"])
             first.set("address", "of a rank that will die")
             assert all(other.get("address") == b"of a rank that will die" for other in others)
+
+
+def test_ranks_that_do_not_see_one_folder_are_refused(
+    tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any round; in the end this one had said that a summary is damaged."""
+    monkeypatch.setattr(runs.RunSetup, "record", lambda *_: None)  # as of a rank on a machine with a disk of its own
+    monkeypatch.setattr(runs.Run, "_round", lambda *_: pytest.fail("a round"))
+    monkeypatch.setattr(RunFolder.require_seen, "__defaults__", (0.0,))
+    with pytest.raises(PeertuneError, match=r"created by rank 0, and is not seen on .*that all machines have mounted"):
+        run(recipe(tmp_path, micro_model))
 
 
 def test_half_an_environment_and_one_gpu_for_all_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,6 +116,7 @@ class Run(RunSetup):
         """Rounds, agreement, summary, exported model, report; returns the summary."""
         done = self._resume() if self.resume else 0
         self.record(lambda: self._open(done))
+        self.folder.require_seen()
         for note in self.notes:
             self.progress.note(note)
         round = done

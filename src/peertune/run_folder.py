@@ -13,7 +13,9 @@ DIR/report.html      see report/
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
@@ -121,6 +123,23 @@ class RunFolder:
             shutil.rmtree(self.checkpoints, ignore_errors=True)
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.recipe, json.dumps(recipe, indent=1))
+
+    def require_seen(self, patience_s: float = 60.0) -> None:
+        """Wait until what one process of the run has created is here too, as a network file system may be late.
+
+        Raises:
+            CheckpointError: it does not come.
+        """
+        until = time.monotonic() + patience_s
+        while not self.recipe.exists():
+            if time.monotonic() > until:
+                raise CheckpointError(
+                    f"run.out: {self.path} was created by rank 0, and is not seen on {socket.gethostname()}; all ranks"
+                    " have to see one folder: name one, with --out, that all machines have mounted"
+                )
+            time.sleep(0.2)
+            with suppress(OSError):
+                os.listdir(self.path.parent)  # whereupon NFS looks again for what it knows not to be there
 
     def rewind(self, round: int) -> bool:
         """Drop the events of what will be done again, all but those of the first `round` rounds, and what is no event.
