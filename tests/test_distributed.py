@@ -23,7 +23,7 @@ from peertune.algorithms import METHODS
 from peertune.assemble import make_parts
 from peertune.checkpoint import CheckpointStore
 from peertune.config import RunConfig
-from peertune.errors import ConfigError, DivergedError, PeertuneError
+from peertune.errors import ConfigError, DivergedError, PeerLostError, PeertuneError
 from peertune.launch import launch
 from peertune.progress import Silent
 from peertune.recipe import from_dict
@@ -220,6 +220,13 @@ def test_ranks_that_do_not_see_one_folder_are_refused(
     monkeypatch.setattr(RunFolder.require_seen, "__defaults__", (0.0,))
     with pytest.raises(PeertuneError, match=r"created by rank 0, and is not seen on .*that all machines have mounted"):
         run(recipe(tmp_path, micro_model))
+
+
+def test_of_a_lost_rank_the_reason_is_told_without_the_librarys_places_and_advice() -> None:
+    said = "[/src/gloo/pair.cc:553] Connection closed by peer [10.0.0.1]:28326. This is typically caused by a crash."
+    told = r"in round 3: Connection closed by peer \[10.0.0.1\]:28326; see that rank's"
+    with pytest.raises(PeerLostError, match=told), distributed._no_rank_lost("in round 3"):
+        raise RuntimeError(said)
 
 
 def test_half_an_environment_and_one_gpu_for_all_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -227,7 +228,8 @@ def _no_rank_lost(when: str) -> Iterator[None]:
 
 
 def _lost(when: str, error: RuntimeError) -> PeerLostError:
-    reason = str(error).strip().splitlines()[0]
+    first, *_ = str(error).strip().splitlines()
+    reason, *_ = re.sub(r"\[\S+\.cc:\d+\] ", "", first).split(". ")  # without places in sources and general advice
     return PeerLostError(
         f"lost contact with another rank {when}: {reason}; see that rank's own message, then start all again with"
         " --resume"
