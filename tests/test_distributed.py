@@ -222,9 +222,20 @@ def test_ranks_that_do_not_see_one_folder_are_refused(
         run(recipe(tmp_path, micro_model))
 
 
-def test_of_a_lost_rank_the_reason_is_told_without_the_librarys_places_and_advice() -> None:
-    said = "[/src/gloo/pair.cc:553] Connection closed by peer [10.0.0.1]:28326. This is typically caused by a crash."
-    told = r"in round 3: Connection closed by peer \[10.0.0.1\]:28326; see that rank's"
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            "[/src/gloo/pair.cc:553] Connection closed by peer [10.0.0.1]:28326. This is typically caused by a crash.",
+            r"in round 3: Connection closed by peer \[10.0.0.1\]:28326; see that rank's",
+        ),
+        (  # what it finds for a machine whose name stands for itself in its /etc/hosts, as Debian writes it
+            "Gloo connectFullMesh failed with [/src/gloo/pair.cc:152] timed out connecting: remote=[127.0.1.1]:3990$1",
+            r"remote=\[127.0.1.1\]:3990\$1 \(where that is no address of the other machine, set GLOO_SOCKET_IFNAME",
+        ),
+    ],
+)
+def test_of_a_lost_rank_the_reason_is_told_without_the_librarys_places_and_advice(said: str, told: str) -> None:
     with pytest.raises(PeerLostError, match=told), distributed._no_rank_lost("in round 3"):
         raise RuntimeError(said)
 

@@ -230,6 +230,11 @@ def _no_rank_lost(when: str) -> Iterator[None]:
 def _lost(when: str, error: RuntimeError) -> PeerLostError:
     first, *_ = str(error).strip().splitlines()
     reason, *_ = re.sub(r"\[\S+\.cc:\d+\] ", "", first).split(". ")  # without places in sources and general advice
+    if "timed out connecting" in reason:
+        reason += (
+            " (where that is no address of the other machine, set GLOO_SOCKET_IFNAME on each to the interface by which"
+            " they reach each other, such as eth0)"
+        )
     return PeerLostError(
         f"lost contact with another rank {when}: {reason}; see that rank's own message, then start all again with"
         " --resume"
