@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import re
 
-_NUMBER = re.compile(r"(?<![\w.])[-+]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?![\d])")
+_NUMBER = re.compile(
+    r"(?<![\w.])[-+\N{MINUS SIGN}]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:[eE][-+]?\d+)?(?![\d])"
+)
 
 
 def exact_match(generated: str, expected: str) -> bool:
     """Whether an answer is right.
 
     Where the expected one ends in "#### N", as those of GSM8K do, or is one number and nothing else, numbers are
-    compared: the generated one is what follows "####", else the last in the text. Else the texts are compared, without
-    case, punctuation at the end and differences of white space.
+    compared: the generated one is what follows "####", else the last in the text. Else the texts are compared, or what
+    stands on the line after "####", without case, punctuation at the end and differences of white space.
     """
     _, mark, tail = expected.rpartition("####")
     is_alone = not _NUMBER.sub("", tail).strip(" \n\t.%$€£")
-    if len(_NUMBER.findall(tail)) == 1 and (is_alone or (mark and "\n" not in tail.strip())):
+    is_line = bool(mark and tail.strip()) and "\n" not in tail.strip()
+    if len(_NUMBER.findall(tail)) == 1 and (is_alone or is_line):
         return answered_number(generated) == last_number(tail)
-    return normalise(generated) == normalise(expected)
+    _, is_marked, after = generated.partition("####")
+    said = after.strip().partition("\n")[0] if is_marked else generated
+    return normalise(generated) == normalise(expected) or (is_line and normalise(said) == normalise(tail))
 
 
 def answered_number(text: str) -> float | None:
@@ -41,4 +46,4 @@ def normalise(text: str) -> str:
 
 
 def _value(number: str) -> float:
-    return float(number.replace(",", "").replace("$", ""))
+    return float(number.replace(",", "").replace("$", "").replace("\N{MINUS SIGN}", "-"))
