@@ -51,6 +51,22 @@ def test_formats_agree(name: str, tmp_path: Path) -> None:
     assert table.source == [0, 0]
 
 
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_whole_numbers_beside_missing_labels_are_integers(missing: float | None, tmp_path: Path) -> None:
+    """pandas makes floats of such a column, null or NaN where there is nothing; the test file's may have integers."""
+    rows = [{"text": "a", "label": 1.0}, {"text": "b", "label": missing}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text(lines(rows))
+    for name in ("a.parquet", "a.jsonl"):
+        assert [row["label"] for row in load_table(str(tmp_path / name), LABELS).rows] == ["1", ""]
+
+
+def test_two_parquet_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table([["a"], ["x"], ["y"]], names=["text", "label", "label"]), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: two columns have the same name; got text, label, label"):
+        load_table(str(tmp_path / "a.parquet"), LABELS)
+
+
 def test_objects_in_parquet_have_their_own_keys_only(tmp_path: Path) -> None:
     """Arrow gives every object of a column the keys of all; the nulls would be learned as arguments of calls."""
     rows = [
@@ -311,6 +327,8 @@ def test_stdlib_rows_come_with_their_groups(monkeypatch: pytest.MonkeyPatch) -> 
         ("a.csv", b"text,text\na,b\n", TEXT, "a.csv:1: two columns"),
         ("a.csv", b'text\n"a\n', TEXT, "a.csv:2: broken CSV"),
         ("a.txt", b"ok\nfine\n\xe9t\xe9", TEXT, "a.txt:3: not UTF-8 .byte 0xe9."),
+        ("a.csv", "text,label\na,x\n".encode("utf-16-le"), LABELS, "a.csv:1: is UTF-16 or UTF-32, .*expected UTF-8"),
+        ("a.jsonl", '{"text": "a"}'.encode("utf-16"), TEXT, "a.jsonl:1: is UTF-16 or UTF-32, .*expected UTF-8"),
         ("a.jsonl", b'{"text": "\\ud800"}', TEXT, "a.jsonl:1: holds half of a surrogate pair"),
         ("a.jsonl", b'{"text": "a", "label": "\\udc00"}', LABELS, "a.jsonl:1: holds half of a surrogate pair"),
         (

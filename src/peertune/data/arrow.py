@@ -28,6 +28,8 @@ def read_parquet(path: Path, name: str, label_field: str) -> Iterator[tuple[str,
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{name}: not a readable Parquet file: {reason}") from None
+    if len(set(table.column_names)) < table.num_columns:
+        raise DataError(f"{name}: two columns have the same name; got {', '.join(table.column_names)}; rename one")
     names = _class_names(table.schema.metadata, label_field)
     for number, row in enumerate(rows, 1):
         yield f"{name}, row {number}", _as_written(row, label_field, names)

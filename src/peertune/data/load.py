@@ -6,6 +6,7 @@ and counts it.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import difflib
 import gzip
@@ -169,6 +170,8 @@ def _read_text(path: Path, name: str) -> str:
         raise DataError(f"{name}: not a whole gzip file ({error}); copy it again or unpack it") from None
     except OSError as error:
         raise DataError(f"{name}: cannot be read: {error.strerror}") from None
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in raw[:4]:
+        raise DataError(f"{name}:1: is UTF-16 or UTF-32, or no text at all, expected UTF-8; save the file anew as that")
     try:
         return raw.decode("utf-8-sig")  # spreadsheets write a byte order mark
     except UnicodeDecodeError as error:
@@ -288,7 +291,9 @@ def _text(row: Row, where: str, key: str, config: DataSection, optional: bool = 
 
 def _label(row: Row, where: str, config: DataSection) -> str:
     value = _value(row, where, "label_field", config)
-    if value is None:
+    if isinstance(value, float) and not value % 1:  # where cells are missing, pandas has no integers
+        value = int(value)
+    if value is None or value != value:  # NaN is how it writes a missing one
         return ""
     if not isinstance(value, str | int):
         raise DataError(
