@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from peertune.algorithms import ALGORITHMS
+from peertune.algorithms import ALGORITHMS, Algorithm
 from peertune.algorithms.turns import BlockwiseConfig
 from peertune.assemble import check_exchange, make_algorithm, make_topology
 from peertune.compare.contestants import Contestant, Lineup
@@ -79,6 +80,8 @@ class Budget:
             module = prepare_model(config, torch.device("cpu"), self._base)
             algorithm = make_algorithm(config, module, topology)
             check_exchange(config, algorithm)
+            if self._options.budget == "bytes" and contestant is self._contestants[0] and not _sends(algorithm):
+                raise ConfigError("--budget bytes: the first contestant sends nothing; name one first that does")
             return len(algorithm.peer.blocks)
         except (ConfigError, ModelError, TopologyError) as error:
             raise type(error)(f"{contestant.name}: {error}") from error
@@ -100,6 +103,12 @@ class Budget:
             is_named = f":{key}=" in contestant.name.replace(" ", "")
             if is_named and getattr(fitted, key) != getattr(algorithm, key):
                 note(f"{contestant.name}: the budget sets {key} to {getattr(fitted, key)}, so that all spend alike")
+
+
+def _sends(algorithm: Algorithm) -> bool:
+    """Whether anybody sends anything, the final agreement included."""
+    hops = chain(algorithm.agreement(), chain.from_iterable(map(algorithm.hops, range(algorithm.num_rounds))))
+    return any(source != target for hop in hops for source, target in hop.weights)
 
 
 def steps_for_samples(first: AlgorithmConfig, first_blocks: int, other: AlgorithmConfig, num_peers: int) -> int:

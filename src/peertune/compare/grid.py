@@ -209,7 +209,6 @@ class Grid:
             value: of the key that is tuned.
             reference: the first contestant's cell of the same kind; None for that cell itself, and where it diverged.
         Raises:
-            ConfigError: under a budget of bytes, the first contestant sends nothing.
             DivergedError: the first contestant diverged, so what it spends is not known.
         """
         config = self._config(contestant, seed, value, folder, validation)
@@ -223,11 +222,6 @@ class Grid:
                 f"--budget {self.options.budget}: {first.name}, the first contestant, diverged (seed {seed}), so what"
                 " the others may spend is not known; name another first, lower its algorithm.lr, or take --budget"
                 " samples, with another --out"
-            )
-        # Found out before the probe is run: nothing can be fitted into no bytes.
-        if self.options.budget == "bytes" and budgets.bytes_a_peer(reference) == 0:
-            raise ConfigError(
-                f"--budget bytes: {first.name}, the first contestant, sends nothing; name one first that does"
             )
         probe = self._probe(
             contestant, seed, value, self.budget.fit(algorithm, max(1, steps // budgets.PROBE_SHARE), blocks)
