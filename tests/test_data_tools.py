@@ -52,6 +52,41 @@ def test_a_signature_says_what_the_schema_says() -> None:
     ]
 
 
+def test_what_a_schema_refers_to_stands_in_its_place() -> None:
+    """As pydantic writes nested arguments; one that holds itself, or refers to what is not there, keeps its name."""
+    parameters = {
+        "type": "object",
+        "$defs": {
+            "Geo": {"type": "object", "properties": {"lat": {"type": "number"}}, "required": ["lat"]},
+            "Place": {"properties": {"city": {"type": "string"}, "geo": {"$ref": "#/$defs/Geo"}}, "description": "Of."},
+            "Kind": {"enum": ["a", "b"], "type": "string"},
+            "Tree": {"properties": {"kids": {"type": "array", "items": {"$ref": "#/$defs/Tree"}}}},
+        },
+        "properties": {
+            "to": {"$ref": "#/$defs/Place"},
+            "by": {"allOf": [{"$ref": "#/$defs/Geo"}], "description": "Whence."},
+            "kinds": {"type": "array", "items": {"$ref": "#/$defs/Kind"}},
+            "tree": {"$ref": "#/$defs/Tree"},
+            "definitions": {"$ref": "#/$defs/None"},
+        },
+        "required": ["to"],
+    }
+    tool = {"name": "f", "parameters": parameters}
+    place = "{city?: string, geo?: {lat: number}}"
+    assert signature(tool) == (
+        f'f(to: {place}, by?: {{lat: number}}, kinds?: ("a"|"b")[], tree?: {{kids?: Tree[]}}, definitions?: None)\n'
+        "  to - Of.\n  by - Whence."
+    )
+    assert signature(prune(tool, 4)) == (
+        f"f(to: {place}, by?: {{lat: number}}, kinds?: string[], tree?: {{kids?: any[]}}, definitions?)"
+    )
+    assert "Of." not in json.dumps(prune(tool, 1))
+    deep: dict[str, Any] = {}
+    for _ in range(100):
+        deep = {"properties": {"x": deep}}
+    assert signature({"name": "f", "parameters": deep}).startswith("f(x?: {x?: {")
+
+
 @pytest.mark.parametrize(
     ("kind", "shown"),
     [

@@ -28,6 +28,8 @@ LOSSES = (
 
 _MAX_DEPTH = 6
 """Levels of a nested argument that are described."""
+_MAX_REFERENCES = 3
+"""References within one another that are followed: of many in each, the text would grow without bound."""
 
 
 def prune(tool: Any, step: int) -> Any:
@@ -43,7 +45,8 @@ def prune(tool: Any, step: int) -> Any:
         pruned["description"] = description if step < 2 else _sentence(description) if step < 3 else ""
     parameters = tool.get("parameters")
     if isinstance(parameters, Mapping):
-        pruned["parameters"] = {"type": "object", "properties": {}} if step >= 6 else _prune_value(parameters, step)
+        nothing = {"type": "object", "properties": {}}
+        pruned["parameters"] = nothing if step >= 6 else _prune_value(_resolved(parameters), step)
     return pruned
 
 
@@ -53,7 +56,7 @@ def signature(tool: Any) -> str:
     if not isinstance(schema, Mapping) or not isinstance(schema.get("name"), str):
         return schema if isinstance(schema, str) else json.dumps(schema, separators=(",", ":"), ensure_ascii=False)
     parameters = schema.get("parameters")
-    parameters = parameters if isinstance(parameters, Mapping) else {}
+    parameters = _resolved(parameters) if isinstance(parameters, Mapping) else {}
     head = f"{schema['name']}({_arguments(parameters, 0)})"
     lines = [_described(head, schema)]
     for name, value in _properties(parameters).items():
@@ -67,6 +70,46 @@ def function_name(tool: Any) -> str:
     schema = tool.get("function", tool) if isinstance(tool, Mapping) else None
     name = schema.get("name") if isinstance(schema, Mapping) else None
     return name if isinstance(name, str) else ""
+
+
+def _resolved(parameters: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Parameters with what they refer to (`$ref`) in its place, and with the parts of `allOf` as one schema."""
+    found = _inline(parameters, parameters, ("#",))
+    return {key: value for key, value in found.items() if key not in ("$defs", "definitions")}
+
+
+def _inline(schema: Any, root: Mapping[str, Any], within: tuple[str, ...], depth: int = 0) -> Any:
+    """See `_resolved`. What refers back to itself, or to nothing that is there, stays as it is.
+
+    Args:
+        within: references that this is a part of.
+    """
+    if depth > 4 * _MAX_DEPTH:  # an argument's level is at most `items`, `anyOf`, `properties` and its name
+        return schema
+    if isinstance(schema, list):
+        return [_inline(item, root, within, depth + 1) for item in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference not in within and len(within) <= _MAX_REFERENCES:
+        target: Any = root
+        for part in reference.removeprefix("#").split("/")[1:] if reference.startswith("#") else [reference]:
+            target = target.get(part) if isinstance(target, Mapping) else None
+        if isinstance(target, Mapping):
+            rest = {key: value for key, value in schema.items() if key != "$ref"}
+            return _inline({**target, **rest}, root, (*within, reference), depth + 1)
+    found = {key: _inline(value, root, within, depth + 1) for key, value in schema.items()}
+    parts = found.get("allOf")
+    if not isinstance(parts, list) or not all(isinstance(part, Mapping) for part in parts):
+        return found
+    del found["allOf"]
+    for part in parts:
+        properties = {**_properties(part), **_properties(found)}
+        lists = [each.get("required") for each in (found, part)]
+        required = [name for names in lists if isinstance(names, list) for name in names]
+        found = {**part, **found}
+        found |= ({"properties": properties} if properties else {}) | ({"required": required} if required else {})
+    return found
 
 
 def _prune_value(schema: Any, step: int, names: bool = False) -> Any:
