@@ -411,6 +411,14 @@ def test_eval_refuses_what_it_cannot_measure(micro_model: Path, capsys: pytest.C
         assert part in capsys.readouterr().err
 
 
+def test_eval_names_its_own_option_for_the_length(
+    tmp_path: Path, micro_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "d.txt").write_text("some words")
+    assert main(["eval", str(micro_model), "--data", str(tmp_path / "d.txt"), "--task", "text"]) == 2
+    assert "got 256, but" in (said := capsys.readouterr().err) and "lower it (`eval`: --max-length)" in said
+
+
 def test_public_benchmarks_need_their_package(
     micro_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -144,7 +144,8 @@ def render(
             )
         raise DataError(
             f"data: none of {len(rows)} rows leaves a token to predict within model.max_length = {max_length}: they "
-            "are empty or too long; raise model.max_length, or check the fields' names under [data]"
+            "are empty or too long; raise model.max_length (`eval`: --max-length), or check the fields' names under"
+            " [data]"
         )
     num_tokens = sum(len(sample.input_ids) for sample in samples)
     return Rendered(samples, len(rows), num_cut, num_dropped, num_tokens, tools_cut)

@@ -104,6 +104,7 @@ def load_model(config: ModelSection, device: torch.device, base: Path | None = N
     if positions is not None and positions < config.max_length:
         raise ModelError(
             f"model.max_length: got {config.max_length}, but {config.path!r} has {positions} positions; lower it"
+            " (`eval`: --max-length)"
         )
     for name, parameter in model.named_parameters():
         if not is_finite(parameter):
