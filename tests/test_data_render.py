@@ -15,6 +15,7 @@ from peertune.config import DataSection
 from peertune.data.chat import ChatRenderer, plain_template
 from peertune.data.load import load_table
 from peertune.data.render import Rendered, Sample, find_labels, label_tokens, render
+from peertune.data.tokens import encode
 from peertune.data.tools import signature
 from peertune.errors import DataError
 
@@ -157,6 +158,20 @@ def test_a_row_is_cut_alike_whatever_its_label(byte_tokenizer: PreTrainedTokeniz
     assert short.prompt_length == long.prompt_length
     assert (short.input_ids[: short.prompt_length] == long.input_ids[: long.prompt_length]).all()
     assert len(long.input_ids) == 50
+
+
+def test_long_texts_are_encoded_a_few_at_a_time(byte_tokenizer: PreTrainedTokenizerBase) -> None:
+    """What a tokenizer holds while it works is many times its texts."""
+    taken: list[int] = []
+
+    def noting(texts: list[str], **options: Any) -> Any:
+        taken.append(len(texts))
+        return byte_tokenizer(texts, **options)
+
+    texts = ["a" * 400_000, *["b" * 400_000] * 3, *["c"] * 2000]
+    found = encode(noting, texts)  # type: ignore[arg-type]
+    assert [len(ids) for ids in found] == [len(text) for text in texts]
+    assert taken == [3, 1024, 977]
 
 
 def test_label_tokens_are_what_samples_end_in(english: PreTrainedTokenizerBase, shared: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,15 +15,19 @@ if TYPE_CHECKING:
 Tokens = NDArray[np.int32]
 
 _CHUNK = 1024
-"""Texts encoded at a time: the tokenizer answers in lists of Python integers, nine times the size of int32."""
+_CHARS = 1 << 20
+"""Texts encoded at a time, and characters after which no other is taken along: while it works, a tokenizer holds some
+160 bytes for each."""
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Tokens]:
     """Token ids of each text, without special tokens at its ends: int32 [length] each."""
     encoded: list[Tokens] = []
-    for start in range(0, len(texts), _CHUNK):
+    while len(encoded) < len(texts):
+        chunk = list(texts[len(encoded) : len(encoded) + _CHUNK])
+        sizes = accumulate(map(len, chunk))
         ids = tokenizer(
-            list(texts[start : start + _CHUNK]),
+            chunk[: 1 + sum(size < _CHARS for size in sizes)],
             add_special_tokens=False,
             return_attention_mask=False,
             return_token_type_ids=False,
