@@ -573,6 +573,13 @@ BAD = {
 }  # fmt: skip
 
 
+def test_a_second_grid_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """One of the two would count, and the table would not say so."""
+    with pytest.raises(SystemExit, match="2"):
+        main([*ONE, "--algorithms", "deca,gt", "--tune", "lr=1,2", "--tune", "local_steps=1,2"])
+    assert "--tune: got it twice, expected once: 'lr=1,2' or 'local_steps=1,2'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_line_and_exit_2(
     name: str,

@@ -288,6 +288,16 @@ class _RunHelp(argparse.Action):
         parser.exit()
 
 
+class _GivenOnce(argparse.Action):
+    """An option that cannot be given twice, where one may think that both count."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        before = getattr(namespace, self.dest)
+        if before is not None:
+            parser.error(f"{option_string}: got it twice, expected once: {before!r} or {values!r}")
+        setattr(namespace, self.dest, values)
+
+
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = _Parser(
@@ -329,6 +339,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.add_argument(
         "--tune",
+        action=_GivenOnce,
         metavar="KEY=X,Y,...",
         help="a grid of an [algorithm] key, chosen on validation rows, such as lr=1e-4,1e-3",
     )
