@@ -300,6 +300,21 @@ def test_references_that_cannot_be_read_are_told(chatty: PreTrainedTokenizerBase
     assert "the calls of 3 of 3 held-out rows do not read back" in said and "cut off" in said
 
 
+def test_the_calls_expected_are_those_of_the_last_turn_that_is_left(chatty: PreTrainedTokenizerBase) -> None:
+    """Turns after it may be cut off or have a weight of 0, and call the same function with other arguments."""
+    turns = [row("", "on", n=n)["messages"][1] for n in range(3)]
+    messages = [{"role": "user", "content": "q"}, *turns]
+    left = set()
+    for length in range(40, 150):
+        data = held_out([{"messages": messages}], chatty, length)
+        [sample], [known] = data.samples, data.references
+        assert [call.arguments for call in known.calls] in ([], [{"n": len(sample.calls) - 1}])
+        left.add(len(known.calls) * len(sample.calls))
+    assert left == {0, 1, 2, 3}
+    [known] = held_out([{"messages": [*messages[:2], {**turns[1], "weight": 0}]}], chatty).references
+    assert known.readable and [call.arguments for call in known.calls] == [{"n": 0}]
+
+
 @pytest.mark.parametrize("length", [256, 512])
 def test_real_rows_always_offer_every_function(length: int, english: PreTrainedTokenizerBase, shared: Path) -> None:
     rows = load_table(str(shared / "data" / "toolchat-bfcl-test.jsonl.gz"), CHAT).rows[:120]

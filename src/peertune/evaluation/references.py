@@ -31,7 +31,7 @@ class Reference:
     answer: str | None = None
     """The expected text (instruction)."""
     calls: tuple[Call, ...] = ()
-    """The calls expected of the last turn that makes any (chat)."""
+    """The calls expected of the last turn that makes any and is learned (chat)."""
     num_tokens: int = 0
     """Tokens after the prompt, up to the end of the answer, or of its calls."""
     readable: bool = True
@@ -92,18 +92,23 @@ def _of_calls(
     start, end = sample.calls[-1]
     written = tokenizer.decode(sample.input_ids[start:end], clean_up_tokenization_spaces=False)
     assert isinstance(written, str)
-    if not made or made[-1][0].name not in written:  # the turn was cut off, or says it in some other way
+    read = parse_calls(written)
+    # The row's last turns may be cut off, or not be learned: which one this is is known where it reads back.
+    calls = next((calls for calls in reversed(made) if same_calls(read, calls)), [])
+    is_other = len(sample.calls) < len(made) and end == len(sample.input_ids)  # maybe, and cut off within its calls
+    if not calls and (not made or is_other or made[-1][0].name not in written):  # or it says them in some other way
         return Reference(client, readable=False)
+    expected = calls or made[-1]
     before = np.flatnonzero(~sample.loss_mask[:start])
     turn = int(before[-1]) + 1 if len(before) else start
     offered = [name for tool in row.get(config.tools_field) or () if (name := function_name(tool))]
     return Reference(
         client,
         sample.input_ids[:turn],
-        calls=tuple(made[-1]),
+        calls=tuple(expected),
         num_tokens=end - turn,
-        readable=same_calls(parse_calls(written), made[-1]),
-        choices=_choices(sample, start, end, written, made[-1][0].name, offered, tokenizer),
+        readable=bool(calls),
+        choices=_choices(sample, start, end, written, expected[0].name, offered, tokenizer),
     )
 
 
