@@ -45,6 +45,8 @@ def test_traffic_is_counted_by_edge_payload_and_header_apart() -> None:
     again = Traffic()
     again.load_state_dict(traffic.state_dict())
     assert again == traffic
+    assert again.count([1], payload, is_control=True) == size + head
+    assert again.by_target()[0] == (1, 2 * size, 2 * head + size + head)
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ class ClippedInbox(RobustInbox):
 
     def _shares(self, name: str, centre: Tensor) -> list[float]:
         """s_j of the others; of one alone, when the rest are away, 0: it cannot be told from garbage."""
-        if not self.others or (self.sends and len(self.others) == 1):
+        if len(self.others) < 2:
             return [0.0] * len(self.others)
         norms = torch.stack([torch.linalg.vector_norm(self.payloads[j][name] - centre) for j in self.others])
         distances = [d if math.isfinite(d) else math.inf for d in norms.tolist()]
