@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -127,6 +128,41 @@ def test_a_killed_process_that_left_three_generations_goes_on(tmp_path: Path) ->
     save(again, 4)
     assert again.rounds(0) == [3, 4] and inode(tmp_path, 3) != inode(tmp_path, 4)
     assert is_whole(again, 3) and is_whole(again, 4)
+
+
+def test_what_a_kill_left_half_done_is_in_nobodys_way(tmp_path: Path) -> None:
+    store, home = CheckpointStore(tmp_path), tmp_path / "peer-000"
+    save(store, 3)
+    expected = sorted(path.relative_to(home) for path in home.rglob("*"))
+    for left in (".round-00000003.partial", ".round-00000003.replaced"):
+        (home / left).mkdir()
+        (home / left / "half").touch()
+    store.save(0, 3, files(3), {"at": 3})
+    assert is_whole(store, 3) and sorted(path.relative_to(home) for path in home.rglob("*")) == expected
+    (home / ".round-00000002.replaced").mkdir()
+    store.prune(0)
+    assert sorted(path.relative_to(home) for path in home.rglob("*")) == expected
+
+
+def test_what_the_disk_does_not_take_when_synced_is_no_generation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though writing it went well. Folders need not be: some systems cannot."""
+    store, sync = CheckpointStore(tmp_path), os.fsync
+    save(store, 1)
+    refused = stat.S_ISDIR
+
+    def failing(descriptor: int) -> None:
+        if refused(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EIO, "Input/output error")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    save(store, 2)
+    refused = stat.S_ISREG
+    with pytest.raises(StorageError, match=r"round-00000003: cannot write the checkpoint: Input/output error"):
+        save(store, 3)
+    assert store.rounds(0) == [1, 2] and is_whole(store, 2)
 
 
 @pytest.mark.parametrize("reason", ["no links", "gone"])

@@ -127,7 +127,7 @@ class CheckpointStore:
         return {name: torch.cat([tensors[name] for tensors, _ in loaded]) for name in names}, loaded[0][1]
 
     def _rounds(self, peer: int, shard: int) -> list[int]:
-        found = [path.name.removeprefix("round-") for path in self._home(peer, shard).glob("round-*") if path.is_dir()]
+        found = [path.name.removeprefix("round-") for path in self._home(peer, shard).glob("round-*")]
         return sorted(int(name) for name in found if name.isdecimal())  # others somebody has put aside
 
     def _leaving(self, peer: int, round: int) -> int:
