@@ -179,7 +179,7 @@ class MasterWeights:
         if name not in self.remainders:
             self.remainders[name] = torch.zeros(parameter.shape, dtype=torch.int16)
         low = torch.empty(parameter.shape, dtype=torch.int16, device=parameter.device)
-        split_bfloat16(value.contiguous(), parameter.detach(), low)
+        split_bfloat16(value, parameter.detach(), low)
         self.remainders[name].copy_(low)
 
     def write_all(self, values: Mapping[str, Tensor]) -> None:

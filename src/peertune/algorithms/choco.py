@@ -54,7 +54,7 @@ class Choco(LocalSteps):
         """x^_i, float32."""
         self.heard = {name: x.clone() for name, x in self.public.items()}
         """s_i, float32."""
-        self.refresh = Hop(REFRESH, gossip(topology, takes_late=False).weights)
+        self.refresh = Hop(REFRESH, gossip(topology).weights)
 
     def is_refresh(self, round: int) -> bool:
         every = self.config.refresh_every

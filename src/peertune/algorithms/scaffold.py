@@ -78,9 +78,8 @@ class Scaffold(Fedavg):
             share = sum(self.shares()[i] for i in inbox.weights)  # n_S / n
             for name, c in self.control.items():
                 c.add_(inbox.mean(CONTROL + name), alpha=share)
-        if hop.name != "up":
-            for name, c in self.own.items():
-                c.add_(self.change[name])
+        for name, c in self.own.items():
+            c.add_(self.change[name])
 
     def can_join(self, round: int) -> bool:
         """Never: c is the mean of all c_i, and one who left took his along."""
