@@ -344,6 +344,8 @@ def test_reasoning_that_is_left_out_of_earlier_turns(byte_tokenizer: PreTrainedT
     row = chat(user("q"), assistant("<think>hm</think>\n\nfirst"), user("first"), assistant("second"))
     [sample] = render([row], CHAT, byte_tokenizer, 400).samples
     assert targets(byte_tokenizer, sample) == "first<|im_end|><think>\n\n</think>\n\nsecond<|im_end|>"
+    [same] = render([chat(*row["messages"], user("not answered"))], CHAT, byte_tokenizer, 400).samples
+    assert np.array_equal(same.input_ids, sample.input_ids)
 
 
 @pytest.mark.parametrize(
@@ -425,6 +427,9 @@ def test_tools_that_the_template_leaves_out_are_listed(
         f"<|system|>{kind}Functions that may be called:\n{schema}</s><|user|>q</s><|assistant|>a</s>"
     )
     assert targets(english, sample) == "a</s>"
+    row = chat(*opening, user("old " * 50), assistant("old"), user("q"), assistant("a"), tools=[TOOL])
+    [cut] = render([row], CHAT, english, len(sample.input_ids)).samples
+    assert full(english, cut) == full(english, sample).replace(schema, "f()"), "listed once, also in what is left"
     if not system:
         byte_tokenizer.chat_template = INST
         [sample] = render([chat(user("q"), assistant("a"), tools=[TOOL])], CHAT, byte_tokenizer, 400).samples
@@ -454,7 +459,9 @@ def test_history_goes_first_then_the_longest_text(byte_tokenizer: PreTrainedToke
     byte_tokenizer.chat_template = CHATML
     system = {"role": "system", "content": "s" * 20}
     row = chat(system, user("old"), assistant("old answer"), user("u" * 100), assistant("new answer"))
-    [sample] = render([row], CHAT, byte_tokenizer, 100).samples
+    rendered = render([row], CHAT, byte_tokenizer, 100)
+    [sample] = rendered.samples
+    assert rendered.num_cut == 1 and not rendered.tools_cut
     shown = full(byte_tokenizer, sample)
     head, tail = (
         f"<|im_start|>system\n{'s' * 20}<|im_end|>\n<|im_start|>user\n",
