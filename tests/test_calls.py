@@ -14,7 +14,7 @@ from peertune.data.load import load_table
 from peertune.data.render import render
 from peertune.evaluation import references
 from peertune.evaluation.answers import answered_number, exact_match, last_number
-from peertune.evaluation.calls import Call, parse_calls, same_calls, same_names
+from peertune.evaluation.calls import MAX_CHARS, Call, parse_calls, same_calls, same_names
 
 CHAT = DataSection(task="chat")
 F = Call("f", {"a": 1})
@@ -32,11 +32,13 @@ OPENAI = '[{"id": "call_0", "type": "function", "function": {"name": "f", "argum
         (OPENAI, [F]),
         ('{"tool_calls": ' + OPENAI + "}", [F]),
         ('{"function_call": ' + OBJECT + "}", [F]),
+        ('{"tool_call": ' + OBJECT.replace('"f"', '" f "') + "}", [F]),
         ('{"name": "f", "parameters": {"a": 1}}', [F]),
         (f"Sure.\n<tool_call>\n{OBJECT}\n</tool_call>\n<tool_call>\n{OBJECT}\n</tool_call>", [F, F]),
         (f"```json\n[{OBJECT}]\n``` That is it {{or}} not", [F]),
         ('<function=g.h>{"b": "x", "c": [1, {"d": null}]}</function>', [G]),
         ('[TOOL_CALLS]f[ARGS]{"a": 1}', [F]),
+        (f"<function={'long.' * 50}f>{{}}", [Call("long." * 50 + "f", {})]),
         ("[TOOL_CALLS] [" + OBJECT + "]", [F]),
         ('{"name": "f", "arguments": {"a": "two\nlines"}}', [Call("f", {"a": "two\nlines"})]),
         ('{"name": "f", "arguments": ""}', [Call("f", {})]),
@@ -68,6 +70,8 @@ def test_forms_that_are_read(text: str, expected: list[Call]) -> None:
         ('{"name": "f", "arguments": {"a": ' + "[" * 100 + "]" * 100 + "}}", []),
         ('{"name": "f", "arguments": {"a": ' + "9" * 5_000 + "}}", []),
         ("{" * 100 + OBJECT, [F]),
+        ("[" * 100 + OBJECT + "]" * 100, []),
+        (" " * MAX_CHARS + OBJECT, []),
     ],
 )
 def test_broken_text_gives_what_is_whole(text: str, expected: list[Call]) -> None:
@@ -180,6 +184,7 @@ def test_real_calls_read_back_from_the_models_own_template(
         ("so\n#### 3/4", "so\n#### -3/4", False),
         ("Because.\n#### yes", "It is.\n#### Yes.", True),
         ("last 3", "intro\n#### Steps\n1. do\n2. go 3", False),
+        ("last 3", "#### Step 3\ngo", False),
         ("25", "4 9 16 25", False),
         ("", "x", False),
     ],

@@ -58,7 +58,7 @@ def parse_calls(text: str) -> list[Call]:
             broken += 1
             continue
         named = _NAMED.search(text, max(0, start - 300), start)
-        if named and isinstance(value, dict) and (call := as_call(named[1], value)):
+        if named and (call := as_call(named[1], value)):
             calls.append(call)
         else:
             calls += _calls_in(value)
