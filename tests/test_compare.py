@@ -41,10 +41,10 @@ from peertune.compare.budget import (
 from peertune.compare.cells import Cell, quality, read_cell
 from peertune.compare.charts import memory_axis
 from peertune.compare.contestants import Contestant, Lineup, read_contestants
-from peertune.compare.grid import Grid
+from peertune.compare.grid import Grid, Tuned
 from peertune.compare.inputs import fingerprints
 from peertune.compare.stats import paired_interval, pairs, spread
-from peertune.compare.table import Row, budget_notes, pair_cells, row, terminal_table, verdicts
+from peertune.compare.table import Row, budget_notes, cells_of, columns, pair_cells, row, terminal_table, verdicts
 from peertune.config import RunConfig
 from peertune.errors import CheckpointError, ConfigError, DataError, DivergedError
 from peertune.formatting import memory
@@ -462,6 +462,10 @@ def test_a_row_is_the_mean_over_seeds_and_the_most_memory(monkeypatch: pytest.Mo
     assert (found.peak_memory_bytes, found.simulated_s, found.lambda2, found.num_seeds) == (7, 10.0, 0.5, 2)
     lost = row("deca", [other], [0], "loss", None)
     assert (lost.mean, lost.worst_peer, lost.bytes_sent, lost.num_seeds) == (None, None, 70.0, 2)
+    assert "tuned" not in columns([found, lost])
+    choice = Tuned(contestant="deca", key="lr", values=(0.1, 0.2), qualities=(1.0, 2.0), best=0.1)
+    tuned = row("deca", [other], [], "loss", choice)
+    assert cells_of(tuned, ["tuned"]) == ["lr = 0.1 (edge)"] and "tuned" in columns([found, tuned])
 
 
 def test_the_paired_interval_is_the_hand_computed_one() -> None:
@@ -481,7 +485,7 @@ def test_pairing_sees_what_the_spread_hides_and_words_have_the_metrics_direction
     assert not found["a", "c"].is_clear and found["a", "c"].difference == pytest.approx(0)
     said = verdicts(list(found.values()), "accuracy")
     assert said[0].startswith("a is better than b in accuracy by 5.0 points")
-    assert "not larger than the seed noise" in said[1] and "3 pairs" in said[3]
+    assert "not larger than the seed noise" in said[1] and "3 pairs" in said[3] and "one in 20 " in said[3]
     assert verdicts([found["a", "b"]], "loss")[0].startswith("b is better than a in loss by 0.05")
     alone = verdicts(pairs({"a": [0.5], "b": [0.4]}), "accuracy")
     assert alone[0] == "a and b: a is ahead by 10.0 points with this one seed." and "no noise can be told" in alone[1]

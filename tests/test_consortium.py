@@ -1195,7 +1195,7 @@ def test_one_who_is_out_of_reach_makes_up_no_quorum_unless_another_clearly_hears
 
 
 @pytest.mark.parametrize(
-    "address", ["host", "host:", "host:99999", "http://h:1", "h:abc", ":7000", "fd00::2:7000", "[::1:7000"]
+    "address", ["host", "host:", "host:0", "host:99999", "http://h:1", "h:abc", ":7000", "fd00::2:7000", "[::1:7000"]
 )
 def test_addresses_are_host_and_port(address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(CharterError, match="expected NAME=ID"):
