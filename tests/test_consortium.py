@@ -1075,8 +1075,10 @@ def test_a_charter_holds_only_whole_signed_and_unaltered(tmp_path: Path) -> None
     again = read_charter(tmp_path / "charter.toml")
     assert again == whole
     again.check()
-    with pytest.raises(CharterError, match="altered after a signed it"):
-        whole.model_copy(update={"base": "other"}).check()
+    changes: list[dict[str, Any]] = [{"base": "other"}, {"expires": date(2999, 1, 2)}, {"grace_s": 1.0}]
+    for change in changes:
+        with pytest.raises(CharterError, match="altered after a signed it"):
+            whole.model_copy(update=change).check()
     with pytest.raises(CharterError, match=r"expired on 2999-01-01"):
         whole.check(date(2999, 1, 2))
     whole.check(date(2999, 1, 1))  # its last day
@@ -1249,6 +1251,7 @@ def test_a_charter_needs_a_date_to_come_and_as_many_members_as_peers_each_with_i
     for members, message in (
         ([f"--member=m{i}={id}" for i, id in enumerate(ids)], "m0 and m1 are neighbours, and neither has an address"),
         ([f"--member=m={ids[0]}"], "got 1 members for a recipe of 4"),
+        ([f"--member=m{i}={ids[0]}" for i in range(5)], "got 5 members for a recipe of 4"),
         ([f"--member=m{i}={ids[0]}@h:{i + 1}" for i in range(4)], "stands there twice"),
         ([f"--member=m{i}={id}@h:1" for i, id in enumerate(ids)], "address h:1 stands there twice"),
         ([f"--member=m{i}={id}@[::]:{i + 1}" for i, id in enumerate(ids)], "m0 has the address [::]:1, at which"),
