@@ -650,7 +650,7 @@ def test_a_site_stops_where_its_own_ejection_lies_beside_its_charter(tmp_path: P
     charter = make_charter(tmp_path, ["a", "b", "c"])
     for name in "abc":
         charter = charter.signed(load_identity(tmp_path / name))
-    path, log = tmp_path / "charter.toml", AuditLog(tmp_path / "audit.jsonl")
+    path, log = tmp_path / "charter.toml", AuditLog(tmp_path / "audit.jsonl", print)
     node = Node(charter, load_identity(tmp_path / "c"), "", log)
     exchange = NetworkExchange(node, Requests(charter, path, tmp_path / "leave"))
     sign_ejection(path, charter, "c", load_identity(tmp_path / "a"))

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from peertune import audit
-from peertune.audit import AuditLog, Gaps
+from peertune.audit import AuditLog
 from peertune.cli import main
 from peertune.errors import CheckpointError, ConfigError
 from peertune.lock import FolderLock, is_held
@@ -187,7 +187,7 @@ def test_a_gap_in_the_audit_log_is_told_when_it_begins_and_when_it_ends(
 ) -> None:
     """A full disk refuses each of a round's many lines; nobody needs to read that each time."""
     told: list[str] = []
-    write = Gaps(AuditLog(tmp_path / "audit.jsonl"), told.append)
+    write = AuditLog(tmp_path / "audit.jsonl", told.append)
     write("sent", peer="north")
     append_line, is_full = audit.append_line, True
 

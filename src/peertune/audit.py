@@ -23,15 +23,16 @@ AUDIT = "audit.jsonl"
 
 
 class AuditLog:
-    """DIR/audit.jsonl, one line an event.
+    """DIR/audit.jsonl, one line an event; on a disk that may be full: a gap is told when it begins, and when it ends.
 
-    Raises:
-        StorageError: when called: the disk refused a line.
+    Args:
+        note: told of both in words; the log itself has a line `gap` where lines are `lost`.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, note: Callable[[str], None]) -> None:
+        self.path, self._note = path, note
         self._lock = threading.Lock()
+        self._lost = 0
 
     def contributions(self, num_rounds: int) -> list[dict[str, Any]]:
         """What came from each neighbour (see `contributions` below); nothing where the log cannot be read."""
@@ -42,40 +43,25 @@ class AuditLog:
             return []
 
     def __call__(self, event: str, **fields: Any) -> None:
+        said = ""
+        with self._lock:
+            try:
+                if self._lost:
+                    self._append("gap", lost=self._lost)
+                    said = f"the audit log goes on; {self._lost} of its lines are lost"
+                    self._lost = 0
+                self._append(event, **fields)
+            except StorageError as error:
+                self._lost += 1
+                said = f"the audit log has a gap: {error}" if self._lost == 1 else ""
+        if said:
+            self._note(said)
+
+    def _append(self, event: str, **fields: Any) -> None:
         line = json.dumps({"time": round(time.time(), 3), "event": event, **fields})
-        with self._lock, storage_errors(self.path):
+        with storage_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             append_line(self.path, line)
-
-
-class Gaps:
-    """Writes an audit log on a disk that may be full: a gap is told when it begins, and when it ends, how long it was.
-
-    Args:
-        note: told of both in words; the log itself has a line `gap` where lines are `lost`.
-    """
-
-    def __init__(self, audit: AuditLog, note: Callable[[str], None]) -> None:
-        self._audit, self._note = audit, note
-        self._lock = threading.Lock()
-        self._lost = 0
-
-    def __call__(self, event: str, **fields: Any) -> None:
-        try:
-            with self._lock:
-                if self._lost:
-                    self._audit("gap", lost=self._lost)
-                lost, self._lost = self._lost, 0
-                self._audit(event, **fields)
-        except StorageError as error:
-            with self._lock:
-                self._lost += 1
-                is_first = self._lost == 1
-            if is_first:
-                self._note(f"the audit log has a gap: {error}")
-        else:
-            if lost:
-                self._note(f"the audit log goes on; {lost} of its lines are lost")
 
 
 class Repeats:

@@ -12,7 +12,7 @@ import torch
 
 from peertune.algorithms import ALGORITHMS, METHODS
 from peertune.assemble import check_exchange, make_algorithm, make_topology
-from peertune.audit import AUDIT, AuditLog, Gaps, Repeats
+from peertune.audit import AUDIT, AuditLog, Repeats
 from peertune.charter import (
     Charter,
     Member,
@@ -161,11 +161,10 @@ def join(options: SiteOptions, progress: Progress) -> dict[str, Any]:
     if bool(options.train) != is_peer:
         role = "a peer, which trains: name its rows" if is_peer else "the server, which has no data: leave it out"
         raise ConfigError(f"--data: got {options.train!r}, but {charter.members[index].name} is {role}")
-    audit, repeats = AuditLog(out / AUDIT), Repeats()
-    write = Gaps(audit, progress.note)
+    audit, repeats = AuditLog(out / AUDIT, progress.note), Repeats()
 
     def log(event: str, **fields: Any) -> None:
-        write(event, **fields)
+        audit(event, **fields)
         if event not in ("started", "sent", "fetched", "arrived") and not repeats.is_one(event, fields):
             progress.note(sentence(event, fields))
 
