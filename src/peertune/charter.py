@@ -216,10 +216,10 @@ def shared_recipe(config: RunConfig, *, with_path: bool) -> dict[str, Any]:
     Args:
         with_path: keep model.path, as it means the same everywhere.
     """
-    tree = _without_own(config.to_dict())
+    tree = _without_own(config.model_dump(mode="json", exclude_none=True))
     if not with_path:
         del tree["model"]["path"]
-    return _without_none(tree)
+    return tree
 
 
 def parse_member(text: str) -> Member:
@@ -295,10 +295,8 @@ def read_charter(path: Path) -> Charter:
 
 def write_charter(charter: Charter, path: Path) -> None:
     """Raises CharterError where it cannot be written."""
-    tree = charter.model_dump(mode="json")
-    tree["expires"] = charter.expires
     try:
-        write_atomically(path, tomli_w.dumps(tree, multiline_strings=True))
+        write_atomically(path, tomli_w.dumps(charter.model_dump(), multiline_strings=True))
     except OSError as error:
         raise CharterError(f"{path}: cannot be written: {error.strerror}; name another place") from error
 
@@ -346,12 +344,4 @@ def _without_own(recipe: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(keys, Mapping)
         else keys
         for section, keys in recipe.items()
-    }
-
-
-def _without_none(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: _without_none(value) if isinstance(value, Mapping) else value
-        for key, value in tree.items()
-        if value is not None
     }
