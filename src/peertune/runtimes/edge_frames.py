@@ -46,11 +46,7 @@ FRAMES = Frames(
         Kind.GONE: "II",
         Kind.SAVED: "I",
         Kind.BEAT: "I",
-        Kind.ASK: "",
-        Kind.DONE: "",
-        Kind.LEAVE: "",
         Kind.MISSED: "II",
-        Kind.REFUSED: "",
     },
     open_ended=(Kind.CHUNK, Kind.BEAT, Kind.REFUSED),
 )

@@ -21,13 +21,13 @@ class Frames(Generic[K]):
     """The frames of one protocol.
 
     Args:
-        fields: by kind, its fields in `struct`'s letters; little-endian, unpadded.
+        fields: by kind, its fields in `struct`'s letters; little-endian, unpadded. Kinds that are left out have none.
         open_ended: kinds behind whose fields there may be more bytes.
     """
 
     def __init__(self, kind: type[K], fields: Mapping[K, str], open_ended: Collection[K]) -> None:
         self._kind, self._open_ended = kind, open_ended
-        self._structs = {each: struct.Struct("<B" + fields[each]) for each in kind}
+        self._structs = {each: struct.Struct("<B" + fields.get(each, "")) for each in kind}
 
     def size(self, kind: K) -> int:
         """Bytes of a frame without what may be behind it."""

@@ -56,8 +56,6 @@ BUSY, TOO_OFTEN = grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.FAILED_PRE
 DOINGS = ("join", "doctor")
 LARGE = "large packets are lost on the way (a smaller MTU here tells)"
 """As on a tunnel whose ends learn of no limit: small packets pass, TLS and messages do not."""
-
-
 MAX_S = 1e10
 """More seconds than any clock is wrong by."""
 
@@ -68,15 +66,7 @@ class Kind(IntEnum):
 
 FRAMES = Frames(
     Kind,
-    {
-        Kind.HELLO: "",
-        Kind.PING: "",
-        Kind.PONG: "d",
-        Kind.CHUNK: "",
-        Kind.COUNT: "Q",
-        Kind.FETCH: "Q",
-        Kind.REPORT: "dddd",
-    },
+    {Kind.PONG: "d", Kind.COUNT: "Q", Kind.FETCH: "Q", Kind.REPORT: "dddd"},
     open_ended=(Kind.HELLO, Kind.CHUNK),
 )
 _pack = FRAMES.pack
