@@ -375,12 +375,13 @@ class Edge:
         Before its turn to go out has come nothing holds the message but the outbox: else one who asks for each and
         reads none would have all of them kept.
         """
-        size = self.outbox.size_from(key, offset)
-        if size is None:
+        sent = self.outbox.messages.get(key)  # it may be dropped while it is on its way
+        if sent is None:
             yield _pack(Kind.GONE, *key)
             return
-        self._listener.fetched(key, size, again=self.outbox.begins_again(key))
-        for start, pieces in self.outbox.chunks(key, offset):
+        self._listener.fetched(key, sent.size - offset, again=sent.was_begun)
+        sent.was_begun = True
+        for start, pieces in self.outbox.chunks(sent, offset):
             yield b"".join([_pack(Kind.CHUNK, *key, start, hash_of(*pieces)), *pieces])
 
     def _arrived(self, key: Key, offset: int, hash: bytes, data: memoryview) -> Iterable[bytes]:

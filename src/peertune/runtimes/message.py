@@ -35,6 +35,12 @@ class Outgoing:
     def __init__(self, payload: Payload) -> None:
         self.parts = [_view(payload[name].detach().cpu().contiguous().view(-1)) for name in sorted(payload)]
         self.size, self.hash = payload_size(payload), shapes_hash(payload)
+        self.is_delivered = False
+        """Whether the neighbour has it, or needs it no more."""
+        self.is_asked_for = False
+        """Whether the neighbour has asked for it on the stream that is open."""
+        self.was_begun = False
+        """Whether the neighbour has begun to fetch it, on any stream."""
 
     def cut(self, start: int, size: int) -> list[memoryview]:
         """So many bytes from an offset on, in pieces; fewer at the end."""

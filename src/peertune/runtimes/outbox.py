@@ -26,18 +26,12 @@ class Outbox:
 
     def __init__(self) -> None:
         self.messages: dict[Key, Outgoing] = {}
-        self.delivered: set[Key] = set()
-        """Those that the neighbour has."""
-        self._fetched: set[Key] = set()
-        """Those that it has asked for on the stream that is open."""
-        self._begun: set[Key] = set()
-        """Those that it has begun to fetch, on any stream."""
         self._chunk_size = SMALL_CHUNK
 
     @property
     def has_undelivered(self) -> bool:
         """Whether the neighbour has not had all that was made ready for it."""
-        return not self.messages.keys() <= self.delivered
+        return not all(kept.is_delivered for kept in self.messages.values())
 
     def add(self, key: Key, payload: Payload, may_go: Callable[[Key], bool]) -> Outgoing:
         """Make a message ready, and make room for it.
@@ -47,42 +41,37 @@ class Outbox:
         """
         if key[1] == STATE:  # an older one serves nobody any more
             for old in [old for old in self.messages if old[1] == STATE]:
-                self.drop(old)
+                del self.messages[old]
         self.messages[key] = made = Outgoing(payload)
-        others = [old for old in self.messages if old != key and (old in self.delivered or may_go(old))]
+        others = [old for old, kept in self.messages.items() if old != key and (kept.is_delivered or may_go(old))]
         while others and sum(kept.size for kept in self.messages.values()) > KEPT_BYTES:
-            self.drop(others.pop(0))
+            del self.messages[others.pop(0)]
         return made
-
-    def drop(self, key: Key) -> None:
-        """Keep a message no more."""
-        del self.messages[key]
-        self.delivered.discard(key)
-        self._fetched.discard(key)
-        self._begun.discard(key)
 
     def drop_before(self, round: int) -> None:
         """Keep nothing of earlier rounds."""
         for key in [key for key in self.messages if key[0] < round]:
-            self.drop(key)
+            del self.messages[key]
 
     def begin_stream(self) -> None:
         """What was asked for on an old stream has not come from there; and it may have had too large a chunk under way,
         which a buffer had taken at once.
         """
-        self._fetched.clear()
+        for kept in self.messages.values():
+            kept.is_asked_for = False
         self._chunk_size = SMALL_CHUNK
 
     def begin_process(self) -> None:
         """What an old process of the neighbour's had says nothing of the new one."""
-        self.delivered.clear()
+        for kept in self.messages.values():
+            kept.is_delivered = False
 
     def got(self, key: Key) -> None:
         """The neighbour has a message, or needs it no more."""
         if key in self.messages:
-            self.delivered.add(key)
+            self.messages[key].is_delivered = True
             if key[1] == STATE:
-                self.drop(key)
+                del self.messages[key]
 
     def ask(self, key: Key, offset: int) -> None:
         """The neighbour wants a message from an offset on. Raises ProtocolError where none of ours asks so."""
@@ -91,24 +80,12 @@ class Outbox:
             return
         if offset > wanted.size or offset % min(SMALL_CHUNK, message.CHUNK_SIZE):
             raise ProtocolError(f"asked for byte {offset} of a message of {wanted.size}")
-        if key in self._fetched:
+        if wanted.is_asked_for:
             raise ProtocolError(f"asked for a message of round {key[0]} a second time on one stream")
-        self._fetched.add(key)
+        wanted.is_asked_for = True
 
-    def size_from(self, key: Key, offset: int) -> int | None:
-        """Bytes of a message from an offset on; None: it is not kept."""
-        wanted = self.messages.get(key)
-        return None if wanted is None else wanted.size - offset
-
-    def begins_again(self, key: Key) -> bool:
-        """The neighbour begins to fetch a message. Returns whether it has done so before."""
-        is_again = key in self._begun
-        self._begun.add(key)
-        return is_again
-
-    def chunks(self, key: Key, offset: int) -> Iterator[tuple[int, list[memoryview]]]:
+    def chunks(self, sent: Outgoing, offset: int) -> Iterator[tuple[int, list[memoryview]]]:
         """A message from an offset on: offset and pieces of each chunk, as large as the line bears by then."""
-        sent = self.messages[key]  # which may be dropped while it is on its way
         while offset < sent.size:
             size = min(self._chunk_size, message.CHUNK_SIZE)
             yield offset, sent.cut(offset, size)
