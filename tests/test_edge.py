@@ -397,11 +397,8 @@ def test_a_beat_carries_ages_and_wrong_ones_are_refused() -> None:
             self.presence = Presence(count, 0, 1.0)
             self.heard: list[float] = []
 
-        def ages(self) -> Sequence[float]:
-            return (0.0, 2.5, -1.0)
-
-        def steps(self) -> Sequence[int]:
-            return (7, 0, 2**64 - 1)
+        def tells(self) -> tuple[Sequence[float], Sequence[int]]:
+            return (0.0, 2.5, -1.0), (7, 0, 2**64 - 1)
 
         def told(self, ages: Sequence[float], steps: Sequence[int]) -> None:
             self.presence.told(ages, steps, 0.0)

@@ -29,8 +29,6 @@ MAX_OFFERS = 1 << 16
 """Messages a neighbour may announce ahead of us."""
 MAX_MISSED = 1024
 """Of so many, the newest, a neighbour is told that they were missed."""
-
-
 _pack = FRAMES.pack
 
 
@@ -75,13 +73,9 @@ class Listener:
     def runs_twice(self) -> None:
         """A process of the neighbour is back that another one had replaced: there are two."""
 
-    def ages(self) -> Sequence[float]:
-        """What goes with a beat (see presence)."""
-        return ()
-
-    def steps(self) -> Sequence[int]:
-        """What goes with a beat too; as many as ages."""
-        return ()
+    def tells(self) -> tuple[Sequence[float], Sequence[int]]:
+        """What goes with a beat: ages, and as many steps (see presence)."""
+        return (), ()
 
     def told(self, ages: Sequence[float], steps: Sequence[int]) -> None:
         """What came with one. Raises ValueError where it cannot be."""
@@ -235,7 +229,7 @@ class Edge:
         return [_pack(Kind.LEAVE)]
 
     def beat(self) -> bytes:
-        ages, steps = self._listener.ages(), self._listener.steps()
+        ages, steps = self._listener.tells()
         return _pack(Kind.BEAT, self.round) + struct.pack(f"<{len(ages)}f{len(steps)}Q", *ages, *steps)
 
     def is_second(self, frame: bytes) -> bool:

@@ -94,14 +94,11 @@ class Neighbor(Listener):
     def runs_twice(self) -> None:
         self.log("runs_twice", peer=self.name)
 
-    def ages(self) -> Sequence[float]:
-        return self.presence.ages(time.monotonic())
-
     def got_on(self) -> None:
         self.presence.got_on(time.monotonic())
 
-    def steps(self) -> Sequence[int]:
-        return self.presence.steps()
+    def tells(self) -> tuple[Sequence[float], Sequence[int]]:
+        return self.presence.ages(time.monotonic()), self.presence.steps()
 
     def told(self, ages: Sequence[float], steps: Sequence[int]) -> None:
         self.presence.told(ages, steps, time.monotonic())
