@@ -169,7 +169,7 @@ def join(options: SiteOptions, progress: Progress) -> dict[str, Any]:
             progress.note(sentence(event, fields))
 
     folder, listen = RunFolder(out), options.address(charter, index)
-    if not (is_held(out) or folder.summary.exists()):
+    if not folder.summary.exists():
         check_port(listen)  # before anything is loaded
     node = Node(charter, own, listen, log)
     resume = folder.holds_run
@@ -177,8 +177,7 @@ def join(options: SiteOptions, progress: Progress) -> dict[str, Any]:
     names = [member.name for member in charter.members]
     site = Site(index, counts, partial(check_base, charter, config.model.path), names, audit.contributions)
     requests = Requests(charter, options.charter, _leave_request(out))
-    if not is_held(out):
-        requests.leave.unlink(missing_ok=True)
+    requests.leave.unlink(missing_ok=True)
     done = left = False
     try:
         summary = run(
