@@ -111,7 +111,7 @@ class Consortium:
         self.data = [write_rows(folder / f"{name}.jsonl", 40 + 4 * i) for i, name in enumerate(NAMES)]
         recipe = tree(folder, model, **{"algorithm": {"name": "deca", "lr": 1e-2, **algorithm}, **sections})
         recipe["data"] |= {"train": [str(path) for path in self.data], "partition": {"kind": "files"}}
-        recipe["run"]["out"] = str(folder / "simulated")
+        recipe["run"]["out"] = str(folder / "simulated" / "run")
         self.config = from_dict(recipe, METHODS)[0]
         self.recipe = folder / "recipe.toml"
         self.recipe.write_text(tomli_w.dumps(recipe))
@@ -155,16 +155,17 @@ class Consortium:
         lines = path.read_text().splitlines() if path.exists() else []
         return [event for event in map(json.loads, lines) if event["event"] == kind]
 
-    def same_model(self, name: str) -> bool:
-        files = [
-            load_file(next((folder / "model").glob("*.safetensors")))
-            for folder in (self.folder / "simulated", self.folder / name / "run")
-        ]
-        return files[0].keys() == files[1].keys() and all(torch.equal(files[0][n], files[1][n]) for n in files[0])
+    def summary(self, name: str) -> dict[str, Any]:
+        return dict(json.loads((self.folder / name / "run" / "summary.json").read_text()))
 
     def models(self, names: Iterable[str]) -> list[dict[str, torch.Tensor]]:
-        """What the sites ended with."""
+        """What the sites ended with; "simulated" is the simulation."""
         return [load_file(next((self.folder / name / "run" / "model").glob("*.safetensors"))) for name in names]
+
+    def assert_agreed(self, names: Iterable[str] = NAMES) -> None:
+        first, *others = self.models(names)
+        for other in others:
+            assert first.keys() == other.keys() and all(torch.equal(first[name], other[name]) for name in first)
 
     def ended(self, processes: dict[str, Any]) -> None:
         for name, process in processes.items():
@@ -194,10 +195,10 @@ def test_sites_end_with_bitwise_the_weights_of_the_simulation(name: str, tmp_pat
     consortium = Consortium(tmp_path, micro_model, **TRIED[name])
     summary = run(consortium.config)
     consortium.ended({site: consortium.site(site) for site in consortium.names})
+    consortium.assert_agreed(["simulated", *consortium.names])
     for index, site in enumerate(consortium.names):
-        assert consortium.same_model(site)
         if site in NAMES:
-            told = json.loads((tmp_path / site / "run" / "summary.json").read_text())
+            told = consortium.summary(site)
             assert told["bytes_sent_per_peer"][index] == summary["bytes_sent_per_peer"][index]
             assert told["metrics"]["peers"][index] == summary["metrics"]["peers"][index]
             assert told["metrics"]["average_model"] == summary["metrics"]["average_model"]
@@ -210,8 +211,7 @@ def test_sites_end_with_bitwise_the_weights_of_the_simulation(name: str, tmp_pat
 
 def test_a_killed_site_comes_back_and_nothing_is_lost(tmp_path: Path, micro_model: Path) -> None:
     """kill -9 in mid-run; all it had is moved, as to another machine: all end with the bits of an undisturbed run."""
-    section = {"num_peers": 4, "threads": 1, "checkpoint_every": 2}
-    consortium = Consortium(tmp_path, micro_model, {"inner_steps": 16}, run=section)
+    consortium = Consortium(tmp_path, micro_model, {"inner_steps": 16}, run={"checkpoint_every": 2})
     run(consortium.config)
     processes = {site: consortium.site(site) for site in NAMES}
     victim = processes["east"]
@@ -233,15 +233,13 @@ def test_a_killed_site_comes_back_and_nothing_is_lost(tmp_path: Path, micro_mode
     )
     (moved.folder / "east").rename(tmp_path / "east")
     assert consortium.events("east", "resume", "events.jsonl")
-    for site in NAMES:
-        assert consortium.same_model(site)
-        assert not consortium.events(site, "left_out")
+    consortium.assert_agreed(["simulated", *NAMES])
+    assert not any(consortium.events(site, "left_out") for site in NAMES)
 
 
 def test_a_site_whose_newest_checkpoint_is_damaged_takes_the_one_before(tmp_path: Path, micro_model: Path) -> None:
     """As after a power cut; the others go on, and it catches up with them."""
-    section = {"num_peers": 4, "threads": 1, "checkpoint_every": 2}
-    consortium = Consortium(tmp_path, micro_model, {"inner_steps": 16}, run=section)
+    consortium = Consortium(tmp_path, micro_model, {"inner_steps": 16}, run={"checkpoint_every": 2})
     processes = {site: consortium.site(site) for site in NAMES}
     wait_for(lambda: len(consortium.events("east", "round", "events.jsonl")) >= 7)
     os.kill(processes["east"].pid, signal.SIGKILL)
@@ -255,15 +253,14 @@ def test_a_site_whose_newest_checkpoint_is_damaged_takes_the_one_before(tmp_path
     log = " ".join((tmp_path / "east" / "log").read_text().split())
     assert f"{newest}: damaged: block-000.safetensors is not what was written; the one before it is taken" in log
     assert "delete this folder" not in log
-    assert_agreed(consortium)
+    consortium.assert_agreed()
 
 
 def test_a_site_that_is_killed_while_it_writes_the_model_keeps_the_one_agreed_on(
     tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When it is back the others have ended, and will not agree with it a second time."""
-    section = {"num_peers": 4, "threads": 1}
-    consortium = Consortium(tmp_path, micro_model, {"inner_steps": 4}, grace=1.0, run=section)
+    consortium = Consortium(tmp_path, micro_model, {"inner_steps": 4}, grace=1.0)
     run(consortium.config)
     processes = {site: consortium.site(site) for site in NAMES if site != "east"}
     with monkeypatch.context() as dies:
@@ -273,18 +270,17 @@ def test_a_site_that_is_killed_while_it_writes_the_model_keeps_the_one_agreed_on
     assert victim.exitcode == 9
     consortium.ended(processes)
     consortium.ended({"east": consortium.site("east")})
-    summary = json.loads((tmp_path / "east" / "run" / "summary.json").read_text())
+    summary = consortium.summary("east")
     assert summary["agreement"] == {"with": ["north", "south", "west"], "without": [], "unheard": [], "is_one": True}
     assert len(summary["metrics"]["peers"]) == 4 and summary["metrics"]["peers"][1]
-    assert all(consortium.same_model(site) for site in NAMES)
+    consortium.assert_agreed(["simulated", *NAMES])
 
 
 def test_who_is_killed_in_the_final_agreement_is_agreed_without(
     tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After it has sent its part of the first block, and for good."""
-    section = {"num_peers": 4, "threads": 1}
-    consortium = Consortium(tmp_path, micro_model, {}, grace=1.0, run=section)
+    consortium = Consortium(tmp_path, micro_model, {}, grace=1.0)
     start = NetworkExchange.start
 
     def dying(self: NetworkExchange, round: int, hop: Hop, out: Any) -> None:
@@ -299,17 +295,16 @@ def test_who_is_killed_in_the_final_agreement_is_agreed_without(
     processes = {name: consortium.site(name) for name in others}
     consortium.ended(processes)
     assert lost.exitcode == 9
-    assert_agreed(consortium, others)
+    consortium.assert_agreed(others)
     for name in others:
-        agreement = json.loads((tmp_path / name / "run" / "summary.json").read_text())["agreement"]
+        agreement = consortium.summary(name)["agreement"]
         assert agreement["without"] == ["east"] and sorted([name, *agreement["with"]]) == sorted(others)
 
 
 def test_the_sites_of_a_server_wait_for_it(tmp_path: Path, micro_model: Path) -> None:
     """For longer than the grace: alone each would only go its own way. When it is back all end with one model."""
-    section = {"num_peers": 4, "threads": 1}
     fedavg = {"name": "fedavg", "rounds": 30, "local_steps": 2}
-    consortium = Consortium(tmp_path, micro_model, fedavg, grace=2.0, run=section, **STAR)
+    consortium = Consortium(tmp_path, micro_model, fedavg, grace=2.0, **STAR)
     processes = {site: consortium.site(site, delay=0.1) for site in consortium.names}
     wait_for(lambda: len(consortium.events("east", "round", "events.jsonl")) >= 5)
     os.kill(processes["server"].pid, signal.SIGKILL)
@@ -319,25 +314,22 @@ def test_the_sites_of_a_server_wait_for_it(tmp_path: Path, micro_model: Path) ->
     processes["server"] = consortium.site("server")
     consortium.ended(processes)
     assert not any(consortium.events(site, "left_out") for site in NAMES), "each had the server's answer in all rounds"
-    models = consortium.models(processes)
-    assert all(torch.equal(model[name], models[0][name]) for model in models for name in model)
+    consortium.assert_agreed(processes)
 
 
 def test_an_average_of_all_goes_on_without_the_lost_and_ends_with_one_model(tmp_path: Path, micro_model: Path) -> None:
     """FedAvg without a server: everybody averages everybody, so no round of theirs ends with one model by itself."""
-    section = {"num_peers": 4, "threads": 1}
     fedavg = {"name": "fedavg", "rounds": 30, "local_steps": 2, "server_optimizer": "nesterov"}
     graph = {"kind": "complete", "weights": "samples"}
-    consortium = Consortium(tmp_path, micro_model, fedavg, grace=1.0, doors=NAMES, run=section, topology=graph)
+    consortium = Consortium(tmp_path, micro_model, fedavg, grace=1.0, doors=NAMES, topology=graph)
     processes = {site: consortium.site(site, delay=0.1) for site in NAMES}
     wait_for(lambda: len(consortium.events("east", "round", "events.jsonl")) >= 5)
     os.kill(processes["east"].pid, signal.SIGKILL)
     processes.pop("east").join()
     consortium.ended(processes)
-    models = consortium.models(processes)
-    assert all(torch.equal(model[name], models[0][name]) for model in models for name in model)
+    consortium.assert_agreed(processes)
     for site in processes:
-        told = json.loads((tmp_path / site / "run" / "summary.json").read_text())["agreement"]
+        told = consortium.summary(site)["agreement"]
         assert told["without"] == ["east"] and sorted([site, *told["with"]]) == sorted(processes)
 
 
@@ -359,8 +351,7 @@ def test_a_block_that_is_personal_as_a_whole_is_not_waited_for(tmp_path: Path, m
 
 def test_a_site_that_stays_away_is_left_out_and_the_others_finish(tmp_path: Path, micro_model: Path) -> None:
     """Its neighbours wait once; every round's record names it, and nobody is dropped in silence."""
-    section = {"num_peers": 4, "threads": 1}
-    consortium = Consortium(tmp_path, micro_model, {"inner_steps": 16}, grace=1.0, run=section)
+    consortium = Consortium(tmp_path, micro_model, {"inner_steps": 16}, grace=1.0)
     processes = {site: consortium.site(site) for site in NAMES}
     wait_for(lambda: len(consortium.events("east", "round", "events.jsonl")) >= 5)
     os.kill(processes["east"].pid, signal.SIGKILL)
@@ -373,7 +364,7 @@ def test_a_site_that_stays_away_is_left_out_and_the_others_finish(tmp_path: Path
         assert recorded == left
         waited = [e["time"] for e in consortium.events(site, "left_out")]
         assert len(left) > 10 and sorted(waited) == waited
-        summary = json.loads((tmp_path / site / "run" / "summary.json").read_text())
+        summary = consortium.summary(site)
         told = {"peer": site, "went_without": "east", "rounds": len(left)}
         assert summary["rounds_without"] == [told]
         (lost,) = [each for each in summary["contributions"] if each["neighbor"] == "east"]
@@ -385,9 +376,9 @@ def test_a_site_that_stays_away_is_left_out_and_the_others_finish(tmp_path: Path
         assert "nothing was heard of east: the" in " ".join((tmp_path / site / "log").read_text().split())
         (agreement,) = consortium.events(site, "agreement", "events.jsonl")
         assert agreement["absent"] == [1]
-    assert_agreed(consortium, list(processes))
+    consortium.assert_agreed(processes)
     assert not consortium.events("west", "left_out")
-    loss = [json.loads((tmp_path / site / "run" / "summary.json").read_text())["metrics"] for site in processes]
+    loss = [consortium.summary(site)["metrics"] for site in processes]
     assert all(m["average_model"]["loss"] < m["before"]["loss"] for m in loss)
 
 
@@ -404,7 +395,7 @@ def test_a_site_that_lost_its_folder_comes_back_and_all_agree(tmp_path: Path, mi
     assert late and {event["round"] for event in late} <= set(away) and late[0]["used"]
     assert all(event["amount"] < 1.0 for event in late)
     assert consortium.events("east", "was_missed")
-    assert_agreed(consortium)
+    consortium.assert_agreed()
 
 
 @pytest.mark.parametrize("kept_bytes", [1, outbox.KEPT_BYTES])
@@ -422,15 +413,15 @@ def test_a_site_far_behind_takes_up_the_run_from_a_neighbor(
     assert rounds == [*range(joined["round"] - joined["missed"]), *range(joined["round"], 192)]
     (told,) = consortium.events("east", "join", "events.jsonl")
     assert (told["round"], told["missed"]) == (joined["round"], joined["missed"])
-    assert_agreed(consortium)
+    consortium.assert_agreed()
 
 
 def test_a_site_leaves_in_good_order_and_comes_back(
     tmp_path: Path, micro_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nobody waits for it, though the grace is long; by the same command it goes on from where it left."""
-    section = {"num_peers": 4, "threads": 1, "checkpoint_every": 100}
-    consortium = Consortium(tmp_path, micro_model, {"inner_steps": 12, "outer_rounds": 4}, grace=600.0, run=section)
+    keys, seldom = {"inner_steps": 12, "outer_rounds": 4}, {"checkpoint_every": 100}
+    consortium = Consortium(tmp_path, micro_model, keys, grace=600.0, run=seldom)
     with pytest.raises(CheckpointError, match="holds no run of a consortium"):
         leave(tmp_path / "east" / "run")
     processes = {site: consortium.site(site) for site in NAMES}
@@ -455,7 +446,7 @@ def test_a_site_leaves_in_good_order_and_comes_back(
     assert {event["peer"] for event in consortium.events("north", "finished")} == {"east", "west"}
     with pytest.raises(CheckpointError, match="this run is finished"):
         leave(tmp_path / "east" / "run")
-    assert_agreed(consortium)
+    consortium.assert_agreed()
 
 
 @pytest.mark.parametrize("comes_late", [False, True])
@@ -482,9 +473,7 @@ def test_a_request_to_leave_is_gone_with_the_process_that_it_was_for(
 
 def test_below_the_quorum_the_run_waits_until_enough_are_back(tmp_path: Path, micro_model: Path) -> None:
     """Two of four are killed where three are needed: the others stand still beyond the grace, and say so."""
-    section = {"num_peers": 4, "threads": 1}
-    consortium = Consortium(tmp_path, micro_model, {"inner_steps": 16}, grace=1.0, quorum=3, run=section)
-    run(consortium.config)
+    consortium = Consortium(tmp_path, micro_model, {"inner_steps": 16}, grace=1.0, quorum=3)
     processes = {site: consortium.site(site) for site in NAMES}
     wait_for(lambda: len(consortium.events("east", "round", "events.jsonl")) >= 4)
     for site in ("east", "west"):
@@ -498,14 +487,14 @@ def test_below_the_quorum_the_run_waits_until_enough_are_back(tmp_path: Path, mi
     consortium.ended(processes)
     for site in ("north", "south"):
         assert len(consortium.events(site, "resumed")) == len(consortium.events(site, "paused"))
-    assert_agreed(consortium)
+    consortium.assert_agreed()
 
 
 def test_a_member_who_gets_nowhere_is_ejected_by_most_of_the_others(
     tmp_path: Path, micro_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It answers and never finishes its round, so all wait, until three of four have signed."""
-    consortium = Consortium(tmp_path, micro_model, {"inner_steps": 8}, run={"num_peers": 4, "threads": 1})
+    consortium = Consortium(tmp_path, micro_model, {"inner_steps": 8})
     processes = {site: consortium.site(site, delay=1000.0 * (site == "east")) for site in NAMES}
     wait_for(lambda: all(consortium.events(site, "connected") for site in NAMES))
 
@@ -526,7 +515,7 @@ def test_a_member_who_gets_nowhere_is_ejected_by_most_of_the_others(
         assert (ejected["peer"], ejected["signed_by"]) == ("east", "north, south, west")
     rounds = len(consortium.events("north", "round", "events.jsonl"))
     assert [e["round"] for e in consortium.events("north", "left_out") if e["hop"] == "gossip"] == list(range(rounds))
-    assert_agreed(consortium, list(processes))
+    consortium.assert_agreed(processes)
 
 
 def test_an_ejection_holds_with_whole_signatures_of_this_charter_only(tmp_path: Path) -> None:
@@ -674,8 +663,7 @@ def lose(consortium: Consortium, processes: dict[str, Any], site: str, after: in
 
 def lose_east(tmp_path: Path, micro_model: Path) -> tuple[Consortium, dict[str, Any]]:
     """Sites in mid-run; east is killed, its folder gone, and the others go on without it."""
-    section = {"num_peers": 4, "threads": 1}
-    consortium = Consortium(tmp_path, micro_model, {"inner_steps": 12, "outer_rounds": 4}, grace=0.5, run=section)
+    consortium = Consortium(tmp_path, micro_model, {"inner_steps": 12, "outer_rounds": 4}, grace=0.5)
     processes = {site: consortium.site(site) for site in NAMES}
     lose(consortium, processes, "east", after=3)
     wait_for(lambda: bool(consortium.events("north", "left_out")))
@@ -693,26 +681,19 @@ def test_who_is_in_the_agreement_but_was_not_in_the_last_round_is_named(
         return local(self, round)
 
     monkeypatch.setattr(Deca, "local", slow_in_the_end)
-    section = {"num_peers": 4, "threads": 1}
-    consortium = Consortium(tmp_path, micro_model, {"inner_steps": 12, "outer_rounds": 2}, grace=3.0, run=section)
+    consortium = Consortium(tmp_path, micro_model, {"inner_steps": 12, "outer_rounds": 2}, grace=3.0)
     processes = {site: consortium.site(site) for site in NAMES}
     lose(consortium, processes, "east", after=40)
     wait_for(lambda: len(consortium.events("north", "round", "events.jsonl")) >= 86)
     processes["east"] = consortium.site("east")
     consortium.ended(processes)
-    assert_agreed(consortium)
+    consortium.assert_agreed()
     for site in NAMES:
-        agreement = json.loads((tmp_path / site / "run" / "summary.json").read_text())["agreement"]
+        agreement = consortium.summary(site)["agreement"]
         expected = ["east"] if site in ("north", "south") else []  # its neighbours
         assert agreement["without"] == [] and agreement["unheard"] == expected
         log = " ".join((tmp_path / site / "log").read_text().split())
         assert ("nothing was heard of east in the last round, but again in the final" in log) == bool(expected)
-
-
-def assert_agreed(consortium: Consortium, names: Sequence[str] = NAMES) -> None:
-    folders = [consortium.folder / site / "run" / "model" for site in names]
-    models = [load_file(next(folder.glob("*.safetensors"))) for folder in folders]
-    assert all(torch.equal(model[name], models[0][name]) for model in models for name in model)
 
 
 def test_a_refused_message_ends_the_stream_and_the_edge_is_dialled_anew(tmp_path: Path) -> None:
@@ -744,11 +725,13 @@ def test_the_weight_of_the_missing_goes_to_self_or_is_spread() -> None:
     assert without(row, [0, 1, 2], 7) == {}
 
 
-def wait_for(happened: Callable[[], bool]) -> None:
+def wait_for(happened: Callable[[], Any]) -> Any:
+    """What happened."""
     end = time.monotonic() + 60
-    while not happened():
+    while not (found := happened()):
         assert time.monotonic() < end
         time.sleep(0.002)
+    return found
 
 
 def test_members_with_another_charter_are_refused_by_name_of_the_difference(tmp_path: Path, micro_model: Path) -> None:

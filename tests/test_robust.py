@@ -279,7 +279,7 @@ def test_sites_end_with_bitwise_the_weights_of_the_simulation(tmp_path: Path, mi
     consortium = Consortium(tmp_path, micro_model, {}, exchange={"robust": "clip"})
     summary = run(consortium.config)
     consortium.ended({site: consortium.site(site) for site in NAMES})
-    simulated, models = CheckpointStore(tmp_path / "simulated" / "checkpoints"), []
+    simulated, models = CheckpointStore(tmp_path / "simulated" / "run" / "checkpoints"), []
     for index, site in enumerate(NAMES):
         there = CheckpointStore(tmp_path / site / "run" / "checkpoints")
         expected, found = (store.load(index, summary["rounds"])[0] for store in (simulated, there))
@@ -296,7 +296,7 @@ def test_sites_end_with_the_model_of_a_robust_server(tmp_path: Path, micro_model
     consortium = Consortium(tmp_path, micro_model, algorithm, topology=star, exchange={"robust": "trimmed_mean"})
     run(consortium.config)
     consortium.ended({site: consortium.site(site) for site in consortium.names})
-    assert all(consortium.same_model(site) for site in consortium.names)
+    consortium.assert_agreed(["simulated", *consortium.names])
 
 
 def test_methods_that_cannot_be_made_robust_are_refused_before_a_run(tmp_path: Path, micro_model: Path) -> None:

@@ -42,7 +42,7 @@ from peertune.watch.page import fragments
 from peertune.watch.server import WatchServer, is_loopback
 from peertune.watch.state import Snapshot, snapshot
 from tests.recipes import recipe
-from tests.test_consortium import NAMES, Consortium
+from tests.test_consortium import NAMES, Consortium, wait_for
 from tests.test_report import chromium
 
 T0 = 1_760_000_000.0
@@ -115,14 +115,6 @@ def at_work(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def wait_for(happened: Callable[[], Any], seconds: float = 60.0) -> Any:
-    end = time.monotonic() + seconds
-    while not (found := happened()):
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    return found
 
 
 def test_a_sites_logs_tell_its_neighbors_and_who_is_missing() -> None:
