@@ -262,14 +262,7 @@ class Edge:
         if kind is Kind.CHUNK:
             return self._arrived(key, fields[2], fields[3], rest)
         if kind is Kind.HELLO:
-            if fields[0] != self.peer_boot:
-                # A new process makes its messages anew: no part of an old one is put together with those.
-                for incoming in self.inbox.values():
-                    incoming.offset = 0
-                self.peer_round, self.peer_is_finished = 0, False
-                self.outbox.begin_process()
-                self.no_state()
-            self.peer_boot, self.peer_has_left = fields[0], False
+            self._greeted(fields[0])
         elif kind is Kind.GOT:
             self.outbox.got(key)
         elif kind is Kind.GONE:
@@ -281,16 +274,7 @@ class Edge:
             self.outbox.drop_before(fields[0])
             self.peer_missed = {key for key in self.peer_missed if key[0] >= fields[0]}
         elif kind is Kind.BEAT:
-            count = len(rest) // struct.calcsize("<fQ")
-            try:
-                told = struct.unpack(f"<{count}f{count}Q", rest)
-                self._listener.told(told[:count], told[count:])
-            except (ValueError, struct.error) as error:
-                raise ProtocolError(f"sent a beat that is none: {error}") from None
-            self.peer_round, self.peer_passed = max(self.peer_round, fields[0]), fields[0]
-            # Else those who exchange with others in each round could wait for each other in a circle.
-            for key in [key for key in self.inbox if key[0] < fields[0] and key not in self.offers and key[1] != STATE]:
-                self.give_up(key)
+            self._heard_beat(fields[0], rest)
         elif kind is Kind.ASK:
             self.peer_asks = True
         elif kind is Kind.LEAVE:
@@ -307,6 +291,28 @@ class Edge:
             for key in [key for key in self.inbox if key not in self.offers]:
                 self.give_up(key)
         return []
+
+    def _greeted(self, boot: bytes) -> None:
+        if boot != self.peer_boot:
+            # A new process makes its messages anew: no part of an old one is put together with those.
+            for incoming in self.inbox.values():
+                incoming.offset = 0
+            self.peer_round, self.peer_is_finished = 0, False
+            self.outbox.begin_process()
+            self.no_state()
+        self.peer_boot, self.peer_has_left = boot, False
+
+    def _heard_beat(self, round: int, word: memoryview) -> None:
+        count = len(word) // struct.calcsize("<fQ")
+        try:
+            told = struct.unpack(f"<{count}f{count}Q", word)
+            self._listener.told(told[:count], told[count:])
+        except (ValueError, struct.error) as error:
+            raise ProtocolError(f"sent a beat that is none: {error}") from None
+        self.peer_round, self.peer_passed = max(self.peer_round, round), round
+        # Else those who exchange with others in each round could wait for each other in a circle.
+        for key in [key for key in self.inbox if key[0] < round and key not in self.offers and key[1] != STATE]:
+            self.give_up(key)
 
     def _offered(self, key: Key, size: int, hash: bytes) -> Iterable[bytes]:
         self.peer_round = max(self.peer_round, key[0])
