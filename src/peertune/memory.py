@@ -99,12 +99,10 @@ def peak_bytes(device: torch.device) -> int:
     """Peak bytes since `reset_peak`: allocated on the GPU, else resident on the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
+    with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    except OSError:
-        pass
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

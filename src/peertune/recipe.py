@@ -60,10 +60,9 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str], methods: Meth
 def from_dict(tree: Mapping[str, Any], methods: Methods) -> tuple[RunConfig, list[str]]:
     """Check a recipe given as nested dicts. Returns and raises as `load_recipe`."""
     raw = tree.get("algorithm", {})
-    raw = {**raw} if isinstance(raw, Mapping) else raw
     notes: list[str] = []
     method: type[AlgorithmConfig] = AlgorithmConfig
-    if isinstance(raw, dict):
+    if isinstance(raw, Mapping):
         name = raw.get("name", "deca")
         if not isinstance(name, str) or name not in methods:
             raise ConfigError(
@@ -74,7 +73,7 @@ def from_dict(tree: Mapping[str, Any], methods: Methods) -> tuple[RunConfig, lis
         for key in sorted(others & raw.keys()):
             users = ", ".join(n for n, m in methods.items() if key in m.model_fields)
             notes.append(f"algorithm.{key} is not used by {name} (it is a key of {users})")
-            del raw[key]
+        raw = {key: value for key, value in raw.items() if key not in others}
     try:
         algorithm = method.model_validate(raw)
     except ValidationError as error:
