@@ -80,11 +80,14 @@ def empty(text: str) -> str:
     return f'<p class="empty">{esc(text)}</p>'
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
-    """A table of HTML cells, the first column left-aligned; long ones scroll."""
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "", label: str = "") -> str:
+    """A table of HTML cells, the first column left-aligned; long ones scroll: with a label by the keyboard too."""
     top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    named = f' aria-label="{label}"' if label else ""
+    region = f' tabindex="0" role="region"{named}' if label else ""
+    inner = f'<table class="{kind}"{named}><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<div class="scroll"{region}>{inner}</div>'
 
 
 def recipe_text(config: Mapping[str, Any]) -> str:

@@ -14,6 +14,9 @@ from peertune.report.charts import LEGEND_MAX, NUM_COLORS, Band, Line, line_char
 from peertune.report.events import Metrics, RunRecord
 from peertune.report.html import box, card, empty, esc, page_header, table
 
+ONE_SITE = "A site sees only its own model: how far the models are apart is known in a simulation and on a cluster."
+"""Why a site has no consensus distance."""
+
 
 def title(run: RunRecord) -> str:
     """The method and its number of peers, as HTML."""
@@ -143,9 +146,7 @@ def consensus(run: RunRecord) -> str:
     chart = line_chart(x, lines, y_title="consensus distance (L2 norm, log)", log=True, show=partial(number, digits=3))
     reason = "One model: nothing to disagree about." if run.num_models == 1 else "Not measured yet, or zero throughout."
     if run.is_site:
-        reason = (
-            "A site sees only its own model: how far the models are apart is known in a simulation and on a cluster."
-        )
+        reason = ONE_SITE
     lead = "How far the peers' trained weights are from their average."
     return card("consensus", "Consensus distance", chart or empty(reason), wide=False, lead=lead)
 

@@ -10,7 +10,8 @@ import math
 from peertune.formatting import NONE, count, duration, number, percent, plural, traffic
 from peertune.report.charts import Line, line_chart
 from peertune.report.graph import BOX, CENTER, graph_svg
-from peertune.report.html import box, empty, esc
+from peertune.report.html import box, empty, esc, table
+from peertune.report.results import ONE_SITE
 from peertune.watch.state import PeerState, Snapshot
 
 STATES = {
@@ -40,9 +41,7 @@ def fragments(state: Snapshot) -> dict[str, str]:
             state.curve_consensus,
             state.consensus_distance,
             ("consensus distance", "L2 norm"),
-            "A site sees only its own model: how far the models are apart is known in a simulation and on a cluster."
-            if state.is_site
-            else "Not known for any round yet.",
+            ONE_SITE if state.is_site else "Not known for any round yet.",
         ),
         "recent": _recent(state),
     }
@@ -168,13 +167,7 @@ def _peers(state: Snapshot) -> str:
     else:
         names = "peer|training loss|bytes sent"
         rows = [[esc(peer.name), number(peer.loss), traffic(peer.bytes_sent)] for peer in state.peers]
-    head = "".join(f'<th scope="col">{name}</th>' for name in names.split("|"))
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    caption = "Neighbours of this site" if state.is_site else "Peers of the run"
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table aria-label="{caption}">'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
+    return table(names.split("|"), rows, label="Neighbours of this site" if state.is_site else "Peers of the run")
 
 
 def _curve(

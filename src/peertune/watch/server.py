@@ -61,7 +61,7 @@ class News:
         self._watch, self._note = RunWatch(path), note
         self._changed = threading.Condition()
         self._number = 0
-        self._closed = threading.Event()
+        self.closed = threading.Event()
         self._message = b""
         self._look()
         self._thread = threading.Thread(target=self._follow, name="watch", daemon=True)
@@ -77,7 +77,7 @@ class News:
 
     def _follow(self) -> None:
         told = ""
-        while not self._closed.wait(POLL_S):
+        while not self.closed.wait(POLL_S):
             try:
                 self._look()
                 told = ""
@@ -94,15 +94,11 @@ class News:
     def after(self, number: int) -> tuple[int, bytes]:
         """The next message after that of a number, and its own number; the same number where none comes for a while."""
         with self._changed:
-            self._changed.wait_for(lambda: self._number > number or self._closed.is_set(), ALIVE_S)
+            self._changed.wait_for(lambda: self._number > number or self.closed.is_set(), ALIVE_S)
             return self._number, self._message
 
-    @property
-    def is_closed(self) -> bool:
-        return self._closed.is_set()
-
     def close(self) -> None:
-        self._closed.set()
+        self.closed.set()
         with self._changed:
             self._changed.notify_all()
         self._thread.join()
@@ -211,7 +207,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(b"retry: 1000\n\n")
         number, news = 0, self.server.news
-        while not news.is_closed:
+        while not news.closed.is_set():
             then, told = news.after(number)
             self.wfile.write(told if then != number else b": still here\n\n")
             number = then
