@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ def export(
         raise CheckpointError(f"--to: {to} exists already; name a new folder")
     check_writable(to, "--to")
     recipe = folder.read_recipe()
+    site = recipe.get("site")
     kind = recipe["config"]["algorithm"].get("adapter", "none")
     if adapter and kind not in PEFT_KINDS:
         raise ConfigError(
@@ -61,31 +63,43 @@ def export(
             shutil.copytree(finished[0], to, dirs_exist_ok=True, ignore=_links)
         return None
     if peer is not None:
-        _check_peer(recipe["config"], peer, recipe.get("site"))
+        _check_peer(recipe["config"], peer, site)
     config, _ = from_dict(recipe["config"], METHODS)
     config = config.model_copy(
         update={"model": config.model.model_copy(update={"trust_remote_code": trust_remote_code})}
     )
     store = CheckpointStore(folder.checkpoints, config.run.ranks_per_peer)
-    site = recipe.get("site")
     members = range(recipe["members"]) if site is None else [site]
     done = newest_common([store.rounds(member) for member in members])
     if done is None:
-        what = (
-            "has neither model nor checkpoints any more"
-            if folder.summary.exists()
-            else "has no complete checkpoint yet"
-        )
-        raise CheckpointError(f"{run}: the run {what}; expected one of them to export")
+        lacks = "neither model nor checkpoints any more" if folder.summary.exists() else "no complete checkpoint yet"
+        raise CheckpointError(f"{run}: the run has {lacks}; expected one of them to export")
     base, cpu = Path(recipe["base"]), torch.device("cpu")
     module = prepare_model(config, cpu, base)
+    own = dict(module.named_parameters())
+    for name, value in _trained(store, done, members, peer, is_alone=site is not None).items():
+        own[name].data.copy_(value)
+    tokenizer, labels = prepare_tokenizer(config, base), recipe.get("labels", ())
+    load_base = None if adapter else partial(load_full_model, config.model, cpu, base)
+    save_trained(to, module, tokenizer, load_base, labels=labels)
+    return done
+
+
+def _trained(
+    store: CheckpointStore, done: int, members: Sequence[int], peer: int | None, *, is_alone: bool
+) -> dict[str, torch.Tensor]:
+    """The peers' average after `done` rounds, and the personal parts of one of them.
+
+    Args:
+        is_alone: there is only one member's checkpoint, which is all of the average.
+    """
     average: dict[str, torch.Tensor] = {}
     personal: dict[str, torch.Tensor] = {}
     for index in members:
         tensors, state = store.load_whole(index, done)
-        if index >= len(state["consensus"]) and site is None:
+        if index >= len(state["consensus"]) and not is_alone:
             break  # the hub, which has no weight in the average
-        weight = state["consensus"][index] if site is None else 1.0
+        weight = 1.0 if is_alone else state["consensus"][index]
         for name in state["common"]:
             high, low = tensors[f"weights/{name}"], tensors.get(f"remainder/{name}")
             master = high.float() if low is None else join_bfloat16(high, low)
@@ -93,13 +107,7 @@ def export(
         if index == peer:
             held = {name.removeprefix("weights/"): t for name, t in tensors.items() if name.startswith("weights/")}
             personal = {name: value for name, value in held.items() if name not in state["common"]}
-    own = dict(module.named_parameters())
-    for name, value in (average | personal).items():
-        own[name].data.copy_(value)
-    tokenizer, labels = prepare_tokenizer(config, base), recipe.get("labels", ())
-    load_base = None if adapter else partial(load_full_model, config.model, cpu, base)
-    save_trained(to, module, tokenizer, load_base, labels=labels)
-    return done
+    return average | personal
 
 
 def _links(folder: str, names: list[str]) -> list[str]:
