@@ -171,7 +171,7 @@ def test_one_peer_and_two_peers(kind: str) -> None:
     alone = build(kind, 1)
     assert alone.weights.tolist() == [[1.0]]
     assert alone.edges == [] and alone.tree() == []
-    assert alone.neighbors(0) == () and alone.second_eigenvalue == 0
+    assert alone.second_eigenvalue == 0
     pair = build(kind, 2, p=0.9, edges=[[1, 0]])
     assert pair.weights.tolist() == [[0.5, 0.5], [0.5, 0.5]]
     assert pair.edges == [(0, 1)] and pair.tree() == [(0, 1)]
@@ -185,31 +185,27 @@ def test_edges_of_each_kind() -> None:
     assert build("torus", 6).edges == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 4), (2, 5), (3, 4), (3, 5), (4, 5)]
 
 
-@pytest.mark.parametrize(("num_peers", "sides"), [(4, (2, 2)), (8, (2, 4)), (12, (3, 4)), (16, (4, 4)), (30, (5, 6))])
-def test_torus_is_the_most_nearly_square_grid(num_peers: int, sides: tuple[int, int]) -> None:
-    a, b = sides
+@pytest.mark.parametrize(("num_peers", "side"), [(4, 2), (8, 4), (12, 4), (16, 4), (30, 6)])
+def test_torus_is_the_most_nearly_square_grid(num_peers: int, side: int) -> None:
     expected = set()
     for i in range(num_peers):
-        for j in (i // b * b + (i + 1) % b, (i + b) % num_peers):
+        for j in (i // side * side + (i + 1) % side, (i + side) % num_peers):
             expected.add((min(i, j), max(i, j)))
-    topology = build("torus", num_peers)
-    assert set(topology.edges) == expected
-    assert {len(topology.neighbors(i)) for i in range(num_peers)} == {(1 if a == 2 else 2) + (1 if b == 2 else 2)}
+    assert set(build("torus", num_peers).edges) == expected
 
 
 def test_a_matrix_of_the_recipes_own_is_w() -> None:
     rows = [[0.5, 0.5, 0.0], [0.0, 0.75, 0.25], [0.3, 0.0, 0.7]]
     topology = build("matrix", 3, matrix=rows)
-    assert topology.weights.tolist() == rows and topology.neighbors(2) == (0,) and topology.targets(2) == (1,)
+    assert topology.weights.tolist() == rows
     assert topology.edges == [(0, 1), (0, 2), (1, 2)] and not topology.is_doubly_stochastic
     np.testing.assert_allclose(np.linalg.matrix_power(topology.weights, 200)[0], topology.stationary)
 
 
 def test_exponential_listens_to_powers_of_two_behind() -> None:
     topology = build("exponential", 6)
-    assert topology.neighbors(0) == (2, 4, 5)
-    assert topology.neighbors(5) == (1, 3, 4)
-    assert topology.targets(0) == (1, 2, 4)
+    assert np.flatnonzero(topology.weights[0]).tolist() == [0, 2, 4, 5]
+    assert np.flatnonzero(topology.weights[5]).tolist() == [1, 3, 4, 5]
     assert not np.array_equal(topology.weights, topology.weights.T)
     assert set(topology.weights[topology.weights > 0]) == {1 / 4}
 
@@ -221,10 +217,8 @@ def test_exponential_is_doubly_stochastic(num_peers: int) -> None:
     assert np.array_equal(topology.weights, build("exponential", num_peers).weights)
     assert topology.is_doubly_stochastic
     assert np.abs(topology.weights.sum(axis=1) - 1).max() <= 1e-12
-    degree = math.ceil(math.log2(num_peers))
-    for peer in range(num_peers):
-        assert len(topology.neighbors(peer)) == len(topology.targets(peer)) == degree
-        assert all(peer in topology.targets(j) for j in topology.neighbors(peer))
+    for axis in (0, 1):
+        assert set(np.count_nonzero(topology.weights, axis)) == {1 + math.ceil(math.log2(num_peers))}
 
 
 def test_erdos_renyi_is_fixed_by_its_seed() -> None:
@@ -287,11 +281,9 @@ def test_identity_is_a_topology_without_edges() -> None:
         alone.tree()
 
 
-def test_one_way_edges_count_once_and_listening_is_not_being_heard() -> None:
+def test_one_way_edges_count_once() -> None:
     topology = Topology("mine", 3, np.array([[0.5, 0.5, 0], [0, 0.5, 0.5], [0, 0.25, 0.75]]))
     assert topology.edges == [(0, 1), (1, 2)]
-    assert topology.neighbors(0) == (1,) and topology.targets(0) == ()
-    assert topology.neighbors(1) == (2,) and topology.targets(1) == (0, 2)
     np.testing.assert_allclose(topology.stationary, [0, 1 / 3, 2 / 3], atol=1e-12)
     assert topology.second_eigenvalue == pytest.approx(0.5, abs=1e-12)
     assert Topology("mine", 2, np.array([[1, 0], [0.5, 0.5]])).edges == [(0, 1)]

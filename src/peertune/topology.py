@@ -86,14 +86,6 @@ class Topology:
         either = np.triu((self.weights > 0) | (self.weights.T > 0), k=1)
         return [(int(i), int(j)) for i, j in np.argwhere(either)]
 
-    def neighbors(self, peer: int) -> tuple[int, ...]:
-        """The other peers that `peer` listens to (W[peer, j] > 0), ascending."""
-        return tuple(int(j) for j in np.flatnonzero(self.weights[peer]) if j != peer)
-
-    def targets(self, peer: int) -> tuple[int, ...]:
-        """The other peers that listen to `peer` (W[j, peer] > 0), ascending; `neighbors`, unless W is directed."""
-        return tuple(int(j) for j in np.flatnonzero(self.weights[:, peer]) if j != peer)
-
     @cached_property
     def is_doubly_stochastic(self) -> bool:
         """Whether the columns sum to 1 as the rows do, so that mixing keeps the mean over peers."""
