@@ -519,9 +519,7 @@ def test_a_member_who_gets_nowhere_is_ejected_by_most_of_the_others(
 
 
 def test_an_ejection_holds_with_whole_signatures_of_this_charter_only(tmp_path: Path) -> None:
-    charter = make_charter(tmp_path, ["a", "b", "c"])
-    for name in "abc":
-        charter = charter.signed(load_identity(tmp_path / name))
+    charter = signed_charter(tmp_path, "abc")
     path = tmp_path / "charter.toml"
     sign_ejection(path, charter, "c", load_identity(tmp_path / "a"))
     assert ejected(path, charter) == {}, "one of three is too few"
@@ -580,10 +578,8 @@ def test_no_signature_covers_two_recipes(value: str, tmp_path: Path) -> None:
 
 
 def test_no_signature_of_the_ejected_counts_and_no_other_file_is_in_the_way(tmp_path: Path) -> None:
-    charter = make_charter(tmp_path, ["a", "b", "c"])
+    charter = signed_charter(tmp_path, "abc")
     sites = {name: load_identity(tmp_path / name) for name in "abc"}
-    for site in sites.values():
-        charter = charter.signed(site)
     path = tmp_path / "charter.toml"
     with pytest.raises(CharterError, match="c cannot eject itself"):
         sign_ejection(path, charter, "c", sites["c"])
@@ -623,9 +619,7 @@ def test_who_is_out_of_reach() -> None:
 
 
 def test_a_site_believes_an_ejection_that_is_its_own_and_signed_by_enough(tmp_path: Path) -> None:
-    charter = make_charter(tmp_path, ["a", "b", "c"])
-    for name in "abc":
-        charter = charter.signed(load_identity(tmp_path / name))
+    charter = signed_charter(tmp_path, "abc")
     one, whole = (sign_ejection(tmp_path / "charter.toml", charter, "c", load_identity(tmp_path / by)) for by in "ab")
     for name, said, is_believed in (("a", whole, False), ("c", one, False), ("c", whole, True)):
         node = Node(charter, load_identity(tmp_path / name), "", lambda *_, **__: None)
@@ -636,9 +630,7 @@ def test_a_site_believes_an_ejection_that_is_its_own_and_signed_by_enough(tmp_pa
 
 def test_a_site_stops_where_its_own_ejection_lies_beside_its_charter(tmp_path: Path) -> None:
     """As at every other site, which `peertune eject` asks for; nobody dials it any more who could tell it so."""
-    charter = make_charter(tmp_path, ["a", "b", "c"])
-    for name in "abc":
-        charter = charter.signed(load_identity(tmp_path / name))
+    charter = signed_charter(tmp_path, "abc")
     path, log = tmp_path / "charter.toml", AuditLog(tmp_path / "audit.jsonl", print)
     node = Node(charter, load_identity(tmp_path / "c"), "", log)
     exchange = NetworkExchange(node, Requests(charter, path, tmp_path / "leave"))
@@ -1047,6 +1039,13 @@ def make_charter(tmp_path: Path, names: list[str]) -> Charter:
     )
 
 
+def signed_charter(tmp_path: Path, names: str) -> Charter:
+    charter = make_charter(tmp_path, list(names))
+    for name in names:
+        charter = charter.signed(load_identity(tmp_path / name))
+    return charter
+
+
 def test_a_charter_holds_only_whole_signed_and_unaltered(tmp_path: Path) -> None:
     charter = make_charter(tmp_path, ["a", "b"])
     half = charter.signed(load_identity(tmp_path / "a"))
@@ -1108,8 +1107,7 @@ def test_signing_takes_over_signatures_that_hold_and_refuses_others(
 
 def test_nothing_may_stand_beside_a_certificate(tmp_path: Path) -> None:
     """It would be trusted too, and whoever owns it could take the member's place."""
-    charter = make_charter(tmp_path, ["a", "b"])
-    charter = charter.signed(load_identity(tmp_path / "a")).signed(load_identity(tmp_path / "b"))
+    charter = signed_charter(tmp_path, "ab")
     other = make_identity(tmp_path / "c").certificate_pem.decode()
     own = charter.signatures["a"]
     more = {**charter.signatures, "a": own.model_copy(update={"certificate": own.certificate + other})}
@@ -1119,9 +1117,8 @@ def test_nothing_may_stand_beside_a_certificate(tmp_path: Path) -> None:
 
 def test_a_certificate_is_of_its_keys_id_and_signed_by_that_key(tmp_path: Path) -> None:
     """Else whoever carries the charter could put one there that its owner does not have, or under another's name."""
-    charter = make_charter(tmp_path, ["a", "b"])
+    charter = signed_charter(tmp_path, "ab")
     a, b = (load_identity(tmp_path / name) for name in "ab")
-    charter = charter.signed(a).signed(b)
     charter.check()
     key_a, key_b = (load_pem_private_key(identity.key_pem, None) for identity in (a, b))
     for member, own, common_name, signer in (("a", key_a, a.id, key_b), ("b", key_b, a.id, key_b)):
