@@ -172,3 +172,12 @@ def test_nan_stays_nan_in_bfloat16(bits: int) -> None:
     high, low = torch.zeros(2, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int16)
     split_bfloat16(master, high, low)
     assert high.isnan().tolist() == [True, False] == join_bfloat16(high, low).isnan().tolist()
+
+
+def test_models_are_the_same_only_with_all_their_parameters() -> None:
+    """Peers with personal parts share the others, and each is measured by itself."""
+    ours, theirs = (MasterWeights({name: nn.Parameter(torch.zeros(2)) for name in ("body", "head")}) for _ in range(2))
+    assert ours.same(theirs)
+    with torch.no_grad():
+        theirs.parameters["head"].add_(1)
+    assert not ours.same(theirs)
