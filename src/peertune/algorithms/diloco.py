@@ -28,5 +28,5 @@ class DilocoConfig(FedavgConfig):
 class Diloco(Fedavg):
     Config = DilocoConfig
 
-    def shares(self) -> Sequence[float]:
+    def consensus(self, round: int) -> Sequence[float]:
         return [1 / self.topology.num_peers] * self.topology.num_peers

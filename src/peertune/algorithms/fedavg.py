@@ -115,13 +115,6 @@ class Fedavg(LocalSteps):
         """The server's index."""
         return self.topology.num_peers
 
-    def shares(self) -> Sequence[float]:
-        """Weight of each peer among all: n_i / n."""
-        return [float(p) for p in self.topology.stationary]
-
-    def consensus(self, round: int) -> Sequence[float]:
-        return self.shares()
-
     def agreement(self, pairs: Collection[tuple[int, int]] | None = None) -> Sequence[Hop]:
         """None is needed, as each round ends with one model; but where there is no server, after losses."""
         return () if self.topology.has_hub or pairs is None else super().agreement(pairs)
@@ -152,7 +145,7 @@ class Fedavg(LocalSteps):
                 gradient_of(self.active[name]).add_(pull)
 
     def hops(self, round: int) -> Sequence[Hop]:
-        shares, chosen = self.shares(), self.sampled(round)
+        shares, chosen = self.consensus(round), self.sampled(round)
         total = sum(shares[i] for i in chosen)
         n = self.topology.num_peers
         if not self.topology.has_hub:

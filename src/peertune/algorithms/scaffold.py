@@ -75,7 +75,7 @@ class Scaffold(Fedavg):
         if hop.name == "down":
             self.control = {name: inbox.mean(CONTROL + name) for name in self.common}
         else:
-            share = sum(self.shares()[i] for i in inbox.weights)  # n_S / n
+            share = float(sum(self.topology.stationary[i] for i in inbox.weights))  # n_S / n
             for name, c in self.control.items():
                 c.add_(inbox.mean(CONTROL + name), alpha=share)
         for name, c in self.own.items():
