@@ -9,14 +9,14 @@ from dataclasses import replace
 
 from peertune.algorithms.deca import Deca
 from peertune.algorithms.turns import BlockwiseConfig, Calendar
-from peertune.model.blocks import Block
+from peertune.model.blocks import Block, as_one
 
 
 class Dpsgd(Deca):
     Config = BlockwiseConfig
 
     def arrange(self, blocks: list[Block]) -> list[Block]:
-        return [Block(0, "all", tuple(name for block in blocks for name in block.parameters), 0)]
+        return [as_one(blocks)]
 
     def make_calendar(self, config: BlockwiseConfig) -> Calendar:
         """One turn of T x B x R steps: the moments are never set back."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -13,7 +14,7 @@ from peertune.algorithms.base import Algorithm, LocalReport
 from peertune.config import AlgorithmConfig, Decays, Epsilon, Positive
 from peertune.exchange import Hop, Inbox, Payload
 from peertune.flat import FlatParameters
-from peertune.model.blocks import Block
+from peertune.model.blocks import Block, as_one
 from peertune.optim import Moments, adam_step, clip_gradients, learning_rate
 from peertune.peer import Peer
 from peertune.topology import Topology
@@ -68,7 +69,7 @@ class LocalSteps(Algorithm):
         """Local steps this peer has taken."""
 
     def arrange(self, blocks: list[Block]) -> list[Block]:
-        return [Block(0, "all", tuple(name for block in blocks for name in block.parameters), 0)]
+        return [as_one(blocks)]
 
     @property
     def num_rounds(self) -> int:
@@ -130,7 +131,7 @@ class LocalSteps(Algorithm):
         """Let gradients reach what the round trains, and have moments for it."""
         names = tuple(name for name in self.blocks[0].parameters if self.trains(name, round))
         if tuple(self.active) != names:
-            active = self.peer.model.activate(Block(0, "all", names, 0))
+            active = self.peer.model.activate(replace(self.blocks[0], parameters=names))
             self.active = {name: active[name] for name in names}
             for name in self.active:
                 self.masters.activate(name)

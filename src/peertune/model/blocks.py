@@ -29,6 +29,11 @@ class Block:
     """The lowest transformer layer that a gradient must reach; the number of layers for a block above them all."""
 
 
+def as_one(blocks: Iterable[Block]) -> Block:
+    """All parameters of several blocks, in their order."""
+    return Block(0, "all", tuple(name for block in blocks for name in block.parameters), 0)
+
+
 def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The transformer layers of a model and their dotted name.
 
@@ -40,14 +45,14 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and all(any(True for _ in m.parameters()) for m in module)
     ]
-    # The outermost of the longest lists: a layer may itself hold lists, of experts for instance.
-    lists.sort(key=lambda item: (item[0].count("."), -len(item[1])))
+    # Not those within another: a layer may itself hold lists, of experts for instance.
     outer = [item for item in lists if not any(item[0].startswith(name + ".") for name, _ in lists)]
-    if not outer or not len(max(outer, key=lambda item: len(item[1]))[1]):
+    prefix, layers = max(outer, key=lambda item: (len(item[1]), -item[0].count(".")), default=("", nn.ModuleList()))
+    if not len(layers):
         raise ModelError(
             f"{type(model).__name__}: no list of transformer layers found; expected a causal language model"
         )
-    return max(outer, key=lambda item: len(item[1]))
+    return prefix, layers
 
 
 def is_tied(model: nn.Module) -> bool:
@@ -73,7 +78,7 @@ def partition_blocks(
         ModelError: the model has no transformer layers.
     """
     prefix, layers = find_layers(model)
-    tied = is_tied(model)
+    tied, size = is_tied(model), layers_per_block or len(layers)
     train = train_embeddings == "all" or (train_embeddings == "untied" and not tied)
     vocabulary = {
         id(p)
@@ -85,40 +90,36 @@ def partition_blocks(
     after: list[str] = []
     embedding: list[str] = []
     head: list[str] = []
-    inside: list[list[str]] = [[] for _ in layers]
+    groups: list[list[str]] = [[] for _ in range(0, len(layers), size)]
     seen_layers = False
     for name, parameter in model.named_parameters():
         seen_layers = seen_layers or name.startswith(prefix + ".")
         if only is not None and name not in only:
             continue
         if name.startswith(prefix + "."):
-            inside[int(name[len(prefix) + 1 :].split(".")[0])].append(name)
+            groups[int(name[len(prefix) + 1 :].split(".")[0]) // size].append(name)
         elif only is None and id(parameter) in vocabulary:
             if train:
                 (head if seen_layers or tied else embedding).append(name)
         else:
             (after if seen_layers else before).append(name)
 
-    size = layers_per_block or len(layers)
-    groups = [(i, list(range(i, min(i + size, len(layers))))) for i in range(0, len(layers), size)]
     pieces: list[tuple[str, list[str], int]] = []
     if embedding:
         pieces.append(("embedding", before + embedding, 0))
-        before = []
-    for first, members in groups:
-        label = f"layer {first}" if len(members) == 1 else f"layers {first}-{members[-1]}"
-        pieces.append((label, [name for i in members for name in inside[i]], first))
-    first_group = 1 if embedding else 0
-    pieces[first_group] = (pieces[first_group][0], before + pieces[first_group][1], 0)
+    else:
+        groups[0] = before + groups[0]
+    for first, names in zip(range(0, len(layers), size), groups, strict=True):
+        last = min(first + size, len(layers)) - 1
+        pieces.append((f"layer {first}" if first == last else f"layers {first}-{last}", names, first))
     if head:
         # A tied head is also the embedding: its gradient goes all the way down.
         pieces.append(("head", after + head, 0 if tied else len(layers)))
     else:
-        pieces[-1] = (pieces[-1][0], pieces[-1][1] + after, pieces[-1][2])
-    if layers_per_block == 0:
-        pieces = [("all", [name for _, names, _ in pieces for name in names], 0)]
+        groups[-1].extend(after)
     pieces = [piece for piece in pieces if piece[1]]
-    return [Block(i, name, tuple(names), first) for i, (name, names, first) in enumerate(pieces)]
+    blocks = [Block(i, name, tuple(names), first) for i, (name, names, first) in enumerate(pieces)]
+    return blocks if layers_per_block else [as_one(blocks)]
 
 
 def frozen_names(model: nn.Module, blocks: Iterable[Block]) -> list[str]:
