@@ -123,7 +123,7 @@ def test_classification_prompt_ends_in_the_label(byte_tokenizer: PreTrainedToken
     assert [full(byte_tokenizer, s) for s in rendered.samples] == ["<s>A\r\nb\nLabel: yes", "<s>c\nd\nLabel: no"]
     assert [targets(byte_tokenizer, s) for s in rendered.samples] == [" yes", " no"]
     assert [s.label for s in rendered.samples] == [1, 0]
-    assert (rendered.num_rows, rendered.num_cut, rendered.num_dropped) == (4, 0, 2)
+    assert (rendered.num_cut, rendered.num_dropped) == (0, 2)
 
 
 @with_fixtures
@@ -533,7 +533,7 @@ def test_nothing_left_to_learn_from(
 def test_rows_with_nothing_to_learn_from_are_dropped_and_counted(byte_tokenizer: PreTrainedTokenizerBase) -> None:
     rows = [{"instruction": "a", "input": "", "output": output} for output in ("b", "", None, "c", "  ")]
     rendered = render(rows, INSTRUCTION, byte_tokenizer, 64)
-    assert (rendered.num_rows, len(rendered.samples), rendered.num_dropped, rendered.num_cut) == (5, 2, 3, 0)
+    assert (len(rendered.samples), rendered.num_dropped, rendered.num_cut) == (2, 3, 0)
     assert [sample.row for sample in rendered.samples] == [0, 3], "by which clients and references are found"
     classes = [labelled(" ", "no"), labelled("a", "no"), labelled("b", ""), labelled("c", "yes")]
     assert [sample.row for sample in render(classes, LABELS, byte_tokenizer, 64).samples] == [1, 3]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from peertune.config import DataSection
 from peertune.data.chat import ChatRenderer
-from peertune.data.tokens import Tokens, bos_tokens, encode
+from peertune.data.tokens import bos_tokens, encode
 from peertune.data.tools import LOSSES
 from peertune.errors import DataError
 
@@ -51,7 +51,6 @@ class Rendered:
     """The samples of some rows, and what became of the rows."""
 
     samples: list[Sample]
-    num_rows: int
     num_cut: int
     """Rows that were longer than max_length and lost a part, beside what was said of functions. Text is packed."""
     num_dropped: int
@@ -67,7 +66,7 @@ def find_labels(rows: Rows, config: DataSection, at_least: int = 2) -> list[str]
     Raises:
         DataError: there are fewer than `at_least`.
     """
-    labels = sorted({_label(row, config) for row in rows} - {""})
+    labels = sorted({row[config.label_field] for row in rows} - {""})
     if len(labels) < at_least:
         got = f"only the class {labels[0]!r}" if labels else "no label at all"
         files = config.train if isinstance(config.train, str) else ", ".join(config.train)
@@ -117,7 +116,7 @@ def render(
     """Turn rows into samples of at most max_length tokens.
 
     Args:
-        rows: rows as `load_table` gives them.
+        rows: as `load_table` gives them.
         config: the task and the names of its fields.
         tokenizer: the model's.
         max_length: longest sample, tokens.
@@ -148,7 +147,7 @@ def render(
             " [data]"
         )
     num_tokens = sum(len(sample.input_ids) for sample in samples)
-    return Rendered(samples, len(rows), num_cut, num_dropped, num_tokens, tools_cut)
+    return Rendered(samples, num_cut, num_dropped, num_tokens, tools_cut)
 
 
 def _pack(
@@ -181,7 +180,7 @@ def _classify(
     pairs = encode(tokenizer, ["\n" + second if second else "" for second in seconds])
     samples, num_cut = [], 0
     for number, (row, text, pair) in enumerate(zip(rows, texts, pairs, strict=True), 1):
-        name = _label(row, config)
+        name = row[config.label_field]
         if name and name not in index_of:
             known = ", ".join(labels[:20]) + (", ..." if len(labels) > 20 else "")
             raise DataError(
@@ -195,13 +194,10 @@ def _classify(
         left_text = min(len(text), room - left_pair)
         num_cut += left_pair < len(pair) or left_text < len(text)
         prompt = np.concatenate([bos, text[:left_text], pair[:left_pair], cue])
-        samples.append(_sample(prompt, targets[index_of[name]], index_of[name], number - 1))
+        label = index_of[name]
+        ids = np.concatenate([prompt, targets[label]])
+        samples.append(Sample(ids, np.arange(len(ids)) >= len(prompt), label, len(prompt), number - 1))
     return samples, num_cut, len(rows) - len(samples)
-
-
-def _sample(prompt: Tokens, target: Tokens, label: int, row: int) -> Sample:
-    ids = np.concatenate([prompt, target])
-    return Sample(ids, np.arange(len(ids)) >= len(prompt), label, len(prompt), row)
 
 
 def _converse(
@@ -234,8 +230,3 @@ def _conversation(row: Mapping[str, Any], config: DataSection) -> tuple[list[dic
     if not request or not answer.strip():
         return [], None
     return [{"role": "user", "content": request}, {"role": "assistant", "content": answer}], None
-
-
-def _label(row: Mapping[str, Any], config: DataSection) -> str:
-    value = row.get(config.label_field)
-    return "" if value is None else str(value).strip()
