@@ -182,26 +182,26 @@ class ChatRenderer:
         Raises:
             DataError: as `transcribe` does.
         """
-        transcripts = [self.transcribe(*conversation) for conversation in conversations]
-        there = [i for i, transcript in enumerate(transcripts) if transcript is not None]
-        tokens = self.tokenize([t for t in transcripts if t is not None])
-        fitted: list[Tokenized | None] = [None] * len(transcripts)
-        for i, whole in zip(there, tokens, strict=True):
-            fitted[i] = whole
+        transcripts = {
+            i: transcript
+            for i, conversation in enumerate(conversations)
+            if (transcript := self.transcribe(*conversation)) is not None
+        }
+        fitted = dict(zip(transcripts, self.tokenize(list(transcripts.values())), strict=True))
         for step in range(1, len(LOSSES)):
-            left = [i for i in there if conversations[i][1] and _length(fitted[i]) > max_length]
+            left = [i for i, whole in fitted.items() if conversations[i][1] and len(whole.ids) > max_length]
             for i in left:
                 messages, tools, where = conversations[i]
-                transcripts[i] = self.transcribe(messages, [prune(tool, step) for tool in tools or ()], where)
-            retried = [t for i in left if (t := transcripts[i]) is not None]
-            for i, shorter in zip(left, self.tokenize(retried), strict=True):
-                fitted[i] = replace(shorter, loss=step)
-        for i in there:
-            tokenized, transcript = fitted[i], transcripts[i]
-            if tokenized is not None and transcript is not None and len(tokenized.ids) > max_length:
-                shortened = self.shorten(transcript, tokenized, max_length)
+                shorter = self.transcribe(messages, [prune(tool, step) for tool in tools or ()], where)
+                assert shorter is not None  # what the assistant says stays
+                transcripts[i] = shorter
+            for i, tokenized in zip(left, self.tokenize([transcripts[i] for i in left]), strict=True):
+                fitted[i] = replace(tokenized, loss=step)
+        for i, tokenized in fitted.items():
+            if len(tokenized.ids) > max_length:
+                shortened = self.shorten(transcripts[i], tokenized, max_length)
                 fitted[i] = replace(shortened, cut=True, loss=tokenized.loss)
-        return fitted
+        return [fitted.get(i) for i in range(len(conversations))]
 
     def shorten(self, transcript: Transcript, tokenized: Tokenized, max_length: int) -> Tokenized:
         """Cut a conversation to max_length tokens, sparing its last assistant turn as long as possible.
@@ -327,10 +327,6 @@ class ChatRenderer:
 def _num_alike(a: str, b: str) -> int:
     """Number of characters that two texts begin with alike."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _length(tokenized: Tokenized | None) -> int:
-    return 0 if tokenized is None else len(tokenized.ids)
 
 
 def _says_something(message: Message) -> bool:
