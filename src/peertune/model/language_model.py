@@ -16,7 +16,7 @@ from peertune.config import ModelSection
 from peertune.data.batches import Batch
 from peertune.errors import ModelError
 from peertune.model import attention, lora, norm
-from peertune.model.adapters import core_of
+from peertune.model.adapters import core_of, is_peft
 from peertune.model.blocks import Block, find_layers
 from peertune.model.layers import LayerStack, draws_in_training, lowest_layers
 from peertune.model.loss import chunked_cross_entropy
@@ -46,7 +46,8 @@ class LanguageModel:
         # What transformers calls keys and values, from 5.24 on and before.
         known = inspect.signature(self._decoder.forward).parameters
         self._cache = "cache" if "cache" in known else "past_key_values"
-        self.num_virtual = self._num_virtual()
+        adapter = module.peft_config["default"] if is_peft(module) else None  # type: ignore[index]
+        self.num_virtual: int = getattr(adapter, "num_virtual_tokens", 0)
         if like is None:
             self._try_out(config.path)
         draws = draws_in_training(module)
@@ -184,16 +185,16 @@ class LanguageModel:
             # As numbers to add to the scores: the form that every attention takes.
             added = torch.zeros_like(mask, dtype=self.core.get_input_embeddings().weight.dtype)
             options["attention_mask"] = added.masked_fill_(~mask, torch.finfo(added.dtype).min)[:, None]
-        if past is not None or not self.num_virtual:
-            out = self._decoder(input_ids=input_ids, **{self._cache: past}, **options)
-            return out.last_hidden_state, getattr(out, self._cache) if use_cache else None
-        prompt = self.module.get_prompt(batch_size=len(input_ids))
-        if not isinstance(prompt, Tensor):  # keys and values
-            out = self._decoder(input_ids=input_ids, **{**options, self._cache: prompt, "use_cache": True})
-            return out.last_hidden_state, getattr(out, self._cache) if use_cache else None
-        tokens = self.core.get_input_embeddings()(input_ids)
-        out = self._decoder(inputs_embeds=torch.cat([prompt.to(tokens.dtype), tokens], 1), **options)
-        return out.last_hidden_state[:, self.num_virtual :], getattr(out, self._cache) if use_cache else None
+        prompt = self.module.get_prompt(batch_size=len(input_ids)) if self.num_virtual and past is None else None
+        if isinstance(prompt, Tensor):
+            tokens = self.core.get_input_embeddings()(input_ids)
+            options["inputs_embeds"] = torch.cat([prompt.to(tokens.dtype), tokens], 1)
+        else:  # a prefix is keys and values, as `past` is
+            options |= {"input_ids": input_ids, self._cache: past if prompt is None else prompt}
+            options["use_cache"] = use_cache or prompt is not None
+        out = self._decoder(**options)
+        hidden = out.last_hidden_state[:, self.num_virtual :] if isinstance(prompt, Tensor) else out.last_hidden_state
+        return hidden, getattr(out, self._cache) if use_cache else None
 
     def all_logits(self, input_ids: Tensor) -> Tensor:
         """The model's own output [batch, length, vocabulary] for tokens [batch, length]."""
@@ -214,11 +215,6 @@ class LanguageModel:
     def logits(self, hidden: Tensor) -> Tensor:
         """The head's output [rows, vocabulary] for last hidden states [rows, hidden]."""
         return self.core.get_output_embeddings()(hidden)  # type: ignore[no-any-return]
-
-    def _num_virtual(self) -> int:
-        config = getattr(self.module, "peft_config", {})
-        tokens = getattr(config.get("default"), "num_virtual_tokens", None) if isinstance(config, dict) else None
-        return int(tokens or 0)
 
     def _check_plain_head(self) -> bool:
         """Whether logits are, bit by bit, the head applied to the last hidden state; some models scale or cap them."""
