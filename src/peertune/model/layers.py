@@ -66,7 +66,6 @@ class LayerStack:
         self.active = 0
         self.cache = PrefixCache() if prefix_cache else None
         self._budget = activation_budget
-        self._num_layers = len(layers)
         self._measured = (0, 0)
         self._samples: Sequence[int] | None = None
         self._start = 0
@@ -133,7 +132,7 @@ class LayerStack:
         if hidden.numel() > self._measured[0]:
             self._measured = (hidden.numel(), self._saved_bytes(index, forward, args, kwargs))
         keep = self._budget // max(1, self._measured[1])
-        if index >= self._num_layers - keep:
+        if index >= len(self._layers) - keep:
             return forward(*args, **kwargs)
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=self._draws, **kwargs)
 

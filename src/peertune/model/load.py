@@ -53,7 +53,6 @@ def load_tokenizer(config: ModelSection, base: Path | None = None) -> Any:
 def load_model(config: ModelSection, device: torch.device, base: Path | None = None, *, seed: int = 0) -> nn.Module:
     """The base model on `device` in the recipe's dtype, or quantised as the recipe says, every parameter frozen.
 
-
     Args:
         seed: of random weights, where the recipe asks for those.
     Raises:

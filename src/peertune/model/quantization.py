@@ -23,15 +23,6 @@ GROUP = 64
 """Weights that share a scale."""
 
 
-def require_package() -> None:
-    """Raises ModelError where bitsandbytes is not installed."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError(
-            'model.quantization: got "4bit", which needs the package bitsandbytes;'
-            ' pip install "peertune[quantization]", or set it to "none"'
-        )
-
-
 def quiet() -> None:
     """Spare users a line on stderr in which the package regrets, at its import, a kernel that nothing here uses.
 
@@ -53,7 +44,11 @@ def loading_options(config: ModelSection, settings: Any, device: torch.device) -
         ModelError: the package is missing, the model is stored in another quantised format, or no layer of it can be
             quantised.
     """
-    require_package()
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            'model.quantization: got "4bit", which needs the package bitsandbytes;'
+            ' pip install "peertune[quantization]", or set it to "none"'
+        )
     from transformers import BitsAndBytesConfig
 
     options: dict[str, Any] = {"device_map": {"": device}}
