@@ -16,10 +16,9 @@ from peertune.errors import ConfigError, DataError
 from peertune.evaluation import measure, require_harness, run_harness
 from peertune.model.language_model import LanguageModel
 from peertune.model.load import load_tokenizer, load_trained
-from peertune.prepare import check_vocabulary, held_out
+from peertune.prepare import check_vocabulary, drawn, held_out
 from peertune.recipe import apply_override, from_dict
 from peertune.run_folder import read_labels
-from peertune.seeds import numpy_rng
 
 
 def evaluate_model(
@@ -75,7 +74,7 @@ def evaluate_model(
     for rows, section in zip(tables, sections, strict=True):
         names = _labels(model, rows, section) if section.task == "classification" else []
         try:
-            read.append(held_out(_drawn(rows, settings.max_samples), section, tokenizer, chosen.max_length, names))
+            read.append(held_out(drawn(rows, settings.max_samples, 0), section, tokenizer, chosen.max_length, names))
         except DataError as error:
             raise DataError(f"{section.train}: {error}") from error
     module = load_trained(chosen, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -93,13 +92,6 @@ def evaluate_model(
         results = run_harness(module, tokenizer, harness_tasks, limit=limit, max_length=max_length)
         for name, metrics in results.items():
             yield {"lm_eval": name, **metrics}
-
-
-def _drawn(rows: Rows, limit: int) -> Rows:
-    """At most so many of the rows, in their order, the same at each call; 0: all. Files are often sorted."""
-    if not limit or len(rows) <= limit:
-        return rows
-    return [rows[i] for i in sorted(numpy_rng(0, "eval").choice(len(rows), limit, replace=False))]
 
 
 def _labels(model: str, rows: Rows, section: DataSection) -> list[str]:

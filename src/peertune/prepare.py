@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from peertune.model.blocks import Block, partition_blocks
 from peertune.model.load import load_model, load_tokenizer
 from peertune.model.quantization import refuse_quantized
 from peertune.seeds import derive_seed, numpy_rng
+
+T = TypeVar("T")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -143,13 +145,17 @@ def held_out(
         rendered = render(rows, section, tokenizer, max_length, label_names)
     except DataError as error:
         raise DataError(f"held-out rows: {error}") from error
-    samples = rendered.samples
-    if limit and len(samples) > limit:
-        keep = numpy_rng(seed, "eval").choice(len(samples), limit, replace=False)
-        samples = [samples[i] for i in sorted(keep)]
+    samples = drawn(rendered.samples, limit, seed)
     known = references(rows, samples, section, tokenizer)
     labels = label_tokens(tokenizer, label_names)
     return HeldOut(samples, known, tokenizer, labels, len(rows), rendered.num_cut, rendered.num_dropped)
+
+
+def drawn(items: Sequence[T], limit: int, seed: int) -> Sequence[T]:
+    """At most `limit` held-out rows or samples, in their order; drawn by `seed`, as files are often sorted. 0: all."""
+    if not limit or len(items) <= limit:
+        return items
+    return [items[i] for i in sorted(numpy_rng(seed, "eval").choice(len(items), limit, replace=False))]
 
 
 def _class_names(train: Rows, test: Rows, section: DataSection, is_site: bool) -> list[str]:
