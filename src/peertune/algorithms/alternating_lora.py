@@ -20,10 +20,10 @@ class AlternatingLoraConfig(TwoFactorConfig):
 
 class AlternatingLora(TwoFactor):
     Config = AlternatingLoraConfig
+    config: AlternatingLoraConfig
 
     @property
     def phase_rounds(self) -> int:
-        assert isinstance(self.config, AlternatingLoraConfig)
         gap = max(1e-6, self.topology.spectral_gap)
         # Rounded first: sites whose linear algebra differs in the last bit would train different factors.
         return self.config.phase_rounds or math.ceil(round(1 / math.sqrt(gap), 6))

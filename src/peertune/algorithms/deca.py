@@ -49,11 +49,11 @@ class Deca(Algorithm):
         super().__init__(peer, config, topology)
         assert isinstance(config, BlockwiseConfig)
         self.config = config
-        self.discrepancy: Discrepancy = config.discrepancy if isinstance(config, DecaConfig) else "none"
         self.calendar = self.make_calendar(config)
+        mixing = config if isinstance(config, DecaConfig) else DecaConfig(discrepancy="none")
+        self.discrepancy, self.correction_betas = mixing.discrepancy, mixing.correction_betas
         # The moments of "trivial" are fed once a mix, not once a step.
-        by_weight = isinstance(config, DecaConfig) and config.bias_correction == "weight"
-        self.tracks_weights = by_weight or self.discrepancy == "trivial"
+        self.tracks_weights = mixing.bias_correction == "weight" or self.discrepancy == "trivial"
         self.active: dict[str, torch.nn.Parameter] = {}
         self.moments: dict[str, Moments] = {}
         self.anchor: dict[str, Tensor] = {}
@@ -166,8 +166,9 @@ class Deca(Algorithm):
                 self.anchor[name] = mixed
                 if self.discrepancy != "trivial":
                     self.correct({name: d.pop(name)})
-        if corrects:
+        if d:
             self.correct(d)
+        if corrects:
             self.weigh_correction()
         elif self.ends_turn:  # nobody needs them any more, and agreement, checkpoint and evaluation need room
             self.moments, self.anchor = {}, {}
@@ -186,10 +187,7 @@ class Deca(Algorithm):
         Args:
             d: theta_at_last_mix - theta_after_this_one, by parameter.
         """
-        if not d:
-            return
-        assert isinstance(self.config, DecaConfig)
-        b1, b2 = self.config.correction_betas
+        b1, b2 = self.correction_betas
         scale = 1.0
         if self.discrepancy == "paper":
             scale = -1.0
@@ -198,8 +196,8 @@ class Deca(Algorithm):
         elif self.discrepancy == "trivial":
             norm = torch.nn.utils.get_total_norm(list(d.values())).item()
             scale = 1 / norm if norm else 0.0
-        for name in d:
-            moments, h = self.moments[name], d[name]
+        for name, h in d.items():
+            moments = self.moments[name]
             decay = self.interval_lr * self.config.weight_decay if h.ndim > 1 else 0.0
             if decay and self.discrepancy == "descent_scaled":  # it was of the weights before: those now, and d
                 h.mul_(1 - decay).sub_(self.anchor[name], alpha=decay)
@@ -213,8 +211,7 @@ class Deca(Algorithm):
 
     def weigh_correction(self) -> None:
         """What a mix's correction makes of the total weights of what entered m and v."""
-        assert isinstance(self.config, DecaConfig)
-        b1, b2 = self.config.correction_betas
+        b1, b2 = self.correction_betas
         c1, c2 = self.weights
         self.weights = (b1 * c1 + 1 - b1, c2 if self.discrepancy == "descent_scaled" else b2 * c2 + 1 - b2)
 
