@@ -29,7 +29,6 @@ from peertune.data.batches import Batch, Batches
 from peertune.model.attention import choose_attention
 from peertune.model.blocks import partition_blocks
 from peertune.model.language_model import LanguageModel
-from peertune.optim import Moments
 from peertune.peer import Peer
 from peertune.seeds import derive_seed
 from peertune.topology import Topology
@@ -331,7 +330,6 @@ class Peertune(Contestant):
     def set_block(self, block: int) -> None:
         self.t = 0
         self.algorithm.begin_turn(block)
-        self.algorithm.moments = {name: Moments.zeros(p) for name, p in self.algorithm.active.items()}
 
     def step(self, batch: Batch) -> Tensor:
         self.queue.batch = batch

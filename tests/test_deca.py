@@ -207,7 +207,6 @@ def test_a_mix_that_moved_nothing_leaves_the_trivial_correction_finite() -> None
     config = DecaConfig(lr=0.02, outer_rounds=1, inner_steps=2, discrepancy="trivial")
     method = Deca(cast(Any, QuadraticPeer(0)), config, topology_of(np.ones((1, 1))))
     method.begin_turn(0)
-    method.reset_moments(0)
     (hop,) = method.hops(0)
     method.anchor = dict(own := method.outgoing(hop))
     method.mix(hop, Inbox({0: 1.0}, {0: own}))

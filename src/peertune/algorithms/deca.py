@@ -83,7 +83,6 @@ class Deca(Algorithm):
         turn = self.calendar.at(round)
         if turn.is_first:
             self.begin_turn(turn.block)
-            self.reset_moments(0)
         if self.discrepancy != "none" and not self.anchor:
             self.anchor = {name: self.masters.snapshot(name) for name in self.shared_names(round)}
         self.interval_lr, self.ends_turn = 0.0, turn.is_last
@@ -95,17 +94,17 @@ class Deca(Algorithm):
             self.interval_lr += lr
         return LocalReport(torch.stack(losses).mean(), torch.stack(norms).mean(), lr)
 
-    def begin_turn(self, block: int) -> None:
-        """Hand the active place to a block: its parameters alone get gradients, its remainders are at hand."""
+    def begin_turn(self, block: int, first_step: int = 0) -> None:
+        """Hand the active place to a block: its parameters alone get gradients, its remainders are at hand.
+
+        Its moments are zero, from that step of the turn on.
+        """
         self.moments, self.anchor = {}, {}
         for name in self.active:
             self.masters.release(name)
         self.active = self.peer.model.activate(self.blocks[block])
         for name in self.active:
             self.masters.activate(name)
-
-    def reset_moments(self, first_step: int) -> None:
-        """Zero moments for what is active, from a step of its turn on."""
         self.moments = {name: Moments.zeros(p) for name, p in self.active.items()}
         self.weights, self.first_step = (0.0, 0.0), first_step
 
@@ -227,8 +226,7 @@ class Deca(Algorithm):
         super().join(round, common)
         turn = self.calendar.at(round)
         if not turn.is_first:
-            self.begin_turn(turn.block)
-            self.reset_moments(turn.first_step)
+            self.begin_turn(turn.block, turn.first_step)
 
     def is_boundary(self, round: int) -> bool:
         return self.calendar.at(round).is_last
@@ -249,10 +247,8 @@ class Deca(Algorithm):
     def load_state_dict(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any], round: int) -> None:
         super().load_state_dict(tensors, plain, round)
         if round > 0 and not self.calendar.at(round - 1).is_last:
-            self.begin_turn(self.calendar.at(round).block)
-            device = self.peer.model.device
-            self.moments = {
-                name: Moments(tensors[f"exp_avg/{name}"].to(device), tensors[f"exp_avg_sq/{name}"].to(device))
-                for name in self.active
-            }
-            self.weights, self.first_step = (plain["weights"][0], plain["weights"][1]), plain["first_step"]
+            self.begin_turn(self.calendar.at(round).block, plain["first_step"])
+            for name, moments in self.moments.items():
+                moments.exp_avg.copy_(tensors[f"exp_avg/{name}"])
+                moments.exp_avg_sq.copy_(tensors[f"exp_avg_sq/{name}"])
+            self.weights = (plain["weights"][0], plain["weights"][1])
