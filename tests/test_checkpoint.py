@@ -1,7 +1,6 @@
 """Checkpoints on disk: what is written again, what two generations share, what damage reaches."""
 
 import errno
-import json
 import os
 import stat
 from collections.abc import Callable
@@ -92,8 +91,6 @@ def test_damage_in_what_is_no_tensor_is_noticed_too(damage: tuple[str, str], tmp
     save(store, 11)
     with pytest.raises(CheckpointError, match=r"round-00000012: damaged: .*; delete this folder to use an older one"):
         store.load(0, 12)
-    file.write_text(json.dumps({key: value for key, value in json.loads(text).items() if key != "hash"}))
-    assert store.load(0, 12)[1] == plain, "as an earlier version wrote it"
 
 
 def test_damage_is_not_handed_on_by_one_who_goes_on_from_the_older_generation(tmp_path: Path) -> None:
@@ -243,14 +240,6 @@ def test_every_bit_type_and_shape_tells_files_apart(tmp_path: Path, written: lis
         found = tensors[f"{i}"]
         assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
         assert found.reshape(-1).view(torch.uint8).tolist() == tensor.reshape(-1).view(torch.uint8).tolist()
-
-
-def test_the_form_of_an_earlier_version_is_named(tmp_path: Path) -> None:
-    folder = tmp_path / "peer-000" / "round-00000004"
-    folder.mkdir(parents=True)
-    (folder / "state.json").write_text(json.dumps({"peer": 0, "round": 4, "sha256": "0" * 64, "state": {}}))
-    with pytest.raises(CheckpointError, match="written by an earlier version of peertune"):
-        CheckpointStore(tmp_path).load(0, 4)
 
 
 def test_a_shared_file_counts_once_against_the_room_on_the_disk(

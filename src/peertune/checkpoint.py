@@ -114,7 +114,7 @@ class CheckpointStore:
         """Read one peer's state.
 
         Raises:
-            CheckpointError: it is missing, damaged, another peer's or of an earlier version's form.
+            CheckpointError: it is missing, damaged or another peer's.
         """
         return self._load(peer, round, self.shard)
 
@@ -138,16 +138,11 @@ class CheckpointStore:
         folder = self._home(peer, shard) / f"round-{round:08d}"
         try:
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            if "sha256" in state:
-                raise CheckpointError(
-                    f"{folder}: was written by an earlier version of peertune, in a form that this one does not read;"
-                    " finish the run with that version, or start anew in another folder"
-                )
             if (state["peer"], state["round"]) != (peer, round):
                 raise CheckpointError(
                     f"{folder}: holds peer {state['peer']}, round {state['round']}; expected peer {peer}, round {round}"
                 )
-            if state.pop("hash", None) not in (None, _hash(state)):  # earlier versions wrote none
+            if state.pop("hash") != _hash(state):
                 raise ValueError("state.json is not what was written")
             hashes = dict(state["files"])
             tensors: dict[str, Tensor] = {}
