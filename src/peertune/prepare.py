@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -84,17 +83,19 @@ def prepare_data(config: RunConfig, base: Path | None, site: int | None = None) 
     table = load_table(section.train, section, base=base) if has_rows else Table([], [])
     test = load_table(section.test, section, base=base).rows if section.test and not on_validation else []
     label_names = _class_names(table.rows, test, section, site is not None)
-    table, num_unlabelled = _with_labels(table, section) if label_names else (table, 0)
+    num_rows = len(table.rows)
+    if label_names:
+        table = table.take([i for i, row in enumerate(table.rows) if row[section.label_field]])
+    num_unlabelled = num_rows - len(table.rows)
     partition_seed = seed if section.partition.seed is None else section.partition.seed
     if table.rows:
         kept_by = partition_seed if section.validation_seed is None else section.validation_seed
         table, validation = keep_back(table, section.validation_rows, kept_by)
         test = validation if on_validation else test
-    parts = {}
-    if site is not None and table.rows:
-        parts = {site: rows_of_site(len(table.rows), site, section, partition_seed)}
     if site is None:
         parts = dict(enumerate(partition(table.rows, table.source, config.run.num_peers, section, partition_seed)))
+    else:
+        parts = {site: rows_of_site(len(table.rows), site, section, partition_seed)} if table.rows else {}
     tokenizer = prepare_tokenizer(config, base)
     length = config.model.max_length
     train = {}
@@ -174,13 +175,6 @@ def _class_names(train: Rows, test: Rows, section: DataSection, is_site: bool) -
     return names
 
 
-def _with_labels(table: Table, section: DataSection) -> tuple[Table, int]:
-    """The rows that have a label, before they are dealt, and the number of the others."""
-    there = [i for i, row in enumerate(table.rows) if row[section.label_field]]
-    kept = Table([table.rows[i] for i in there], [table.source[i] for i in there])
-    return kept, len(table.rows) - len(there)
-
-
 def _require_common_labels(train: Rows, test: Rows, section: DataSection) -> None:
     """Refuse a site's files that have no class in common: one of them names its classes otherwise. Raises DataError."""
     own, measured = (find_labels(rows, section, 0) for rows in (train, test))
@@ -209,11 +203,8 @@ def keep_back(table: Table, num_rows: int, seed: int) -> tuple[Table, list[Row]]
         raise DataError(
             f"data.validation_rows: got {num_rows} of {total} training rows, expected fewer than all of them; lower it"
         )
-    kept = np.zeros(total, dtype=bool)
-    kept[numpy_rng(seed, "validation").choice(total, num_rows, replace=False)] = True
-    train = [i for i in range(total) if not kept[i]]
-    rows = Table([table.rows[i] for i in train], [table.source[i] for i in train])
-    return rows, [table.rows[i] for i in range(total) if kept[i]]
+    kept = set(numpy_rng(seed, "validation").choice(total, num_rows, replace=False).tolist())
+    return table.take([i for i in range(total) if i not in kept]), [table.rows[i] for i in sorted(kept)]
 
 
 def prepare_tokenizer(config: RunConfig, base: Path | None) -> Any:

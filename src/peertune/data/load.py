@@ -14,7 +14,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,10 @@ class Table:
     """One dict a row, with at least the fields of the task; labels are text."""
     source: list[int]
     """source[i] is the index of the given source that row i came from ("stdlib": of the group of packages)."""
+
+    def take(self, places: Sequence[int]) -> Table:
+        """Some of the rows, by their places."""
+        return Table([self.rows[i] for i in places], [self.source[i] for i in places])
 
 
 def load_table(sources: str | list[str], config: DataSection, *, base: Path | None = None) -> Table:
