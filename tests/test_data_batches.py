@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from peertune.data.batches import Batches, UnionBatches, collate
 from peertune.data.render import Sample
-from peertune.errors import CheckpointError, DataError
 
 sizes = st.integers(1, 20)
 
@@ -110,13 +109,3 @@ def test_union_names_every_sample_once(counts: list[int], batch_size: int) -> No
     for _ in range(-(-max(counts) // batch_size)):
         ids.update(union.next().sample_ids)
     assert set(ids) == set(range(sum(counts)))
-
-
-def test_refuses_nothing_to_draw_from_and_foreign_states() -> None:
-    with pytest.raises(DataError, match="no sample"):
-        Batches([], 2, seed=0, pad_id=0)
-    for state in ({}, {"drawn": -1}, {"drawn": "3"}, {"drawn": True}):
-        with pytest.raises(CheckpointError, match="drawn"):
-            batches(3, 2).load_state_dict(state)
-    with pytest.raises(CheckpointError, match="1 peers"):
-        UnionBatches([batches(3, 2)]).load_state_dict({"members": []})

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from peertune.data.render import Sample
-from peertune.errors import CheckpointError, DataError
 from peertune.seeds import numpy_rng
 
 
@@ -78,13 +77,9 @@ class Batches:
         batch_size: sequences in a batch.
         seed: the peer's own seed; epoch e is ordered by `numpy_rng(seed, "epoch", e)`.
         pad_id, pad_to: as for `collate`.
-    Raises:
-        DataError: there is no sample.
     """
 
     def __init__(self, samples: Sequence[Sample], batch_size: int, *, seed: int, pad_id: int, pad_to: int = 0) -> None:
-        if not samples:
-            raise DataError("data: a peer has no sample to learn from; lower run.num_peers or raise model.max_length")
         self.samples = samples
         self.batch_size = batch_size
         self.pad_id = pad_id
@@ -125,10 +120,7 @@ class Batches:
         return {"drawn": self._drawn}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        drawn = state.get("drawn")
-        if type(drawn) is not int or drawn < 0:
-            raise CheckpointError(f"checkpoint: batches.drawn is {drawn!r}, expected a count of samples")
-        self._drawn = drawn
+        self._drawn = state["drawn"]
 
 
 class UnionBatches:
@@ -173,8 +165,5 @@ class UnionBatches:
         return {"members": [member.state_dict() for member in self.members]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        states = state.get("members")
-        if not isinstance(states, list) or len(states) != len(self.members):
-            raise CheckpointError(f"checkpoint: batches.members expected the states of {len(self.members)} peers")
-        for member, member_state in zip(self.members, states, strict=True):
+        for member, member_state in zip(self.members, state["members"], strict=True):
             member.load_state_dict(member_state)
