@@ -11,7 +11,7 @@ import platform
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from peertune.errors import DataError
 from peertune.seeds import numpy_rng
@@ -28,8 +28,6 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 """Subject -> modules, a peer each: modules and packages present from Python 3.11 to 3.14 on every system."""
 
-SPLITS = ("train", "test", "pretrain")
-
 _MIN_CHUNK, _GOOD_CHUNK, _MAX_CHUNK = 2000, 3000, 4000  # characters
 _MAX_GROUP = 264_000  # characters kept of a group, train and test together: no group outweighs the others
 _TEST_EVERY = 6
@@ -38,7 +36,7 @@ _SKIPPED_FOLDERS = {"__pycache__", "__phello__", "dist-packages", "idle_test", "
 _SKIPPED_TOP = ("encodings", "_sysconfigdata", "config-", "__hello__", "sitecustomize", "usercustomize")
 
 
-def load_stdlib(split: str) -> tuple[list[dict[str, Any]], list[int]]:
+def load_stdlib(split: Literal["train", "test", "pretrain"]) -> tuple[list[dict[str, Any]], list[int]]:
     """Text of one split, in an order that depends on nothing but the Python version.
 
     Args:
@@ -49,10 +47,8 @@ def load_stdlib(split: str) -> tuple[list[dict[str, Any]], list[int]]:
         `GROUPS`, shape [num_rows]. For "pretrain", client is "pretrain" and every index 0.
 
     Raises:
-        DataError: the split is unknown, or a group's module is not installed as source text.
+        DataError: a group's module is not installed as source text.
     """
-    if split not in SPLITS:
-        raise DataError(f"split {split!r} of the standard library is unknown: use one of {', '.join(SPLITS)}")
     root = stdlib_root()
     files = {group: group_files(root, group) for group in GROUPS}
     if split == "pretrain":
