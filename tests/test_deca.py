@@ -237,7 +237,7 @@ def test_a_block_whose_turn_is_over_leaves_the_device() -> None:
 
 
 def test_a_random_order_is_of_all_blocks_and_another_one_each_sweep() -> None:
-    calendar = Calendar(num_blocks=6, outer_rounds=9, inner_steps=1, gossip_every=1, order="random", seed=0)
+    calendar = Calendar(BlockwiseConfig(outer_rounds=9, inner_steps=1, block_order="random"), num_blocks=6, seed=0)
     sweeps = [[calendar.at(6 * outer + place).block for place in range(6)] for outer in range(9)]
     assert all(sorted(sweep) == list(range(6)) for sweep in sweeps)
     assert len({tuple(sweep) for sweep in sweeps}) == 9

@@ -65,14 +65,7 @@ class Deca(Algorithm):
         """Whether the block's turn ends with the round at hand."""
 
     def make_calendar(self, config: BlockwiseConfig) -> Calendar:
-        return Calendar(
-            num_blocks=len(self.blocks),
-            outer_rounds=config.outer_rounds,
-            inner_steps=config.inner_steps,
-            gossip_every=config.gossip_every,
-            order=config.block_order,
-            seed=self.peer.seed,
-        )
+        return Calendar(config, len(self.blocks), self.peer.seed)
 
     @property
     def num_rounds(self) -> int:
@@ -86,10 +79,10 @@ class Deca(Algorithm):
         if self.discrepancy != "none" and not self.anchor:
             self.anchor = {name: self.masters.snapshot(name) for name in self.shared_names(round)}
         self.interval_lr, self.ends_turn = 0.0, turn.is_last
-        losses, norms = [], []
+        losses, norms, num_steps = [], [], self.config.num_steps(len(self.peer.blocks))
         for n in range(turn.num_steps):
             losses.append(self.peer.backward(turn.global_step + n, self.config.grad_accumulation))
-            lr = learning_rate(self.config, turn.global_step + n, self.calendar.num_steps)
+            lr = learning_rate(self.config, turn.global_step + n, num_steps)
             norms.append(self.step(turn.first_step + n - self.first_step, lr))
             self.interval_lr += lr
         return LocalReport(torch.stack(losses).mean(), torch.stack(norms).mean(), lr)

@@ -5,8 +5,6 @@ As many local steps as DECA takes with the same keys, T x B x R, each of all par
 traffic and the optimiser memory.
 """
 
-from dataclasses import replace
-
 from peertune.algorithms.deca import Deca
 from peertune.algorithms.turns import BlockwiseConfig, Calendar
 from peertune.model.blocks import Block, as_one
@@ -20,8 +18,8 @@ class Dpsgd(Deca):
 
     def make_calendar(self, config: BlockwiseConfig) -> Calendar:
         """One turn of T x B x R steps: the moments are never set back."""
-        steps = config.outer_rounds * len(self.peer.blocks) * config.inner_steps
-        return replace(super().make_calendar(config), outer_rounds=1, inner_steps=steps)
+        steps = config.num_steps(len(self.peer.blocks))
+        return super().make_calendar(config.model_copy(update={"outer_rounds": 1, "inner_steps": steps}))
 
     def can_join(self, round: int) -> bool:
         return True

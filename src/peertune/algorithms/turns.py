@@ -62,42 +62,34 @@ class Turn:
 class Calendar:
     """Maps rounds to turns. A turn has ceil(R / H) rounds."""
 
+    config: BlockwiseConfig
     num_blocks: int
-    outer_rounds: int
-    inner_steps: int
-    gossip_every: int
-    order: Literal["ascending", "descending", "random"]
     seed: int
 
     @property
     def rounds_per_turn(self) -> int:
-        return -(-self.inner_steps // self.gossip_every)
+        return -(-self.config.inner_steps // self.config.gossip_every)
 
     @property
     def num_rounds(self) -> int:
-        return self.outer_rounds * self.num_blocks * self.rounds_per_turn
-
-    @property
-    def num_steps(self) -> int:
-        return self.outer_rounds * self.num_blocks * self.inner_steps
+        return self.config.outer_rounds * self.num_blocks * self.rounds_per_turn
 
     def at(self, round: int) -> Turn:
         """The place of a round."""
         turn, within = divmod(round, self.rounds_per_turn)
         outer, place = divmod(turn, self.num_blocks)
-        first = within * self.gossip_every
-        count = min(self.gossip_every, self.inner_steps - first)
+        first = within * self.config.gossip_every
         return Turn(
             outer_round=outer,
             block=self._block(outer, place),
             first_step=first,
-            num_steps=count,
+            num_steps=min(self.config.gossip_every, self.config.inner_steps - first),
             is_first=within == 0,
             is_last=within == self.rounds_per_turn - 1,
-            global_step=turn * self.inner_steps + first,
+            global_step=turn * self.config.inner_steps + first,
         )
 
     def _block(self, outer: int, place: int) -> int:
-        if self.order == "random":
+        if self.config.block_order == "random":
             return int(numpy_rng(self.seed, "block order", outer).permutation(self.num_blocks)[place])
-        return place if self.order == "ascending" else self.num_blocks - 1 - place
+        return place if self.config.block_order == "ascending" else self.num_blocks - 1 - place
