@@ -123,7 +123,7 @@ class ChatRenderer:
         kept = [self._prepare(message) for message in messages[: spoken[-1] + 1]]
         text = self._render(kept, tools, where)
         if self._leaves_out_calls(kept, tools, text, where):
-            kept = [_with_written_calls(message) for message in kept]
+            kept = [{**m, "content": m["content"] + _written_calls(m)} for m in kept]  # as `plain_template` has them
             text = self._render(kept, tools, where)
         listing = ""
         if tools and text == self._render(kept, None, where):
@@ -333,11 +333,6 @@ def _says_something(message: Message) -> bool:
     content = message.get("content") or ""
     is_learned = message["role"] == "assistant" and message.get("weight", 1) != 0
     return is_learned and bool(content.strip() or message.get("tool_calls"))
-
-
-def _with_written_calls(message: Message) -> Message:
-    """A prepared message with its calls at the end of its text, as `plain_template` writes them."""
-    return {**message, "content": message["content"] + _written_calls(message)}
 
 
 def _silent(message: Message) -> Message:
