@@ -53,14 +53,17 @@ class Deca(Algorithm):
         mixing = config if isinstance(config, DecaConfig) else DecaConfig(discrepancy="none")
         self.discrepancy, self.correction_betas = mixing.discrepancy, mixing.correction_betas
         # The moments of "trivial" are fed once a mix, not once a step.
-        self.tracks_weights = mixing.bias_correction == "weight" or self.discrepancy == "trivial"
+        self.divides_by_weights = mixing.bias_correction == "weight" or self.discrepancy == "trivial"
         self.active: dict[str, torch.nn.Parameter] = {}
         self.moments: dict[str, Moments] = {}
         self.anchor: dict[str, Tensor] = {}
-        self.weights = self.corrections = (0.0, 0.0)
+        """theta at the last mix, float32."""
+        self.moment_weights = self.corrections = (0.0, 0.0)
+        """The total weights of what entered m and v since they were zero; and what last divided the two."""
         self.first_step = 0
         """Of the turn, the step at which its moments were zero: a later one where the peer joined within the turn."""
         self.interval_lr = 0.0
+        """Sum of the rates since the last mix."""
         self.ends_turn = False
         """Whether the block's turn ends with the round at hand."""
 
@@ -99,7 +102,7 @@ class Deca(Algorithm):
         for name in self.active:
             self.masters.activate(name)
         self.moments = {name: Moments.zeros(p) for name, p in self.active.items()}
-        self.weights, self.first_step = (0.0, 0.0), first_step
+        self.moment_weights, self.first_step = (0.0, 0.0), first_step
 
     def step(self, r: int, lr: float) -> Tensor:
         """theta_r -> theta_{r+1/2} from the gradients at hand, r counted from where the moments were zero.
@@ -107,10 +110,10 @@ class Deca(Algorithm):
         Returns the gradient's L2 norm before clipping.
         """
         norm = clip_gradients(self.active, self.config.max_grad_norm)
-        (a1, a2), (c1, c2) = self.config.betas, self.weights
+        (a1, a2), (c1, c2) = self.config.betas, self.moment_weights
         half = (a1 * c1 + 1 - a1, a2 * c2 + 1 - a2)
         own = 1 - a1 ** (r + 1), 1 - a2 ** (r + 1)
-        corrections = half if self.tracks_weights else own
+        corrections = half if self.divides_by_weights else own
         common = {name: moments for name, moments in self.moments.items() if name in self.common}
         personal = {name: moments for name, moments in self.moments.items() if name not in common}
         for moments, divisors, keeps in (
@@ -131,7 +134,7 @@ class Deca(Algorithm):
             parameter.grad = None
         self.corrections = corrections
         if self.discrepancy != "trivial":
-            self.weights = half
+            self.moment_weights = half
         return norm
 
     def hops(self, round: int) -> Sequence[Hop]:
@@ -204,8 +207,8 @@ class Deca(Algorithm):
     def weigh_correction(self) -> None:
         """What a mix's correction makes of the total weights of what entered m and v."""
         b1, b2 = self.correction_betas
-        c1, c2 = self.weights
-        self.weights = (b1 * c1 + 1 - b1, c2 if self.discrepancy == "descent_scaled" else b2 * c2 + 1 - b2)
+        c1, c2 = self.moment_weights
+        self.moment_weights = (b1 * c1 + 1 - b1, c2 if self.discrepancy == "descent_scaled" else b2 * c2 + 1 - b2)
 
     def position(self, round: int) -> Mapping[str, int]:
         turn = self.calendar.at(round)
@@ -234,7 +237,7 @@ class Deca(Algorithm):
         if self.moments and not self.calendar.at(round - 1).is_last:
             for name, moments in self.moments.items():
                 tensors |= {f"exp_avg/{name}": moments.exp_avg, f"exp_avg_sq/{name}": moments.exp_avg_sq}
-            plain |= {"weights": list(self.weights), "first_step": self.first_step}
+            plain |= {"weights": list(self.moment_weights), "first_step": self.first_step}
         return tensors, plain
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any], round: int) -> None:
@@ -244,4 +247,4 @@ class Deca(Algorithm):
             for name, moments in self.moments.items():
                 moments.exp_avg.copy_(tensors[f"exp_avg/{name}"])
                 moments.exp_avg_sq.copy_(tensors[f"exp_avg_sq/{name}"])
-            self.weights = (plain["weights"][0], plain["weights"][1])
+            self.moment_weights = (plain["weights"][0], plain["weights"][1])
