@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -313,6 +314,22 @@ def test_nobody_waits_for_a_terminal_that_nobody_reads(monkeypatch: pytest.Monke
                 said += reader.read() or b""
                 bars.note("three")
     assert b"note: one\n" in said and b"two" not in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_what_asks_a_process_to_end_does_what_ctrl_c_does(number: signal.Signals, ignored: bool) -> None:
+    """Unless it was started so that it does not hear it, as by `nohup`."""
+    code = (
+        "import os, signal, sys, peertune.watch; from peertune.cli import main;"
+        f" {ignored} and signal.signal({number:d}, signal.SIG_IGN);"
+        f" peertune.watch.read_state = lambda folder: os.kill(os.getpid(), {number:d}) or sys.exit(0);"
+        " sys.exit(main(['status', 'nothing']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == (0 if ignored else 128 + number)
+    by = "" if number is signal.SIGINT else f" by {number.name}"
+    assert done.stderr == ("" if ignored else f"peertune: interrupted{by}\n")
 
 
 def test_a_command_without_standard_streams_runs(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """The `peertune` command: reads arguments, calls the library, prints what it says. No logic of its own.
 
 Exit codes: 0 done; 1 a run stopped, resumable, or `doctor` found a problem, or `status` nobody at work; 2 something
-given cannot be used; 130 interrupted; 141 whoever read the output went away.
+given cannot be used; 128 and the signal's number where one ended it, 130 by Ctrl-C; 141 whoever read the output went
+away.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ import argparse
 import difflib
 import json
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -63,6 +67,9 @@ ENVIRONMENT = {
 }
 """What those libraries read when they are imported, where the user has not set it."""
 
+ENDS = (signal.SIGTERM, signal.SIGHUP)
+"""What ends a service, and a terminal that is closed."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
@@ -90,8 +97,36 @@ def _reader_is_gone() -> bool:
     return False
 
 
+@contextmanager
+def _ended_as_by_ctrl_c() -> Iterator[None]:
+    """Context in which what else asks a process to end does what Ctrl-C does, also in a container's first process, that
+    would not hear it. Where somebody else has decided on it, as `nohup` does, it stays so.
+    """
+    taken = [number for number in ENDS if signal.getsignal(number) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, _interrupt)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _interrupt(number: int, _: Any) -> None:
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
 def _main(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
+    # A rank may be within a call of another library, where no handler runs; workers end when their parent is gone.
+    is_several = "RANK" in os.environ or getattr(options, "workers", 1) > 1
+    if is_several or threading.current_thread() is not threading.main_thread():
+        return _carry_out(options)
+    with _ended_as_by_ctrl_c():
+        return _carry_out(options)
+
+
+def _carry_out(options: argparse.Namespace) -> int:
     console = progress_console()
     for name, value in ENVIRONMENT.items():
         if name != "GOMP_SPINCOUNT" or "OMP_WAIT_POLICY" not in os.environ:  # over which it would win
@@ -104,10 +139,10 @@ def _main(arguments: Sequence[str] | None) -> int:
         said = printable(f"peertune{rank}: {kind}{error}")  # it may quote a file that came from anybody
         say(console, said)
         return error.exit_code
-    except KeyboardInterrupt:
-        resumable = getattr(options, "goes_on", "")
-        console.print(f"peertune: interrupted{resumable}", markup=False)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        by, resumable = f" by {interrupt}" if interrupt.args else "", getattr(options, "goes_on", "")
+        say(console, f"peertune: interrupted{by}{resumable}")
+        return 128 + signal.Signals[str(interrupt) or "SIGINT"]
 
 
 class _Parser(argparse.ArgumentParser):
