@@ -332,6 +332,19 @@ def test_what_asks_a_process_to_end_does_what_ctrl_c_does(number: signal.Signals
     assert done.stderr == ("" if ignored else f"peertune: interrupted{by}\n")
 
 
+def test_a_signal_that_gets_lost_counts_again() -> None:
+    """What is raised while an object is done away with goes nowhere."""
+    code = (
+        "import os, signal, sys, peertune.watch; from peertune import cli; cli.AGAIN_S = 0.1;"
+        " Gone = type('Gone', (), {'__del__': lambda self: os.kill(os.getpid(), signal.SIGTERM)});"
+        " sys.unraisablehook = lambda lost: None;"
+        " peertune.watch.read_state = lambda folder: (Gone() and 0) or signal.pause();"
+        " sys.exit(cli.main(['status', 'nothing']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (143, "peertune: interrupted by SIGTERM\n")
+
+
 def test_a_command_without_standard_streams_runs(tmp_path: Path) -> None:
     """As a service that was started with them closed: what it opens is not taken for them."""
     code = (

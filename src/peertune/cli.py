@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -69,6 +69,8 @@ ENVIRONMENT = {
 
 ENDS = (signal.SIGTERM, signal.SIGHUP)
 """What ends a service, and a terminal that is closed."""
+AGAIN_S = 2.0
+"""Seconds after which one of them is taken for lost, and counts again."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -102,32 +104,43 @@ def _ended_as_by_ctrl_c() -> Iterator[None]:
     """Context in which what else asks a process to end does what Ctrl-C does, also in a container's first process, that
     would not hear it. Where somebody else has decided on it, as `nohup` does, it stays so.
     """
-    taken = [number for number in ENDS if signal.getsignal(number) is signal.SIG_DFL]
+
+    def interrupt(number: int, frame: Any) -> None:
+        # Nobody presses a second time, and what is raised while Python does away with an object goes nowhere.
+        signal.signal(signal.SIGALRM, lambda *_: interrupt(number, frame))
+        signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    taken, alarm = [number for number in ENDS if signal.getsignal(number) is signal.SIG_DFL], signal.SIGALRM
+    before = signal.getsignal(alarm)
     for number in taken:
-        signal.signal(number, _interrupt)
+        signal.signal(number, interrupt)
     try:
         yield
     finally:
+        if signal.getsignal(alarm) is not before:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(alarm, before)
         for number in taken:
             signal.signal(number, signal.SIG_DFL)
 
 
-def _interrupt(number: int, _: Any) -> None:
-    raise KeyboardInterrupt(signal.Signals(number).name)
-
-
 def _main(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
+    console = progress_console()
     # A rank may be within a call of another library, where no handler runs; workers end when their parent is gone.
     is_several = "RANK" in os.environ or getattr(options, "workers", 1) > 1
-    if is_several or threading.current_thread() is not threading.main_thread():
-        return _carry_out(options)
-    with _ended_as_by_ctrl_c():
-        return _carry_out(options)
+    may_hear = not is_several and threading.current_thread() is threading.main_thread()
+    try:
+        with _ended_as_by_ctrl_c() if may_hear else nullcontext():
+            return _carry_out(options, console)
+    except KeyboardInterrupt as interrupt:
+        by, resumable = f" by {interrupt}" if interrupt.args else "", getattr(options, "goes_on", "")
+        say(console, f"peertune: interrupted{by}{resumable}")
+        return 128 + signal.Signals[str(interrupt) or "SIGINT"]
 
 
-def _carry_out(options: argparse.Namespace) -> int:
-    console = progress_console()
+def _carry_out(options: argparse.Namespace, console: Console) -> int:
     for name, value in ENVIRONMENT.items():
         if name != "GOMP_SPINCOUNT" or "OMP_WAIT_POLICY" not in os.environ:  # over which it would win
             os.environ.setdefault(name, value)
@@ -139,10 +152,6 @@ def _carry_out(options: argparse.Namespace) -> int:
         said = printable(f"peertune{rank}: {kind}{error}")  # it may quote a file that came from anybody
         say(console, said)
         return error.exit_code
-    except KeyboardInterrupt as interrupt:
-        by, resumable = f" by {interrupt}" if interrupt.args else "", getattr(options, "goes_on", "")
-        say(console, f"peertune: interrupted{by}{resumable}")
-        return 128 + signal.Signals[str(interrupt) or "SIGINT"]
 
 
 class _Parser(argparse.ArgumentParser):
