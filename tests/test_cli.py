@@ -20,11 +20,12 @@ from transformers import AutoModelForCausalLM
 
 import peertune
 from peertune import cli_output
+from peertune.checkpoint import CheckpointStore
 from peertune.cli import _parser, main
 from peertune.cli_output import Bars, progress_console
 from peertune.demo import comparison, demo
 from peertune.errors import CheckpointError, ConfigError
-from peertune.export import _check_peer
+from peertune.export import _check_peer, export
 from peertune.progress import Silent
 from tests.recipes import tree
 from tests.test_bad_input import write_toml
@@ -93,6 +94,26 @@ def test_export_of_a_finished_run_and_of_its_last_checkpoint_agree(
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-6)
     assert main(["export", str(finished), "--to", str(tmp_path / "one")]) == 2
+
+
+def test_export_of_a_run_that_goes_on_meanwhile(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint that it has begun with may be gone, as there are newer ones."""
+    (finished / "summary.json").unlink()
+    rounds = CheckpointStore.rounds
+    asked: list[int] = []
+
+    def first_of_old(store: CheckpointStore, peer: int) -> list[int]:
+        asked.append(peer)
+        return [1] if len(asked) <= 4 else rounds(store, peer)
+
+    monkeypatch.setattr(CheckpointStore, "rounds", first_of_old)
+    assert main(["export", str(finished), "--to", str(tmp_path / "model")]) == 0
+    assert "after round 1\n" not in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match="damaged"):
+        monkeypatch.setattr(CheckpointStore, "rounds", lambda store, peer: [1])
+        export(finished, tmp_path / "none")
 
 
 def test_the_recipe_in_a_runs_folder_lets_no_code_run(

@@ -76,8 +76,17 @@ def export(
         raise CheckpointError(f"{run}: the run has {lacks}; expected one of them to export")
     base, cpu = Path(recipe["base"]), torch.device("cpu")
     module = prepare_model(config, cpu, base)
+    while True:
+        try:
+            trained = _trained(store, done, members, peer, is_alone=site is not None)
+            break
+        except CheckpointError:  # a run that goes on may have put newer ones in its place meanwhile
+            newer = newest_common([store.rounds(member) for member in members])
+            if newer is None or newer <= done:
+                raise
+            done = newer
     own = dict(module.named_parameters())
-    for name, value in _trained(store, done, members, peer, is_alone=site is not None).items():
+    for name, value in trained.items():
         own[name].data.copy_(value)
     tokenizer, labels = prepare_tokenizer(config, base), recipe.get("labels", ())
     load_base = None if adapter else partial(load_full_model, config.model, cpu, base)
