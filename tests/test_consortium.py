@@ -471,6 +471,27 @@ def test_a_request_to_leave_is_gone_with_the_process_that_it_was_for(
     assert list(out.iterdir()) == []
 
 
+def test_the_folder_of_another_sites_run_is_left_as_it_is(tmp_path: Path, micro_model: Path) -> None:
+    """A key or folder mistaken for another's: there is no checkpoint of this one, but the other's must not go."""
+    consortium, out = Consortium(tmp_path, micro_model, {}), tmp_path / "simulated"
+    run(consortium.config)
+    (out / "summary.json").unlink()
+    kept = sorted((out / "checkpoints").rglob("*"))
+    options = SiteOptions(
+        charter=consortium.charter, identity=tmp_path / "east" / "key", out=out, train=str(consortium.data[1]),
+        test=str(tmp_path / "test.jsonl"), model=str(micro_model),
+    )  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"a run that is no site's, got the run of the charter's member 1 "):
+        join(options, Silent())
+    recipe = json.loads((out / "recipe.json").read_text())
+    (out / "recipe.json").write_text(json.dumps(recipe | {"site": 0}))
+    with pytest.raises(CheckpointError, match=r"the charter's member 0 .* got the run of the charter's member 1 "):
+        join(options, Silent())
+    with pytest.raises(CheckpointError, match=r"the charter's member 0 .* got a run that is no site's"):
+        run(consortium.config, resume=True)
+    assert sorted((out / "checkpoints").rglob("*")) == kept
+
+
 def test_below_the_quorum_the_run_waits_until_enough_are_back(tmp_path: Path, micro_model: Path) -> None:
     """Two of four are killed where three are needed: the others stand still beyond the grace, and say so."""
     consortium = Consortium(tmp_path, micro_model, {"inner_steps": 16}, grace=1.0, quorum=3)

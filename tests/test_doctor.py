@@ -274,7 +274,7 @@ def nothing_personal(sites: Two) -> dict[str, Any]:
         (graph_in_two_parts, "graph", "peer 0 cannot reach peer 1"),
         (nothing_personal, "recipe", "got 'heart', which is in no name"),
         (bad_rows, "data", "no field 'colour'"),
-        (folder_of_another_run, "folder", "holds a run with"),
+        (folder_of_another_run, "folder", "holds a run that is no site's"),
         (folder_that_cannot_be_made, "folder", "cannot be made: File exists"),
         (folder_under_a_file, "folder", "is a file"),
     ],
@@ -291,7 +291,7 @@ def test_a_problem_is_named_with_what_to_do(
 
 def test_a_folder_is_tried_out_and_left_as_it_was(tmp_path: Path, micro_model: Path) -> None:
     def found(out: Path) -> list[Finding]:
-        return check_folder(recipe(tmp_path, micro_model, run={"out": str(out)}))
+        return check_folder(recipe(tmp_path, micro_model, run={"out": str(out)}), 0)
 
     assert not found(tmp_path)
     before = sorted(tmp_path.iterdir())

@@ -25,7 +25,7 @@ from peertune.prepare import check_vocabulary, prepare_data, prepare_model, reso
 from peertune.progress import Progress, Silent
 from peertune.records import combined_fields, peer_fields, round_event, start_event, versions
 from peertune.run_end import agree_on_model, conclude
-from peertune.run_folder import RunFolder, free_keys
+from peertune.run_folder import RunFolder
 from peertune.run_setup import Connect, Inputs, RunSetup, Site
 from peertune.runtimes import play_round
 from peertune.runtimes.simulation import SimulatedGroup
@@ -77,7 +77,7 @@ def run(
             " can be one peer together, not in a simulation nor between sites; set run.ranks_per_peer = 1"
         )
     folder = RunFolder(Path(config.run.out))
-    folder.check(config.to_dict(), resume, free_keys(site is not None))
+    folder.check(config.to_dict(), resume, None if site is None else site.index)
     if resume and folder.summary.exists():
         progress.note(f"{folder.path}: this run is finished already")
         return folder.read_summary()

@@ -48,11 +48,6 @@ LABELS = "labels.json"
 """Beside a model that tells classes: their names, in the order of their numbers."""
 
 
-def free_keys(at_site: bool) -> Set[str]:
-    """Keys that a resumed run may change, at a site of a consortium or elsewhere."""
-    return SITE_FREE_KEYS if at_site else FREE_KEYS
-
-
 class RunFolder:
     """Paths and small files of one run. Creates nothing until `create`."""
 
@@ -71,14 +66,17 @@ class RunFolder:
     def holds_run(self) -> bool:
         return any(path.exists() for path in (self.recipe, self.events, self.summary, self.checkpoints))
 
-    def check(self, config: Mapping[str, Any], resume: bool, free: Set[str] = FREE_KEYS) -> None:
+    def check(
+        self, config: Mapping[str, Any], resume: bool, site: int | None = None, *, free: Set[str] | None = None
+    ) -> None:
         """Refuse a folder that cannot be used, before anything is loaded.
 
         Args:
-            free: keys that may have changed.
+            site: whose run it is to be, by its place among a consortium's members; None: no site's.
+            free: keys that may have changed; None: those of a site, or of a run elsewhere.
         Raises:
             CheckpointError: it lies under a file, is not writable, holds a run and `resume` is False, or holds a run of
-                another recipe.
+                another recipe or site.
         """
         check_writable(self.path, "run.out")
         if not self.holds_run:
@@ -87,7 +85,14 @@ class RunFolder:
             raise CheckpointError(
                 f"run.out: {self.path} already holds a run; go on with --resume, or name another folder with --out"
             )
-        then, now = self.read_recipe()["config"], flatten(config)
+        recipe = self.read_recipe()
+        if (holder := recipe.get("site")) != site:
+            raise CheckpointError(
+                f"{self.path}: holds {_whose(holder)}, got {_whose(site)}; name the folder of its own with --out, or"
+                " at a site the key of the one whose folder it is with --identity"
+            )
+        then, now = recipe["config"], flatten(config)
+        free = (FREE_KEYS if site is None else SITE_FREE_KEYS) if free is None else free
         before = {key: value for key, value in _defaults(then).items() if key in now} | flatten(then)
         for key in sorted((before.keys() | now.keys()) - free):
             if before.get(key) != now.get(key):
@@ -206,6 +211,10 @@ class RunFolder:
             raise CheckpointError(
                 f"{self.summary}: damaged: {error}; delete it and go on with --resume, which makes it anew"
             ) from error
+
+
+def _whose(site: int | None) -> str:
+    return "a run that is no site's" if site is None else f"the run of the charter's member {site} (the first is 0)"
 
 
 def _defaults(config: dict[str, Any]) -> dict[str, Any]:

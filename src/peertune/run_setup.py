@@ -27,7 +27,7 @@ from peertune.peer import Peer
 from peertune.prepare import Prepared, base_fingerprint, data_fingerprint, model_blocks
 from peertune.progress import Progress
 from peertune.robust import ends_in_agreement
-from peertune.run_folder import RunFolder, free_keys
+from peertune.run_folder import RunFolder
 from peertune.run_state import RunState
 from peertune.runtimes import Group, Member
 from peertune.topology import Topology
@@ -138,7 +138,7 @@ class RunSetup:
         if self.group.is_recorder and folder.is_written:
             folder.lock.acquire()
             # Once more: another process may have been at work on it while this one loaded.
-            folder.check(self.config.to_dict(), self.resume, free_keys(self.site is not None))
+            folder.check(self.config.to_dict(), self.resume, None if self.site is None else self.site.index)
             folder.require_unfinished()
 
     def _make_members(

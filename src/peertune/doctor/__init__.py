@@ -80,7 +80,7 @@ def examine(
         pairs, found = check_edges(charter, topology, algorithm)
         say(found)
         others = sorted({i + j - index for i, j in pairs if index in (i, j)})
-        is_usable = say(check_folder(config))
+        is_usable = say(check_folder(config, index))
         if algorithm is not None:
             say([check_disk(config, algorithm)] * is_usable)
             say([check_memory(algorithm, len(others), device, available)])

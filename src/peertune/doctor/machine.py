@@ -15,7 +15,7 @@ from peertune.doctor.finding import Finding, problem
 from peertune.errors import IdentityError, InputError
 from peertune.formatting import memory, plural, traffic
 from peertune.prepare import resolve_device
-from peertune.run_folder import RunFolder, free_keys
+from peertune.run_folder import RunFolder
 from peertune.runtimes.node import Node
 from peertune.storage import nearest_existing
 from peertune.workload import foreseen_bytes, needed_bytes
@@ -47,13 +47,13 @@ def check_device(config: RunConfig) -> tuple[torch.device, list[Finding]]:
     return device, [Finding("device", "ok", text, values={"free_bytes": free})]
 
 
-def check_folder(config: RunConfig) -> list[Finding]:
+def check_folder(config: RunConfig, site: int) -> list[Finding]:
     """What is wrong with the run's folder. It is made and removed again where it is not there: only that tells."""
     folder = RunFolder(Path(config.run.out))
     path = folder.path
     made: list[Path] = []
     try:
-        folder.check(config.to_dict(), folder.holds_run, free_keys(at_site=True))
+        folder.check(config.to_dict(), folder.holds_run, site)
         made = [each for each in (path, *path.parents) if not each.exists()]
         path.mkdir(parents=True, exist_ok=True)
     except InputError as error:
