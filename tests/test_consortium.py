@@ -1439,6 +1439,7 @@ def test_a_proxy_that_is_in_the_way_is_named_without_its_password(
 
     told = reason(refuses.address)
     assert told.startswith(f"the HTTP proxy {refuses.address} (https_proxy) refuses: 407 Proxy") and "Required" in told
+    assert "USER:PASSWORD@" in told
     assert refuses.logins == ["me:s3/cret"] and refuses.asked == [charter.members[0].address]
     assert f"the HTTP proxy 127.0.0.1:{dead} (https_proxy) cannot be reached" in reason(f"127.0.0.1:{dead}")
     monkeypatch.setenv("no_proxy", "example.org, 127.0.0.0/8")

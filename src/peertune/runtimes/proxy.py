@@ -51,7 +51,8 @@ class Proxy:
             if not version.startswith("HTTP/"):
                 raise ProxyError(f"{THE_PROXY}{self} is none: it does not speak HTTP")
             if not status.startswith("2"):
-                raise ProxyError(f"{THE_PROXY}{self} refuses: {text(status, 100)}")
+                login = "; give it as USER:PASSWORD@ before its host, special characters as %40" * (status[:3] == "407")
+                raise ProxyError(f"{THE_PROXY}{self} refuses: {text(status, 100)}{login}")
         except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
             writer.transport.abort()
             raise ProxyError(f"{THE_PROXY}{self} ends the connection without an answer") from error
