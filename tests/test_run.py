@@ -29,7 +29,7 @@ from peertune.exchange import Hop, Payload
 from peertune.lock import FolderLock
 from peertune.prepare import prepare_data
 from peertune.run import run
-from peertune.storage import append_line
+from peertune.storage import append_line, storage_errors
 from tests.recipes import Killed, killed_after, recipe, tree
 
 
@@ -406,6 +406,12 @@ def test_a_disk_that_fills_stops_the_run_resumably(
     monkeypatch.setattr(checkpoint, "save_file", save)
     run(recipe(tmp_path, micro_model), resume=True)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(("number", "told"), [(errno.ENOSPC, "free some space"), (errno.EIO, "see to that disk")])
+def test_what_to_do_about_a_disk_depends_on_why_it_refused(number: int, told: str, tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=f"{os.strerror(number)}; {told}"), storage_errors(tmp_path):
+        raise OSError(number, os.strerror(number))
 
 
 def test_a_run_that_diverges_says_which_peer(tmp_path: Path, micro_model: Path) -> None:

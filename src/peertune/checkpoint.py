@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peertune.errors import CheckpointError, StorageError
-from peertune.storage import GO_ON, share_weights
+from peertune.storage import refusal, share_weights
 
 GENERATIONS = 2
 OLDER = "; delete this folder to use an older one"
@@ -93,8 +93,7 @@ class CheckpointStore:
             if replaced.exists() and not final.exists():
                 replaced.rename(final)
             raise StorageError(
-                f"{final}: cannot write the checkpoint: {getattr(error, 'strerror', None) or error};"
-                f" earlier checkpoints are intact: {GO_ON}"
+                f"{final}: cannot write the checkpoint, earlier ones are intact: {refusal(error)}"
             ) from error
 
     def prune(self, peer: int) -> None:

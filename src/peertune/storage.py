@@ -33,8 +33,12 @@ def append_line(path: Path, line: str) -> None:
         file.write(f"{'' if is_whole else chr(10)}{line}\n".encode())
 
 
-GO_ON = "free some space; a run that stopped goes on with the same command (`peertune run`: with --resume)"
-"""What to do about a full disk."""
+def refusal(error: Exception) -> str:
+    """Why a disk refused a write, and what to do about it."""
+    reason = str(getattr(error, "strerror", None) or error)
+    is_full = "space" in reason or "quota" in reason
+    mend = "free some space" if is_full else "see to that disk, and that this user may write there"
+    return f"{reason}; {mend}; a run that stopped goes on with the same command (`peertune run`: with --resume)"
 
 
 @contextmanager
@@ -43,8 +47,7 @@ def storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise StorageError(f"{path}: cannot write: {reason}; {GO_ON}") from error
+        raise StorageError(f"{path}: cannot write: {refusal(error)}") from error
 
 
 def share_weights(folder: Path, like: Path) -> None:
