@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import io
 import json
 import math
@@ -385,6 +386,21 @@ def test_progress_that_cannot_be_written_is_lost_and_nothing_else(
         bars.note("the disk is full")
         bars.rounds(1, 2, 0.5)
     assert stream.asked
+
+
+def test_another_users_folder_is_told_as_such(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one of a site whose umask is 077."""
+
+    def refuse(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    for command in (["leave", str(tmp_path)], ["export", str(tmp_path), "--to", "model"]):
+        assert main(command) == 2
+        (said,) = capsys.readouterr().err.splitlines()
+        assert str(tmp_path) in said and "Permission denied; give this command as the user" in said
 
 
 def test_a_finished_run_whose_model_or_summary_is_spoilt_says_so(

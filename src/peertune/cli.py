@@ -152,6 +152,10 @@ def _carry_out(options: argparse.Namespace, console: Console) -> int:
         said = printable(f"peertune{rank}: {kind}{error}")  # it may quote a file that came from anybody
         say(console, said)
         return error.exit_code
+    except PermissionError as error:
+        place = printable(str(error.filename))
+        say(console, f"peertune: error: {place}: {error.strerror}; give this command as the user whose files these are")
+        return 2
 
 
 class _Parser(argparse.ArgumentParser):
