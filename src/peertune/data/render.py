@@ -80,9 +80,12 @@ def find_labels(rows: Rows, config: DataSection, at_least: int = 2) -> list[str]
 def label_tokens(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> list[list[int]]:
     """Token ids of " " + label as they follow "Label:", for each label.
 
+    The probability of a label is the product of its tokens'. So where one's begin another's, as numbers' digits may,
+    each ends with the token for a text's end, without which the longer one could not win.
+
     Raises:
-        DataError: a label has no token, two labels have the same ones, or one's begin another's: the probability of a
-            label is the product of its tokens', so the longer one could not win.
+        DataError: a label has no token, two labels have the same ones, or one's begin another's and there is no such
+            token.
     """
     cue, *joined = encode(tokenizer, ["Label:", *(f"Label: {label}" for label in labels)])
     # encoded alone, a label would get a second leading space from tokenizers that put one before every text
@@ -98,10 +101,13 @@ def label_tokens(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> l
     whole = {tuple(ids): label for label, ids in zip(labels, tokens, strict=True)}
     for label, ids in zip(labels, tokens, strict=True):
         shorter = next((whole[start] for end in range(1, len(ids)) if (start := tuple(ids[:end])) in whole), None)
+        if shorter is not None and tokenizer.eos_token_id is not None:
+            return [[*ids, tokenizer.eos_token_id] for ids in tokens]
         if shorter is not None:
             raise DataError(
                 f"data: the model's tokenizer begins label {label!r} with all tokens of label {shorter!r}, which would"
-                " always be the likelier of the two; rename one, such as by a distinguishing word put first"
+                " always be the likelier of the two, and has no token for a text's end; rename one, such as by a"
+                " distinguishing word put first"
             )
     return tokens
 
