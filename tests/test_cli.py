@@ -342,9 +342,10 @@ def test_nobody_waits_for_a_terminal_that_nobody_reads(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("ignored", [False, True])
 def test_what_asks_a_process_to_end_does_what_ctrl_c_does(number: signal.Signals, ignored: bool) -> None:
     """Unless it was started so that it does not hear it, as by `nohup`."""
+    usual = "default_int_handler" if number is signal.SIGINT else "SIG_DFL"  # which nohup or & may have taken from us
     code = (
         "import os, signal, sys, peertune.watch; from peertune.cli import main;"
-        f" {ignored} and signal.signal({number:d}, signal.SIG_IGN);"
+        f" signal.signal({number:d}, signal.{'SIG_IGN' if ignored else usual});"
         f" peertune.watch.read_state = lambda folder: os.kill(os.getpid(), {number:d}) or sys.exit(0);"
         " sys.exit(main(['status', 'nothing']))"
     )
