@@ -394,14 +394,17 @@ def test_another_users_folder_is_told_as_such(
 ) -> None:
     """As one of a site whose umask is 077."""
 
-    def refuse(path: Path) -> bool:
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+    def refuse(path: Path | None) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", path and str(path))
 
     monkeypatch.setattr(Path, "exists", refuse)
     for command in (["leave", str(tmp_path)], ["export", str(tmp_path), "--to", "model"]):
         assert main(command) == 2
         (said,) = capsys.readouterr().err.splitlines()
         assert str(tmp_path) in said and "Permission denied; give this command as the user" in said
+    monkeypatch.setattr(Path, "exists", lambda path: refuse(None))
+    with pytest.raises(PermissionError):  # nobody's file
+        main(["leave", str(tmp_path)])
 
 
 def test_a_finished_run_whose_model_or_summary_is_spoilt_says_so(

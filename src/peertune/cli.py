@@ -153,6 +153,8 @@ def _carry_out(options: argparse.Namespace, console: Console) -> int:
         say(console, said)
         return error.exit_code
     except PermissionError as error:
+        if error.filename is None:
+            raise  # of no file, as where a system has no semaphores for --workers
         place = printable(str(error.filename))
         say(console, f"peertune: error: {place}: {error.strerror}; give this command as the user whose files these are")
         return 2
