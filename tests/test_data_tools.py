@@ -87,6 +87,18 @@ def test_what_a_schema_refers_to_stands_in_its_place() -> None:
     assert signature({"name": "f", "parameters": deep}).startswith("f(x?: {x?: {")
 
 
+def test_definitions_are_read_only_where_something_refers_to_them() -> None:
+    """Each by itself with all that it refers to would be more than a machine's memory holds."""
+
+    class Unread(dict[str, Any]):
+        def items(self) -> Any:
+            raise AssertionError("read, though nothing refers to it")
+
+    parameters = {"$defs": {"A": {"type": "string"}, "B": Unread()}, "properties": {"x": {"$ref": "#/$defs/A"}}}
+    tool = {"name": "f", "parameters": parameters}
+    assert signature(tool) == signature(prune(tool, 1)) == "f(x?: string)"
+
+
 @pytest.mark.parametrize(
     ("kind", "shown"),
     [

@@ -74,8 +74,8 @@ def function_name(tool: Any) -> str:
 
 def _resolved(parameters: Mapping[str, Any]) -> Mapping[str, Any]:
     """Parameters with what they refer to (`$ref`) in its place, and with the parts of `allOf` as one schema."""
-    found = _inline(parameters, parameters, ("#",))
-    return {key: value for key, value in found.items() if key not in ("$defs", "definitions")}
+    used = {key: value for key, value in parameters.items() if key not in ("$defs", "definitions")}
+    return dict(_inline(used, parameters, ("#",)))
 
 
 def _inline(schema: Any, root: Mapping[str, Any], within: tuple[str, ...], depth: int = 0) -> Any:
