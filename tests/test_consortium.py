@@ -473,7 +473,7 @@ def test_a_request_to_leave_is_gone_with_the_process_that_it_was_for(
 
 def test_the_folder_of_another_sites_run_is_left_as_it_is(tmp_path: Path, micro_model: Path) -> None:
     """A key or folder mistaken for another's: there is no checkpoint of this one, but the other's must not go."""
-    consortium, out = Consortium(tmp_path, micro_model, {}), tmp_path / "simulated"
+    consortium, out = Consortium(tmp_path, micro_model, {}), tmp_path / "simulated" / "run"
     run(consortium.config)
     (out / "summary.json").unlink()
     kept = sorted((out / "checkpoints").rglob("*"))
