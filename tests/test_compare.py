@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from peertune import prepare
+from peertune import __version__, prepare
 from peertune import run as runs
 from peertune.algorithms import METHODS
 from peertune.algorithms.fedavg import FedavgConfig
@@ -835,6 +835,19 @@ def test_cells_of_other_data_or_links_are_not_mixed(
     train.write_text(train.read_text().replace("a", "b"))
     with pytest.raises(ConfigError, match=r"train\.jsonl had other contents"):
         make(algorithms="local,pooled", seeds="0,1")
+
+
+def test_cells_of_other_versions_are_said_to_be(make: Callable[..., tuple[Comparison, Quiet]], tmp_path: Path) -> None:
+    told = make(algorithms="local,pooled", seeds="0")[1]
+    assert not any("may not compare" in note for note in told.notes)
+    recipe = tmp_path / "compared" / "cells" / "pooled" / "seed-0" / "recipe.json"
+    text = json.loads(recipe.read_text())
+    text["versions"] |= {"peertune": "0.0.1 with my-methods 3"}
+    recipe.write_text(json.dumps(text))
+    comparison, told = make(algorithms="local,pooled", seeds="0,1")
+    (note,) = [note for note in told.notes if "may not compare" in note]
+    assert note.startswith(f"pooled: has cells of peertune 0.0.1 with my-methods 3, now it is peertune {__version__}:")
+    assert note in comparison.verdicts and note in comparison.files["markdown"].read_text()
 
 
 def test_only_local_files_have_fingerprints(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

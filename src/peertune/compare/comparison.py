@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -43,11 +44,17 @@ def compare(options: Options, progress: GridProgress) -> Comparison:
         progress.note(note)
     tuned = grid.tune()
     cells = grid.play(tuned)
-    return write(options, cells, tuned)
+    return write(options, cells, tuned, grid.version_notes)
 
 
-def write(options: Options, cells: list[Cell | DivergedCell], tuned: list[Tuned]) -> Comparison:
-    """Tables, sentences and the page of finished cells. Raises DivergedError where there is none."""
+def write(
+    options: Options, cells: list[Cell | DivergedCell], tuned: list[Tuned], notes: Sequence[str] = ()
+) -> Comparison:
+    """Tables, sentences and the page of finished cells. Raises DivergedError where there is none.
+
+    Args:
+        notes: further sentences.
+    """
     by_name: dict[str, list[Cell]] = {cell.contestant: [] for cell in cells}
     lost: dict[str, list[int]] = {cell.contestant: [] for cell in cells}
     for cell in cells:
@@ -65,7 +72,7 @@ def write(options: Options, cells: list[Cell | DivergedCell], tuned: list[Tuned]
     rows = [table.row(name, own, lost[name], metric, choices.get(name)) for name, own in by_name.items()]
     found = pairs({name: [cell.quality for cell in own] for name, own in by_name.items() if not lost[name]})
     verdicts = table.verdicts(found, metric) + table.budget_notes(rows, options.budget)
-    verdicts += table.diverged_notes(lost, len(options.seeds)) + table.tuning_notes(tuned)
+    verdicts += [*table.diverged_notes(lost, len(options.seeds)), *table.tuning_notes(tuned), *notes]
     by_name = {name: own for name, own in by_name.items() if own}
     out = options.out
     files = {

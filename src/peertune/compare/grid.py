@@ -17,7 +17,7 @@ from peertune.algorithms import METHODS
 from peertune.compare import budget as budgets
 from peertune.compare.cells import Cell, DivergedCell, Summary, metric_of, quality, read_cell
 from peertune.compare.contestants import Contestant, Lineup
-from peertune.compare.inputs import check_inputs, fingerprints, write_inputs
+from peertune.compare.inputs import check_inputs, fingerprints, version_notes, write_inputs
 from peertune.compare.options import Options, Tune, is_number
 from peertune.compare.workers import carry_out, diverged, play_ahead
 from peertune.config import AlgorithmConfig, RunConfig
@@ -103,6 +103,10 @@ class Grid:
         self._inputs = fingerprints(first, self.base)
         check_inputs(options.out, self._inputs)
         self._check_known_cells()
+        self.version_notes = version_notes(options.out, contestants)
+        """Whose finished runs are of other versions."""
+        for sentence in self.version_notes:
+            progress.note(sentence)
 
     def tune(self) -> list[Tuned]:
         """Try the grid's values on the first seed and choose by the validation rows; nothing where none was asked."""

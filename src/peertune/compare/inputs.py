@@ -1,16 +1,24 @@
-"""What a comparison's cells are computed from: a folder's cells, done now or weeks ago, are all of the same files."""
+"""What a comparison's cells are computed from: a folder's cells, done now or weeks ago, are all of the same files.
+
+They may be of other versions, which is said.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from peertune.compare.contestants import Contestant
 from peertune.config import RunConfig
 from peertune.data.load import locate
-from peertune.errors import ConfigError
+from peertune.errors import CheckpointError, ConfigError
+from peertune.logfields import mapping
 from peertune.model.load import resolve_path
+from peertune.records import versions
+from peertune.run_folder import RunFolder
 from peertune.storage import storage_errors
 
 INPUTS = "inputs.json"
@@ -48,6 +56,25 @@ def write_inputs(out: Path, found: dict[str, str]) -> None:
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         (out / INPUTS).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def version_notes(out: Path, contestants: Sequence[Contestant]) -> list[str]:
+    """Whose runs in a folder were begun with other versions than those of now: a sentence for each difference."""
+    found: dict[tuple[str, str], dict[str, None]] = {}
+    for contestant in contestants:
+        now = versions(contestant.config.algorithm.name)
+        for kind in ("tune", "probe", "cells"):
+            for recipe in sorted((out / kind / contestant.slug).rglob("recipe.json")):
+                with suppress(CheckpointError):  # refused where it is needed
+                    then = mapping(RunFolder(recipe.parent).read_recipe().get("versions"))
+                    if changed := [key for key in now if then.get(key) != now[key]]:
+                        texts = [", ".join(f"{key} {of.get(key, '?')}" for key in changed) for of in (then, now)]
+                        found.setdefault((texts[0], texts[1]), {})[contestant.name] = None
+    return [
+        f"{', '.join(names)}: has cells of {then}, now it is {now}: they are taken as they are, and may not compare"
+        " with others; to have them anew, name another folder with --out."
+        for (then, now), names in found.items()
+    ]
 
 
 def _hash(path: Path) -> str:
