@@ -190,6 +190,11 @@ def test_labels_that_cannot_be_used_are_refused(byte_tokenizer: PreTrainedTokeni
         find_labels([labelled("x", "a"), labelled("y", "a")], LABELS)
     with pytest.raises(DataError, match="no label at all"):
         find_labels([labelled("x", "")], LABELS)
+    with pytest.raises(DataError, match="got label 'NaN' in field 'label', which stands for a missing cell"):
+        find_labels([labelled("x", "0"), labelled("x", "1"), labelled("y", "NaN")], LABELS)
+    with pytest.raises(DataError, match=r"got labels '1' and '1\.0' in field 'label', expected one name for a class"):
+        find_labels([labelled("x", "0"), labelled("x", "1.0"), labelled("y", "1")], LABELS)
+    assert find_labels([labelled("x", "1.0"), labelled("y", "1.1")], LABELS) == ["1.0", "1.1"]
     with pytest.raises(DataError, match="row 2 has label 'c', expected one of the training rows' labels: a, b"):
         render([labelled("x", "a"), labelled("x", "c")], LABELS, byte_tokenizer, 64, ["a", "b"])
     with pytest.raises(DataError, match="label 'a' the same tokens as 'a'"):

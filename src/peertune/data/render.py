@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 Rows = Sequence[Mapping[str, Any]]
 
 _CUE = "\nLabel:"
+_MISSING = {"NaN", "nan", "<NA>"}
+"""What stands in a CSV file for a missing cell, written by pandas with `na_rep` or as text."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,22 @@ def find_labels(rows: Rows, config: DataSection, at_least: int = 2) -> list[str]
     """The classes of a data set: its distinct labels, sorted. Rows without a label do not count.
 
     Raises:
-        DataError: there are fewer than `at_least`.
+        DataError: there are fewer than `at_least`, or what pandas makes of missing cells is among them.
     """
     labels = sorted({row[config.label_field] for row in rows} - {""})
+    missing = next((label for label in labels if label in _MISSING), None)
+    if missing:
+        raise DataError(
+            f"data: got label {missing!r} in field {config.label_field!r}, which stands for a missing cell, expected a"
+            " class; leave such cells empty, as rows without a label are left out"
+        )
+    fraction = next((label for label in labels if label.endswith(".0") and label[:-2] in labels), None)
+    if fraction:
+        raise DataError(
+            f"data: got labels {fraction.removesuffix('.0')!r} and {fraction!r} in field {config.label_field!r},"
+            " expected one name for a class: where cells are missing, pandas writes integers with a fraction; write"
+            " the files alike"
+        )
     if len(labels) < at_least:
         got = f"only the class {labels[0]!r}" if labels else "no label at all"
         files = config.train if isinstance(config.train, str) else ", ".join(config.train)
