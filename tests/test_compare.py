@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -45,8 +46,9 @@ from peertune.compare.grid import Grid, Tuned
 from peertune.compare.inputs import fingerprints
 from peertune.compare.stats import paired_interval, pairs, spread
 from peertune.compare.table import Row, budget_notes, cells_of, columns, pair_cells, row, terminal_table, verdicts
+from peertune.compare.workers import play_ahead
 from peertune.config import RunConfig
-from peertune.errors import CheckpointError, ConfigError, DataError, DivergedError
+from peertune.errors import CheckpointError, ConfigError, DataError, DivergedError, PeerLostError
 from peertune.formatting import memory
 from peertune.prepare import keep_back, prepare_data
 from peertune.progress import Silent
@@ -679,6 +681,22 @@ def test_workers_end_when_the_comparison_is_killed(path: Path, tmp_path: Path) -
         process.kill()
     assert len(workers) >= 2
     assert not psutil.wait_procs(workers, timeout=60)[1]
+
+
+class Deadly:
+    """A recipe that ends the process which takes it up."""
+
+    def __init__(self, out: Path) -> None:
+        self.run = SimpleNamespace(out=str(out))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os._exit, (9,)
+
+
+def test_a_worker_that_is_killed_is_an_error_in_one_line(tmp_path: Path) -> None:
+    cells: list[Any] = [(Deadly(tmp_path / "cell"), "deca, seed 0")]
+    with pytest.raises(PeerLostError, match=r"--workers: the process of a cell was killed, .* with 2 at a time"):
+        play_ahead(cells, tmp_path, 2, print)
 
 
 def test_a_contestant_may_have_batched_peers_and_another_not(

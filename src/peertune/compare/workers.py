@@ -9,13 +9,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from pathlib import Path
 
 from peertune import run as runs
 from peertune.compare.cells import Summary
 from peertune.config import RunConfig
-from peertune.errors import DivergedError
+from peertune.errors import DivergedError, PeerLostError
 from peertune.formatting import duration, plural
 from peertune.progress import Progress
 from peertune.run_folder import RunFolder
@@ -57,6 +58,7 @@ def play_ahead(
         note: told how many are to be done, and of each that is, with the time that the rest may take.
     Raises:
         PeertuneError: a cell's; cells not begun are left.
+        PeerLostError: a cell's process was killed.
     """
     todo = []
     for config, label in cells:
@@ -75,6 +77,11 @@ def play_ahead(
                 left_s = (time.monotonic() - began) / number * (len(todo) - number)
                 left = f", about {duration(left_s)} left" if left_s else ""
                 note(f"{futures[future]}: {outcome} ({number} of {len(todo)}{left})")
+        except BrokenProcessPool:
+            raise PeerLostError(
+                f"--workers: the process of a cell was killed, as by the system where memory ran out with {workers} at"
+                " a time; the same command goes on, and with fewer --workers it needs less"
+            ) from None
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
