@@ -505,6 +505,9 @@ def test_of_many_pairs_only_those_beyond_the_noise_have_a_sentence() -> None:
     assert verdicts(pairs(same), "accuracy")[0].endswith("none can be told from the seed noise.")
     alone = verdicts(pairs({name: values[:1] for name, values in same.items()}), "accuracy")
     assert len(alone) == 2 and "no noise can be told" in alone[1]
+    apart = verdicts(pairs({f"m{i}": [i, i + 0.01, i + 0.02 + i / 1000] for i in range(30)}), "accuracy")
+    assert len(apart) == 29 + 2 and all(" than m0 in accuracy" in text for text in apart[:29])
+    assert apart[29].endswith("Of these, 435, with m0 those above, can be told from the seed noise.")
 
 
 def test_memory_has_ticks_at_round_numbers_of_its_unit() -> None:

@@ -61,6 +61,8 @@ NAME_WIDTH = 28
 """Characters of a name in one line of the terminal's table."""
 PAIRS_MAX = 10
 """Pairs that have a sentence each; of more, those have whose difference is larger than the seed noise."""
+SENTENCES_MAX = 200
+"""Where more pairs than these have one, only those with the first contestant do: others are found in the table."""
 DIVERGED = "diverged"
 """Stands in tables in the place of a number that there is none of."""
 
@@ -246,7 +248,8 @@ def pair_cells(pair: Pair, metric: str) -> list[str]:
 
 def told(found: Sequence[Pair]) -> list[Pair]:
     """The pairs that have a sentence of their own."""
-    return [pair for pair in found if pair.is_clear or len(found) <= PAIRS_MAX]
+    chosen = [pair for pair in found if pair.is_clear or len(found) <= PAIRS_MAX]
+    return chosen if len(chosen) <= SENTENCES_MAX else [pair for pair in chosen if pair.one == found[0].one]
 
 
 def verdicts(found: Sequence[Pair], metric: str) -> list[str]:
@@ -279,6 +282,9 @@ def verdicts(found: Sequence[Pair], metric: str) -> list[str]:
             )
     if len(told(found)) < len(found):
         above = "none" if not told(found) else "the one above" if len(told(found)) == 1 else "those above"
+        clear = sum(pair.is_clear for pair in found)
+        if len(told(found)) < clear:
+            above = f"{clear}, with {found[0].one} those above,"
         beyond = f"Of these, {above} can be told from the seed noise." if found[0].num_seeds > 1 else ""
         where = f"The differences of all {len(found)} pairs stand in table.md and on the page under Pairs."
         sentences.append(f"{where} {beyond}".rstrip())
