@@ -205,7 +205,7 @@ def test_labels_that_begin_one_another_end_with_the_texts_end(byte_tokenizer: Pr
     """Numbers, where each digit is a token: without an end 1 would be at least as likely as 10 for every text."""
     end = byte_tokenizer.eos_token_id
     assert [ids[-1] for ids in label_tokens(byte_tokenizer, ["1", "10", "2"])] == [end] * 3
-    assert end not in sum(label_tokens(byte_tokenizer, ["1", "2"]), [])
+    assert all(end not in ids for ids in label_tokens(byte_tokenizer, ["1", "2"]))
     rendered = render([labelled("x", "1"), labelled("x", "10")], LABELS, byte_tokenizer, 64, ["1", "10"])
     assert [targets(byte_tokenizer, sample) for sample in rendered.samples] == [
         f" {label}{byte_tokenizer.eos_token}" for label in ("1", "10")
