@@ -358,7 +358,7 @@ def test_what_asks_a_process_to_end_does_what_ctrl_c_does(number: signal.Signals
 def test_a_signal_that_gets_lost_counts_again() -> None:
     """What is raised while an object is done away with goes nowhere."""
     code = (
-        "import os, signal, sys, peertune.watch; from peertune import cli; cli.AGAIN_S = 0.1;"
+        "import os, signal, sys, peertune.watch; from peertune import cli, cli_signals; cli_signals.AGAIN_S = 0.1;"
         " Gone = type('Gone', (), {'__del__': lambda self: os.kill(os.getpid(), signal.SIGTERM)});"
         " sys.unraisablehook = lambda lost: None;"
         " peertune.watch.read_state = lambda folder: (Gone() and 0) or signal.pause();"

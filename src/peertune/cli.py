@@ -14,8 +14,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -36,6 +36,7 @@ from peertune.cli_output import (
     progress_console,
     say,
 )
+from peertune.cli_signals import ended_as_by_ctrl_c
 from peertune.cli_watch import add_watch
 from peertune.errors import PeertuneError
 from peertune.logfields import printable
@@ -67,11 +68,6 @@ ENVIRONMENT = {
 }
 """What those libraries read when they are imported, where the user has not set it."""
 
-ENDS = (signal.SIGTERM, signal.SIGHUP)
-"""What ends a service, and a terminal that is closed."""
-AGAIN_S = 2.0
-"""Seconds after which one of them is taken for lost, and counts again."""
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
@@ -99,32 +95,6 @@ def _reader_is_gone() -> bool:
     return False
 
 
-@contextmanager
-def _ended_as_by_ctrl_c() -> Iterator[None]:
-    """Context in which what else asks a process to end does what Ctrl-C does, also in a container's first process, that
-    would not hear it. Where somebody else has decided on it, as `nohup` does, it stays so.
-    """
-
-    def interrupt(number: int, frame: Any) -> None:
-        # Nobody presses a second time, and what is raised while Python does away with an object goes nowhere.
-        signal.signal(signal.SIGALRM, lambda *_: interrupt(number, frame))
-        signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
-        raise KeyboardInterrupt(signal.Signals(number).name)
-
-    taken, alarm = [number for number in ENDS if signal.getsignal(number) is signal.SIG_DFL], signal.SIGALRM
-    before = signal.getsignal(alarm)
-    for number in taken:
-        signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        if signal.getsignal(alarm) is not before:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(alarm, before)
-        for number in taken:
-            signal.signal(number, signal.SIG_DFL)
-
-
 def _main(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
     console = progress_console()
@@ -132,7 +102,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     is_several = "RANK" in os.environ or getattr(options, "workers", 1) > 1
     may_hear = not is_several and threading.current_thread() is threading.main_thread()
     try:
-        with _ended_as_by_ctrl_c() if may_hear else nullcontext():
+        with ended_as_by_ctrl_c() if may_hear else nullcontext():
             return _carry_out(options, console)
     except KeyboardInterrupt as interrupt:
         by, resumable = f" by {interrupt}" if interrupt.args else "", getattr(options, "goes_on", "")
