@@ -59,6 +59,7 @@ LAYERS = [
     "demo",
     "compare",
     "cli_output",
+    "cli_keys",
     "cli_signals",
     "cli_consortium",
     "cli_watch",
