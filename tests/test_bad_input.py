@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from peertune.algorithms import METHODS
 from peertune.cli import main
-from peertune.errors import DataError
+from peertune.errors import ConfigError, DataError
 from peertune.prepare import prepare_data
 from peertune.recipe import from_dict
 from tests.recipes import tree
@@ -266,3 +266,41 @@ def test_a_site_may_hold_one_class_but_not_other_ones_than_its_test_file(tmp_pat
     data["data"]["test"] = str(test)
     with pytest.raises(DataError, match=r"data.test: its labels \(0, 1\) are none of the training rows' \(red\)"):
         prepare_data(from_dict(data, METHODS)[0], None, 0)
+
+
+def test_classes_that_a_recipe_names_are_those_of_every_site(tmp_path: Path, micro_model: Path) -> None:
+    """A site that lacks a long one still cuts texts to leave room for it, and ends 1 as where there is a 10."""
+    data = tree(tmp_path, micro_model, model={"path": str(micro_model), "max_length": 24})
+    files = {"one": ["1"], "other": ["10", "a long name"], "both": ["1", "10", "a long name"]}
+    for name, labels in files.items():
+        rows = [json.dumps({"text": f"word {i} " * 9, "label": label}) for label in labels for i in range(6)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+    data["data"] |= {"test": "", "partition": {"kind": "files"}, "train": [str(tmp_path / f"{n}.jsonl") for n in files]}
+    data["run"]["num_peers"] = 3
+
+    def ids(site: int | None, labels: list[str]) -> list[list[list[int]]]:
+        tree = {**data, "data": {**data["data"], "labels": labels}}
+        if site is not None:
+            tree["data"]["train"] = data["data"]["train"][site]
+        found = prepare_data(from_dict(tree, METHODS)[0], None, site)
+        assert not labels or list(found.label_names) == labels
+        return [[sample.input_ids.tolist() for sample in part.samples] for _, part in sorted(found.train.items())]
+
+    named = ["a long name", "1", "10"]
+    assert [ids(site, named)[0] for site in range(3)] == ids(None, named)
+    assert ids(0, [])[0] != ids(None, [])[0]
+    with pytest.raises(
+        DataError, match=r"data.labels: got 12 rows with label .10. in field .label., expected one of a lo"
+    ):
+        ids(None, ["a long name", "1"])
+    for wrong in (["1"], ["1", " 1"]):
+        with pytest.raises(
+            ConfigError, match=r"data.labels: got .*, expected two names or more, all different, or none"
+        ):
+            ids(None, wrong)
+
+
+def test_a_server_needs_no_rows(tmp_path: Path, micro_model: Path) -> None:
+    data = tree(tmp_path, micro_model)
+    data["data"] |= {"train": "", "test": ""}
+    assert prepare_data(from_dict(data, METHODS)[0], None, 4).train == {}

@@ -702,6 +702,15 @@ def test_a_worker_that_is_killed_is_an_error_in_one_line(tmp_path: Path) -> None
         play_ahead(cells, tmp_path, 2, print)
 
 
+def test_of_a_workers_error_it_is_said_whose_it_is(tmp_path: Path, micro_model: Path) -> None:
+    config = recipe(tmp_path, micro_model)
+    Path(str(config.data.test)).unlink()
+    said: list[str] = []
+    with pytest.raises(DataError, match="no such file"):
+        play_ahead([(config, "deca, seed 0")], tmp_path, 2, said.append)
+    assert said[1:] == ["deca, seed 0: failed"]
+
+
 def test_a_contestant_may_have_batched_peers_and_another_not(
     make: Callable[..., tuple[Comparison, Quiet]], tmp_path: Path
 ) -> None:

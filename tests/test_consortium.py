@@ -1279,6 +1279,22 @@ def test_a_charter_says_how_long_a_connection_may_be_silent(
     assert "expected seconds above 0" in capsys.readouterr().err
 
 
+def test_a_charter_without_the_classes_is_noted_and_one_with_them_holds_them(
+    tmp_path: Path, micro_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tree(tmp_path, micro_model, run={"num_peers": 1})
+    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(recipe))
+    member = f"--member=a={make_identity(tmp_path / 'a').id}"
+    new = ["charter", "new", str(tmp_path / "recipe.toml"), member, "--expires", "2999-01-01", "--to"]
+    assert main([*new, str(tmp_path / "without.toml")]) == 0
+    assert "data.labels: got none" in capsys.readouterr().err
+    labels = ["red", "green", "blue"]
+    assert main([*new, str(tmp_path / "with.toml"), "--set", f"data.labels={json.dumps(labels)}"]) == 0
+    assert "data.labels" not in capsys.readouterr().err
+    options = SiteOptions(charter=tmp_path / "with.toml", identity=tmp_path, out=tmp_path, model=str(micro_model))
+    assert options.config(read_charter(options.charter)).data.labels == labels
+
+
 def test_no_charter_lets_code_beside_the_base_run(
     tmp_path: Path, micro_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

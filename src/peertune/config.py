@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, StringConstraints, field_validator
+from pydantic_core import PydanticCustomError
 
 Sources = str | list[str]
 Positive = Annotated[int, Field(ge=1)]
@@ -119,6 +120,9 @@ class DataSection(Section):
     """Field of a pair's second text; used where a row has it (classification)."""
     label_field: str = "label"
     """Field of the label (classification)."""
+    labels: list[Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]] = []
+    """Names of the classes, in the order of their numbers (classification); empty: the rows' labels, sorted. Sites,
+    each of which sees its own rows only, know of each other's classes by it."""
     instruction_field: str = "instruction"
     """Field of what is asked (instruction)."""
     input_field: str = "input"
@@ -133,6 +137,13 @@ class DataSection(Section):
     tools_field: str = "tools"
     """Field of the functions offered, a list of their schemas; used where a row has it (chat)."""
     partition: PartitionSection = PartitionSection()
+
+    @field_validator("labels")
+    @classmethod
+    def _are_classes(cls, labels: list[str]) -> list[str]:
+        if len(labels) == 1 or len(set(labels)) < len(labels):
+            raise PydanticCustomError("classes", "two names or more, all different, or none")
+        return labels
 
 
 class TopologySection(Section):

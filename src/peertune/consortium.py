@@ -107,6 +107,11 @@ def new_charter(
     write_charter(charter, to)
     for remark in remarks:
         note(remark)
+    if config.data.task == "classification" and not config.data.labels:
+        note(
+            "data.labels: got none, so each site takes its own rows' labels for the classes; where a site may lack one,"
+            ' name them all, as in ["no", "yes"]: with fewer to choose between a model seems better'
+        )
     if config.model.trust_remote_code:
         note(
             "model.trust_remote_code is in no charter: each site decides for itself whether code beside the base may"

@@ -160,19 +160,34 @@ def drawn(items: Sequence[T], limit: int, seed: int) -> Sequence[T]:
 
 
 def _class_names(train: Rows, test: Rows, section: DataSection, is_site: bool) -> list[str]:
-    """The names of the classes, sorted; none but for classification. Raises DataError.
+    """The names of the classes; none but for classification. Raises DataError.
 
-    They are those of all training rows: one that only validation rows have is still a class. At a site, which may lack
-    one to learn, they are those of its test rows too.
+    Where the recipe does not name them, they are those of all training rows, sorted: one that only validation rows have
+    is still a class. At a site, which may lack one to learn, they are those of its test rows too.
     """
-    if section.task != "classification":
+    if section.task != "classification" or not (train or test):  # a server may have no rows at all
         return []
+    if section.labels:
+        _require_known_labels([*train, *test], section)
+        return section.labels
     # To learn, a site needs one; to be measured, two.
     known, at_least = ([*train, *test], 2 if test else 1) if is_site else (train, 2)
     names = find_labels(known, section, at_least)
     if is_site and train and test:
         _require_common_labels(train, test, section)
     return names
+
+
+def _require_known_labels(rows: Rows, section: DataSection) -> None:
+    """Refuse rows whose label is none of those that the recipe names. Raises DataError."""
+    unknown = next((name for name in find_labels(rows, section, 1) if name not in section.labels), None)
+    if unknown is not None:
+        count = sum(row[section.label_field] == unknown for row in rows)
+        known = ", ".join(section.labels[:20]) + (", ..." if len(section.labels) > 20 else "")
+        raise DataError(
+            f"data.labels: got {count} rows with label {unknown!r} in field {section.label_field!r}, expected one of"
+            f" {known}; correct the rows, or name it too"
+        )
 
 
 def _require_common_labels(train: Rows, test: Rows, section: DataSection) -> None:

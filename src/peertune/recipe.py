@@ -23,6 +23,7 @@ MAX_DEPTH = 20
 Methods = Mapping[str, type[AlgorithmConfig]]
 ONLY_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "model.train_embeddings": ("algorithm.adapter", ("none",)),
+    "data.labels": ("data.task", ("classification",)),
     "data.partition.alpha": ("data.partition.kind", ("dirichlet", "quantity")),
     "topology.p": ("topology.kind", ("erdos_renyi",)),
     "topology.edges": ("topology.kind", ("edges",)),

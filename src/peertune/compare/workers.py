@@ -16,7 +16,7 @@ from pathlib import Path
 from peertune import run as runs
 from peertune.compare.cells import Summary
 from peertune.config import RunConfig
-from peertune.errors import DivergedError, PeerLostError
+from peertune.errors import DivergedError, PeerLostError, PeertuneError
 from peertune.formatting import duration, plural
 from peertune.progress import Progress
 from peertune.run_folder import RunFolder
@@ -73,7 +73,11 @@ def play_ahead(
         futures = {pool.submit(carry_out, config, base): label for config, label in todo}
         try:
             for number, future in enumerate(as_completed(futures), 1):
-                outcome = "diverged" if future.result() is None else "done"
+                try:
+                    outcome = "diverged" if future.result() is None else "done"
+                except PeertuneError:
+                    note(f"{futures[future]}: failed")
+                    raise
                 left_s = (time.monotonic() - began) / number * (len(todo) - number)
                 left = f", about {duration(left_s)} left" if left_s else ""
                 note(f"{futures[future]}: {outcome} ({number} of {len(todo)}{left})")
