@@ -23,7 +23,7 @@ from peertune.model import loss
 from peertune.model.blocks import block_table, find_layers, frozen_names, is_tied, partition_blocks
 from peertune.model.language_model import LanguageModel
 from peertune.model.layers import draws_in_training
-from peertune.model.load import _is_pointer, clone_model, load_model
+from peertune.model.load import _is_pointer, clone_model, load_model, load_tokenizer
 from tests.shapes import ARCHITECTURES, LAYERS, VOCABULARY, make_model
 
 both = pytest.mark.parametrize("tied", [False, True])
@@ -404,3 +404,17 @@ def test_what_draws_random_numbers_in_training_is_known(key: str, value: float, 
 def test_a_file_that_cannot_be_read_is_no_pointer_of_git_lfs(tmp_path: Path) -> None:
     """Of why a folder does not load the library has told; that a file may not be read would be a second error."""
     assert not _is_pointer(tmp_path)
+
+
+def test_a_runs_folder_named_for_a_model_is_told_from_what_the_run_has(tmp_path: Path) -> None:
+    """Of a prompt or prefix there is an adapter and no model."""
+    (tmp_path / "events.jsonl").touch()
+    with pytest.raises(ModelError, match="a run's folder has its model once it is finished; here is none yet"):
+        load_tokenizer(ModelSection(path=str(tmp_path)))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for name in (tmp_path, tmp_path / "model"):
+        with pytest.raises(ModelError, match=f"a run's folder has its model .* here {adapter}"):
+            load_tokenizer(ModelSection(path=str(name)))
+    with pytest.raises(ModelError, match=r"this folder: (?!a run's)"):
+        load_tokenizer(ModelSection(path=str(adapter)))

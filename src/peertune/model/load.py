@@ -185,14 +185,23 @@ def _from_pretrained(kind: Any, config: ModelSection, base: Path | None, **optio
         place = "this folder" if Path(source).is_dir() else "no such local folder, and the hub did not give it"
         if Path(source).is_file():
             place, reason = "this is a file", "name the folder of a model as `save_pretrained` writes it"
-        if (Path(source) / "events.jsonl").exists():
-            reason = f"it is a run's; its model, once it is finished, is {Path(source) / 'model'}"
+        if (told := _what_a_run_has(Path(source))) is not None:
+            reason = told
         needed = [path for path in Path(source).glob("*") if path.suffix in (".safetensors", ".bin", ".json", ".model")]
         if any(path.is_file() and _is_pointer(path) for path in needed):
             reason = "it holds pointers of Git LFS where files should be; fetch those with `git lfs pull`"
         raise ModelError(
             f"model.path: got {config.path!r}, expected a folder or hub name of a {what}; {place}: {reason}"
         ) from error
+
+
+def _what_a_run_has(path: Path) -> str | None:
+    """What to name instead of a run's folder, or of one that it does not have; None where that is not so."""
+    run = next((folder for folder in (path, path.parent) if (folder / "events.jsonl").exists()), None)
+    if run is None or (run != path and path.exists()):
+        return None
+    has = [str(run / name) for name in ("model", "adapter") if (run / name).is_dir()]
+    return f"a run's folder has its model once it is finished; here {' and '.join(has) or 'is none yet'}"
 
 
 def _is_pointer(path: Path) -> bool:
