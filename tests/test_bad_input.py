@@ -104,7 +104,11 @@ CASES = {
     "test label never seen": Case(lambda r: Path(r["data"]["test"]).write_text(line("a", "violet")), ["violet"]),
     "unknown extension": Case(lambda r: renamed(r, "rows.xyz"), ["rows.xyz"]),
     "unknown key": Case(put("algorithm", inner_step=3), ["algorithm.inner_step", "did you mean algorithm.inner_steps"]),
-    "unknown section": Case(put("algoritm", lr=3.0), ["algoritm", "did you mean algorithm"]),
+    "unknown section": Case(put("algoritm", lr=3.0), ["algoritm", "did you mean algorithm?"]),
+    "key in capitals": Case(put("topology", KIND="ring"), ["topology.KIND", "did you mean topology.kind?"]),
+    "unknown part of a section": Case(
+        put("data", partitoin={"kind": "iid"}), ["did you mean data.partition?", "[data] has partition, train"]
+    ),
     "key in the wrong section": Case(put("run", lr=0.1), ["run.lr", "did you mean algorithm.lr"]),
     "unknown method": Case(put("algorithm", name="decca"), ["algorithm.name", "deca"]),
     "wrong type": Case(put("run", num_peers="four"), ["run.num_peers", '"four"', "integer"]),

@@ -181,10 +181,10 @@ def _explain(error: ValidationError, prefix: tuple[str, ...], section: type[Sect
     if len(got) > 80:
         got = got[:77] + "..."
     if problem["type"] == "extra_forbidden":
-        known = [f"algorithm.{k}" for k in section.model_fields] if prefix else keys_of(section)
-        siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]]
-        others = f"[{key.rpartition('.')[0]}] has {', '.join(siblings)}" if siblings else ""
-        others = others or f"the sections are {', '.join(section.model_fields)}"
+        keys = [f"algorithm.{k}" for k in section.model_fields] if prefix else keys_of(section)
+        known, place = [*dict.fromkeys(k.rpartition(".")[0] for k in keys), *keys], key.rpartition(".")[0]
+        siblings = ", ".join(k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == place)
+        others = f"[{place}] has {siblings}" if place else f"the sections are {siblings}"
         return f"{key}: no such key (got {got}){_nearest(key, known)}; {others}".replace("?;", "?")
     if problem["type"] == "literal_error":
         choices = str(problem["ctx"]["expected"])
@@ -207,8 +207,13 @@ def _expected(problem: Any) -> str:
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
-    """A hint at the known key with the same last part, else at the one spelled most alike."""
-    known = list(known)
-    close = [k for k in known if "." in k and k.rpartition(".")[2] == word.rpartition(".")[2]]
-    close = close or difflib.get_close_matches(word, known, 1, 0.6)
-    return f"; did you mean {close[0]}?" if close else ""
+    """A hint at the known key with the same last part, else at the one spelled most alike; its own section first."""
+    section, _, last = word.lower().rpartition(".")
+    known = sorted(known, key=lambda k: k.rpartition(".")[0] != section)
+    same = [k for k in known if k.rpartition(".")[2] == last]
+    beside = [k for k in known if k.rpartition(".")[0] == section]
+    for keys in (same, beside, known):
+        by_last = {k.rpartition(".")[2]: k for k in reversed(keys)}
+        if close := difflib.get_close_matches(last, by_last, 1, 0.6):
+            return f"; did you mean {by_last[close[0]]}?"
+    return ""
