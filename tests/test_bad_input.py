@@ -140,6 +140,12 @@ CASES = {
     ),
     "rate that float32 takes for none": Case(put("algorithm", lr=1e-300), ["algorithm.lr", "1e-300", "greater"]),
     "batch beyond any memory": Case(put("data", batch_size=10**30), ["data.batch_size", "less than or equal to 65536"]),
+    "rank beyond any memory": Case(
+        put("algorithm", name="dec_lora", rank=10**9), ["algorithm.rank", "less than or equal to 65536"]
+    ),
+    "bottleneck beyond any memory": Case(
+        put("algorithm", name="dec_adapter", bottleneck_size=10**9), ["bottleneck_size", "less than or equal to 65536"]
+    ),
     "rate beyond float32": Case(put("algorithm", lr=1e38), ["algorithm.lr", "1e+38", "less than or equal to 1e+30"]),
     "divisor that float32 takes for zero": Case(put("algorithm", eps=1e-50), ["algorithm.eps", "1e-50", "greater"]),
     "divisor whose square no number holds": Case(

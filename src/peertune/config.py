@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 Sources = str | list[str]
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
+Width = Annotated[int, Field(ge=1, le=65536)]
 LearningRate = Annotated[float, Field(ge=1e-30, le=1e30)]
 """Beyond, a step is none in float32, or more than it can hold."""
 Epsilon = Annotated[float, Field(ge=1e-30, le=1e15)]
@@ -183,7 +184,7 @@ class AlgorithmConfig(Section):
     adapter: Adapter = "none"
     """What is trained: the model's own parameters, or an adapter on the frozen base. Methods of LoRA's two factors take
     LoRA only, the others any."""
-    rank: Positive = 16
+    rank: Width = 16
     """Rank r of LoRA's factors. Default: Dec-LoRA's."""
     lora_alpha: Annotated[float, Field(gt=0)] = 32.0
     """LoRA's product is scaled by lora_alpha / rank. Dec-LoRA does not state it: ours."""
@@ -191,7 +192,7 @@ class AlgorithmConfig(Section):
     """Dropout before LoRA's first factor. Not stated by Dec-LoRA: none."""
     target_modules: str | list[str] = "all-linear"
     """Linear layers that get LoRA: names as peft takes them, or "all-linear": all but the output head."""
-    bottleneck_size: Positive = 16
+    bottleneck_size: Width = 16
     """Width of a bottleneck adapter."""
     num_virtual_tokens: Positive = 8
     """Soft prompt tokens, or positions of a prefix."""
