@@ -370,7 +370,8 @@ def test_stdlib_rows_come_with_their_groups(monkeypatch: pytest.MonkeyPatch) -> 
             DataSection(task="classification", text_b_field="hypotesis"),
             "a.jsonl: no row has the field 'hypotesis' .the first has text, label.*data.text_b_field",
         ),
-        ("a.csv", b'text;label\n"a";"x"\n', LABELS, "broken CSV: .* expected commas between cells"),
+        ("a.csv", b'text;label\n"a\nb";"x"\n', LABELS, "a.csv:1: got ';' between cells, expected commas; save"),
+        ("a.csv", b'text,label\n"a";"x"\n', LABELS, "a.csv:2: broken CSV: .* expected commas between cells"),
         ("a.jsonl", b'{"messages": [], "tools": {"a": 1}}', CHAT, "field 'tools' is an object.*data.tools_field"),
     ],
 )

@@ -234,6 +234,8 @@ def _read_csv(text: str, name: str) -> Located:
     try:
         lines = [(reader.line_num, cells) for cells in reader if cells]
     except csv.Error as error:
+        head = text.partition("\n")[0]
+        _check_commas([head] if "," not in head else [], name)
         raise DataError(
             f"{name}:{reader.line_num}: broken CSV: {error}; expected commas between cells, and a quote within a quoted"
             " cell doubled"
@@ -241,9 +243,8 @@ def _read_csv(text: str, name: str) -> Located:
     finally:
         csv.field_size_limit(limit)
     header = lines[0][1] if lines else []
-    first = ["".join(cells) for _, cells in lines[:2]]  # one column may have such a character in its name or a text
-    if len(header) == 1 and (other := next((c for c in ";\t|" if all(c in line for line in first)), "")):
-        raise DataError(f"{name}:1: got {other!r} between cells, expected commas; save the file anew with those")
+    if len(header) == 1:
+        _check_commas(["".join(cells) for _, cells in lines[:2]], name)
     named = [column for column in header if column]  # spreadsheets leave columns without a name, and cells, behind
     if len(set(named)) < len(named):
         raise DataError(f"{name}:1: two columns have the same name; got {', '.join(named)}; rename one")
@@ -251,6 +252,13 @@ def _read_csv(text: str, name: str) -> Located:
         if len(cells) != len(header):
             raise DataError(f"{name}:{number}: got {len(cells)} cells, expected {len(header)} as in the first line")
         yield f"{name}:{number}", dict(zip(header, cells, strict=True))
+
+
+def _check_commas(lines: Sequence[str], name: str) -> None:
+    """Raise DataError where all lines, the first ones of a CSV file, hold another separator that is in use."""
+    # one column may have such a character in its name or a text
+    if lines and (other := next((c for c in ";\t|" if all(c in line for line in lines)), "")):
+        raise DataError(f"{name}:1: got {other!r} between cells, expected commas; save the file anew with those")
 
 
 def _check(row: Row, where: str, config: DataSection) -> Row:
