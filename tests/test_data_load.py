@@ -260,7 +260,8 @@ def test_class_numbers_in_parquet_become_their_names(hub_folder: Path) -> None:
 def test_a_broken_file_in_a_folder_is_told(hub_folder: Path) -> None:
     Path("rows").mkdir()
     Path("rows", "train.jsonl").write_text('{"text": "a"}\n{"text":\n')
-    with pytest.raises(DataError, match=r"rows:train: .*generating the dataset: JSON parse error: .*row 1;"):
+    told = r"rows:train: no data set in this folder loads: .*generating the dataset: JSON parse error: .*row 1;"
+    with pytest.raises(DataError, match=told):
         load_table("rows", TEXT)
 
 

@@ -55,10 +55,8 @@ def read_dataset(name: str, split: str, label_field: str) -> Iterator[tuple[str,
         if type(error.__cause__) not in (type(None), type(error)):  # only "while generating" is said of a broken file
             reason += f": {error.__cause__}"
         reason = " ".join(reason.split())[:300].rstrip(".")
-        raise DataError(
-            f"{name}:{split}: no such file, and no data set of that name loads: {reason}; expected"
-            " NAME[[:CONFIG]:SPLIT]"
-        ) from None
+        what = "no data set in this folder" if Path(name).is_dir() else "no such file, and no data set of that name"
+        raise DataError(f"{name}:{split}: {what} loads: {reason}; expected NAME[[:CONFIG]:SPLIT]") from None
     label = data.features.get(label_field)
     names = label.names if isinstance(label, datasets.ClassLabel) else []
     for number, row in enumerate(data, 1):
