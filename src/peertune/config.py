@@ -54,7 +54,7 @@ class RunSection(Section):
     """Simulated peers whose local steps are one batched call, where LoRA on a frozen base is trained: faster for small
     batches, and weights differ by rounding from those of one peer after the other."""
     checkpoint_every: NonNegative = 0
-    """Rounds between checkpoints; 0: at the end of each block's turn."""
+    """Rounds between checkpoints; 0: at the end of each block's turn, or ten times a run of a method without blocks."""
     log_every: Positive = 1
     """Rounds between lines in events.jsonl and measurements of the consensus distance."""
 
@@ -74,7 +74,7 @@ class ModelSection(Section):
     max_length: Annotated[int, Field(ge=8)] = 256
     """Longest sequence, tokens; longer text is cut or packed."""
     trust_remote_code: bool = False
-    """Whether code that comes with a hub model may run."""
+    """Whether code that comes with the base may run."""
     train_embeddings: TrainEmbeddings = "untied"
     """Train token embeddings and output head: only where they are two tensors (default), always, or never."""
     activation_budget_mb: NonNegative = 0
@@ -87,7 +87,8 @@ class ModelSection(Section):
 
 class PartitionSection(Section):
     kind: Literal["iid", "dirichlet", "quantity", "column", "files"] = "dirichlet"
-    """How the training rows are dealt to the peers. Default: DECA's published setting."""
+    """How the training rows are dealt to the peers: evenly; each class, or the sizes alone, by Dirichlet draws; each
+    value of a field, or each file of data.train, whole to one peer. Default: DECA's published setting."""
     alpha: Annotated[float, Field(gt=0)] = 0.25
     """Dirichlet concentration (dirichlet, quantity): smaller is more skewed. Default: DECA's."""
     column: str = ""
