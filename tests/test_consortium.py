@@ -586,6 +586,13 @@ def test_toml_that_nobody_writes_is_refused_and_ends_no_run(
     assert main(["charter", "sign", str(path), "--identity", str(tmp_path / "a")]) == 2
 
 
+def test_a_recipe_in_a_charters_place_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text("[run]\nnum_peers = 3\n")
+    with pytest.raises(CharterError, match="this is no charter; `peertune charter new` makes one of a recipe"):
+        read_charter(path)
+
+
 @pytest.mark.parametrize("value", ["2024-01-01", "01:02:03", "2024-01-01T01:02:03", "nan", "-inf"])
 def test_no_signature_covers_two_recipes(value: str, tmp_path: Path) -> None:
     """What is signed is JSON, which would write a date as the text of one."""

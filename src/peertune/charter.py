@@ -286,7 +286,10 @@ def read_charter(path: Path) -> Charter:
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(str(part) for part in problem["loc"])
-        raise CharterError(f"{path}: {place}: {problem['msg']}; get the file anew from whoever wrote it") from None
+        advice = "get the file anew from whoever wrote it"
+        if "members" not in tree:
+            advice = "this is no charter; `peertune charter new` makes one of a recipe"
+        raise CharterError(f"{path}: {place}: {problem['msg']}; {advice}") from None
     except ValueError as error:
         raise CharterError(f"{path}: not valid TOML: {error}") from None
     except OSError as error:
