@@ -16,6 +16,7 @@ import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ Row = dict[str, Any]
 Located = Iterator[tuple[str, Row]]
 """Rows with the place each one came from, as "file:line"."""
 
-_KINDS = (".jsonl", ".json", ".csv", ".txt", ".parquet")
+_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
 _EXPECTED = (
-    ".jsonl, .json, .csv or .txt (each also with .gz), .parquet, or a Hugging Face data set org/name[[:config]:split]"
+    ".jsonl, .json, .csv, .tsv or .txt (each also with .gz), .parquet, or a Hugging Face data set"
+    " org/name[[:config]:split]"
 )
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SPEAKERS = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -41,6 +43,10 @@ OPTIONAL = {
     "chat": ("system_field", "tools_field"),
 }
 """By task, the keys of [data] that name a field which rows may lack."""
+
+
+BEGINNING = 1 << 20
+"""Characters of a CSV file that are looked at for what stands between its cells."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,7 @@ def _open(name: str, config: DataSection, base: Path | None) -> Located:
     found, kind = locate(name, base), _kind(name)
     if found is None:
         hub, _, wanted = name.partition(":")
-        # `data/train.tsv` is a path with a typing error or an unknown type where there is a folder `data`
+        # `data/train.xlsx` is a path with a typing error or an unknown type where there is a folder `data`
         if not kind and _HUB_NAME.fullmatch(hub) and _find(hub.split("/")[0], base) is None:
             return read_dataset(hub, wanted or "train", config.label_field)
         tried = Path(name).absolute() if base is None or Path(name).is_absolute() else f"{Path.cwd()} and {base}"
@@ -122,7 +128,7 @@ def _open(name: str, config: DataSection, base: Path | None) -> Located:
     if kind == ".parquet":
         return read_parquet(path, name, config.label_field)
     text = _read_text(path, name)
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_csv}
     if kind in readers:
         return readers[kind](text, name)
     return iter([(name, {config.text_field: text})] if text.strip() else [])
@@ -230,35 +236,42 @@ def _read_json(text: str, name: str) -> Located:
 
 def _read_csv(text: str, name: str) -> Located:
     limit = csv.field_size_limit(len(text) + 1)  # whole documents may stand in one cell; the default is 131072
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    separator = ","
     try:
+        separator = _separator(text)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
         lines = [(reader.line_num, cells) for cells in reader if cells]
     except csv.Error as error:
-        head = text.partition("\n")[0]
-        _check_commas([head] if "," not in head else [], name)
         raise DataError(
-            f"{name}:{reader.line_num}: broken CSV: {error}; expected commas between cells, and a quote within a quoted"
-            " cell doubled"
+            f"{name}:{reader.line_num}: broken CSV: {error}; expected {separator!r} between cells, and a quote within a"
+            " quoted cell doubled"
         ) from None
     finally:
         csv.field_size_limit(limit)
     header = lines[0][1] if lines else []
-    if len(header) == 1:
-        _check_commas(["".join(cells) for _, cells in lines[:2]], name)
     named = [column for column in header if column]  # spreadsheets leave columns without a name, and cells, behind
     if len(set(named)) < len(named):
         raise DataError(f"{name}:1: two columns have the same name; got {', '.join(named)}; rename one")
     for number, cells in lines[1:]:
         if len(cells) != len(header):
-            raise DataError(f"{name}:{number}: got {len(cells)} cells, expected {len(header)} as in the first line")
+            raise DataError(
+                f"{name}:{number}: got {len(cells)} cells, expected {len(header)} as in the first line, with"
+                f" {separator!r} between them"
+            )
         yield f"{name}:{number}", dict(zip(header, cells, strict=True))
 
 
-def _check_commas(lines: Sequence[str], name: str) -> None:
-    """Raise DataError where all lines, the first ones of a CSV file, hold another separator that is in use."""
-    # one column may have such a character in its name or a text
-    if lines and (other := next((c for c in ";\t|" if all(c in line for line in lines)), "")):
-        raise DataError(f"{name}:1: got {other!r} between cells, expected commas; save the file anew with those")
+def _separator(text: str) -> str:
+    """What stands between the cells of a CSV file: what splits its first two rows alike; a comma where nothing does.
+
+    Spreadsheets write semicolons where a comma is the decimal point.
+    """
+    for separator in ",;\t|":
+        rows = csv.reader(io.StringIO(text[:BEGINNING], newline=""), delimiter=separator)
+        counts = [len(cells) for cells in islice(filter(None, rows), 2)]
+        if len(counts) == 2 and counts[0] == counts[1] > 1:
+            return separator
+    return ","
 
 
 def _check(row: Row, where: str, config: DataSection) -> Row:
