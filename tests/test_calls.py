@@ -187,6 +187,11 @@ def test_real_calls_read_back_from_the_models_own_template(
         ("last 3", "#### Step 3\ngo", False),
         ("25", "4 9 16 25", False),
         ("", "x", False),
+        ("还有6个。答案是5。", "#### 5", True),
+        ("答えは1,200円です", "1200", True),
+        ("是5个", "5。", True),
+        ("是的。", "是的", True),
+        ("x2 H5", "5", False),
     ],
 )
 def test_answers_match_by_their_final_number(generated: str, expected: str, same: bool) -> None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 
+# Not within a word such as "x2"; but in scripts without spaces a number stands right behind a letter.
 _NUMBER = re.compile(
-    r"(?<![\w.])[-+\N{MINUS SIGN}]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:[eE][-+]?\d+)?(?![\d])"
+    r"(?<![A-Za-z_\d.])[-+\N{MINUS SIGN}]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:[eE][-+]?\d+)?(?![\d])"
 )
+
+_ENDINGS = ".!?,;: 。！？，；：、।؟"  # noqa: RUF001
+"""Punctuation that ends a text."""
 
 
 def exact_match(generated: str, expected: str) -> bool:
@@ -17,7 +21,7 @@ def exact_match(generated: str, expected: str) -> bool:
     stands on the line after "####", without case, punctuation at the end and differences of white space.
     """
     _, mark, tail = expected.rpartition("####")
-    is_alone = not _NUMBER.sub("", tail).strip(" \n\t.%$€£")
+    is_alone = not _NUMBER.sub("", tail).strip(" \n\t.。%$€£¥")
     is_line = bool(mark and tail.strip()) and "\n" not in tail.strip()
     if len(_NUMBER.findall(tail)) == 1 and (is_alone or is_line):
         return answered_number(generated) == last_number(tail)
@@ -42,7 +46,7 @@ def last_number(text: str) -> float | None:
 
 def normalise(text: str) -> str:
     """A text without case, punctuation at its end and differences of white space."""
-    return " ".join(text.lower().split()).rstrip(".!?,;: ")
+    return " ".join(text.lower().split()).rstrip(_ENDINGS)
 
 
 def _value(number: str) -> float:
