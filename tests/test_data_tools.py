@@ -52,6 +52,30 @@ def test_a_signature_says_what_the_schema_says() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("key", "parameters"),
+    [
+        ("input_schema", {"type": "object", "properties": {"city": {"type": "str"}}, "required": ["city"]}),
+        ("inputSchema", {"properties": {"city": {"type": "str"}}, "required": ["city"]}),
+        ("parameters", {"city": {"type": "str"}}),
+    ],
+)
+def test_arguments_are_found_where_others_write_them(key: str, parameters: dict[str, Any]) -> None:
+    tool = {"name": "get", key: parameters}
+    assert [signature(prune(tool, step)) for step in (0, 4, 5, 6)] == ["get(city: str)"] * 2 + ["get(city)", "get()"]
+
+
+def test_a_bare_table_of_arguments_says_by_its_types_what_is_optional() -> None:
+    day = {"type": "str, optional", "description": "When.", "default": "today"}
+    tool = {"name": "get", "parameters": {"type": {"type": "str", "description": "Of what."}, "day": day}}
+    assert signature(tool).splitlines() == [
+        'get(type: str, day?: str, optional = "today")',
+        "  type - Of what.",
+        "  day - When.",
+    ]
+    assert signature(prune(tool, 1)) == 'get(type: str, day?: str, optional = "today")'
+
+
 def test_what_a_schema_refers_to_stands_in_its_place() -> None:
     """As pydantic writes nested arguments; one that holds itself, or refers to what is not there, keeps its name."""
     parameters = {

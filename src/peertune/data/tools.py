@@ -26,6 +26,8 @@ LOSSES = (
 )
 """What schemas lose to make room, step by step; each step includes those before it. Names of functions always stay."""
 
+_PARAMETERS = ("parameters", "input_schema", "inputSchema")
+"""Keys of a function's schema, by whoever wrote it, that hold the schema of its arguments."""
 _MAX_DEPTH = 6
 """Levels of a nested argument that are described."""
 _MAX_REFERENCES = 3
@@ -43,10 +45,10 @@ def prune(tool: Any, step: int) -> Any:
     if isinstance(description, str):
         # an empty text, not none at all: templates may count on the key
         pruned["description"] = description if step < 2 else _sentence(description) if step < 3 else ""
-    parameters = tool.get("parameters")
-    if isinstance(parameters, Mapping):
-        nothing = {"type": "object", "properties": {}}
-        pruned["parameters"] = nothing if step >= 6 else _prune_value(_resolved(parameters), step)
+    for key in _PARAMETERS:
+        if isinstance(tool.get(key), Mapping):
+            nothing = {"type": "object", "properties": {}}
+            pruned[key] = nothing if step >= 6 else _prune_value(_resolved(tool[key]), step)
     return pruned
 
 
@@ -55,8 +57,8 @@ def signature(tool: Any) -> str:
     schema = tool.get("function", tool) if isinstance(tool, Mapping) else tool
     if not isinstance(schema, Mapping) or not isinstance(schema.get("name"), str):
         return schema if isinstance(schema, str) else json.dumps(schema, separators=(",", ":"), ensure_ascii=False)
-    parameters = schema.get("parameters")
-    parameters = _resolved(parameters) if isinstance(parameters, Mapping) else {}
+    given: Mapping[str, Any] = next((schema[key] for key in _PARAMETERS if isinstance(schema.get(key), Mapping)), {})
+    parameters = _resolved(given)
     head = f"{schema['name']}({_arguments(parameters, 0)})"
     lines = [_described(head, schema)]
     for name, value in _properties(parameters).items():
@@ -73,7 +75,14 @@ def function_name(tool: Any) -> str:
 
 
 def _resolved(parameters: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Parameters with what they refer to (`$ref`) in its place, and with the parts of `allOf` as one schema."""
+    """Parameters with what they refer to (`$ref`) in its place, and with the parts of `allOf` as one schema.
+
+    A bare table of arguments, whose types say which are optional, becomes a schema.
+    """
+    is_table = parameters and all(isinstance(value, Mapping) for value in parameters.values())
+    if is_table and not {"properties", "$defs", "definitions"} & parameters.keys():
+        needed = [name for name, value in parameters.items() if "optional" not in str(value.get("type"))]
+        parameters = {"type": "object", "properties": parameters, "required": needed}
     used = {key: value for key, value in parameters.items() if key not in ("$defs", "definitions")}
     return dict(_inline(used, parameters, ("#",)))
 
