@@ -300,6 +300,17 @@ def test_references_that_cannot_be_read_are_told(chatty: PreTrainedTokenizerBase
     assert "the calls of 3 of 3 held-out rows do not read back" in said and "cut off" in said
 
 
+def test_that_nothing_can_be_generated_is_told(chatty: PreTrainedTokenizerBase) -> None:
+    """As where calls stand in a turn's text, as in many ShareGPT data sets."""
+    said = '<tool_call>{"name": "on", "arguments": {}}</tool_call>'
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}]}]
+    data = held_out(rows, chatty)
+    assert remarks(data, EvalSection()) == []
+    assert remarks(HeldOut([], [], chatty), EvalSection(generate_samples=3)) == []
+    [told] = remarks(data, EvalSection(generate_samples=3))
+    assert told.startswith("eval.generate_samples = 3 does nothing here")
+
+
 def test_the_calls_expected_are_those_of_the_last_turn_that_is_left(chatty: PreTrainedTokenizerBase) -> None:
     """Turns after it may be cut off or have a weight of 0, and call the same function with other arguments."""
     turns = [row("", "on", n=n)["messages"][1] for n in range(3)]

@@ -95,6 +95,12 @@ def remarks(data: HeldOut, settings: EvalSection) -> list[str]:
             f"{num_calls} held-out rows make calls, but eval.generate_samples is 0: no answer is generated, and"
             " function_name_accuracy and call_accuracy are not measured"
         )
+    can_answer = num_calls or any(reference.prompt is not None for reference in data.references)
+    if settings.generate_samples and data.samples and not can_answer:
+        said.append(
+            f"eval.generate_samples = {settings.generate_samples} does nothing here: no held-out row is an instruction"
+            " or has calls in tool_calls; calls that stand in a turn's text are learned, but not compared"
+        )
     long = sum(reference.num_tokens > settings.max_new_tokens for reference in data.references)
     if long and settings.generate_samples:
         said.append(
