@@ -114,17 +114,6 @@ def test_remainder_survives_a_release() -> None:
     assert torch.equal(masters.snapshot("w"), before)
 
 
-def test_moments_that_are_set_back_are_as_new() -> None:
-    """Their steps are counted from zero again too, or Adam's first ones would be far too small."""
-    several = Moments.side_by_side({"a": torch.zeros(3), "b": torch.zeros(2, 2)})
-    for moments in several.values():
-        moments.exp_avg.fill_(1.0)
-        moments.exp_avg_sq.fill_(2.0)
-        moments.num_steps = 5
-    Moments.reset(several.values())
-    assert not any(m.exp_avg.any() or m.exp_avg_sq.any() or m.num_steps for m in several.values())
-
-
 def test_write_then_snapshot_is_exact_in_both_types() -> None:
     value = torch.randn(4, 4, generator=torch.Generator().manual_seed(1))
     for dtype in (torch.float32, torch.bfloat16):

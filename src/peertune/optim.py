@@ -207,16 +207,6 @@ class Moments:
         exp_avg, exp_avg_sq = (torch.zeros(like.shape, dtype=torch.float32, device=like.device) for _ in range(2))
         return cls(exp_avg, exp_avg_sq)
 
-    @staticmethod
-    def reset(several: Iterable[Moments]) -> None:
-        """Back to the start."""
-        several = list(several)
-        for moments in several:
-            moments.num_steps = 0
-        for _, vectors in contiguous_runs([m.exp_avg for m in several], [m.exp_avg_sq for m in several]):
-            for vector in vectors:
-                vector.zero_()
-
     @classmethod
     def side_by_side(cls, like: Mapping[str, Tensor]) -> dict[str, Moments]:
         """As `zeros`, of several on one device, by name."""

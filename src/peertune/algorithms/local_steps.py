@@ -32,7 +32,7 @@ class LocalStepsConfig(AlgorithmConfig):
     eps: Epsilon = 1e-8
     """Adam's epsilon. Default: Adam's own."""
     reset_moments: bool = False
-    """Set Adam's moments back to zero at the start of each round."""
+    """Set Adam's moments, but those that the exchange feeds (qg), back to zero at the start of each round."""
 
     def num_steps(self, num_blocks: int) -> int:
         return self.rounds * self.local_steps
@@ -110,7 +110,7 @@ class LocalSteps(Algorithm):
         if self.flat is not None:
             self.flat.end_gradients()
         if self.config.reset_moments:
-            # Those that the exchange feeds it still needs; the others, of all simulated peers, would stand there idle.
+            # Those that the exchange feeds are the method's own; the others begin anew, and would stand there idle.
             self.moments = {name: m for name, m in self.moments.items() if not self.feeds_moments(name)}
 
     def take_step(self, round: int, n: int, count: int) -> tuple[Tensor, float]:
@@ -137,8 +137,6 @@ class LocalSteps(Algorithm):
                 self.masters.activate(name)
             if self.flat is None or tuple(self.flat.parameters) != names:
                 self.flat = self._side_by_side(self.active)
-        if self.config.reset_moments:
-            Moments.reset(self.moments.values())
         new = {name: parameter for name, parameter in self.active.items() if name not in self.moments}
         self.moments |= Moments.side_by_side(new)
 
@@ -195,9 +193,8 @@ class LocalSteps(Algorithm):
 
     def state_dict(self, round: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, plain = super().state_dict(round)
-        if not self.config.reset_moments:
-            for name, moments in self.moments.items():
-                tensors |= {f"exp_avg/{name}": moments.exp_avg, f"exp_avg_sq/{name}": moments.exp_avg_sq}
+        for name, moments in self.moments.items():
+            tensors |= {f"exp_avg/{name}": moments.exp_avg, f"exp_avg_sq/{name}": moments.exp_avg_sq}
         tensors |= {f"state/{name}": t for name, t in self.extra_tensors().items()}
         return tensors, plain | {
             "num_taken": self.num_taken,
