@@ -1204,6 +1204,18 @@ def test_one_who_is_out_of_reach_makes_up_no_quorum_unless_another_clearly_hears
     node.stop()
 
 
+def test_a_quorum_is_of_those_who_are_not_ejected(tmp_path: Path) -> None:
+    """All others had signed that one goes, and then the run waited for its quorum of all for ever."""
+    charter = make_charter(tmp_path, ["a", "b", "c"]).model_copy(update={"quorum": 3})
+    node = Node(charter, load_identity(tmp_path / "a"), "", lambda *_, **__: None)
+    node.presence.told([0.0, 0.0, 0.0], [0, 0, 0], time.monotonic())
+    node.eject(2)
+    assert node.quorum == 2 and node.has_quorum and node.has_quorum_without_the_lost
+    node.eject(1)
+    assert node.has_quorum
+    node.stop()
+
+
 @pytest.mark.parametrize(
     "address", ["host", "host:", "host:0", "host:99999", "http://h:1", "h:abc", ":7000", "fd00::2:7000", "[::1:7000"]
 )

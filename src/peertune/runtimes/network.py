@@ -311,8 +311,7 @@ class NetworkExchange:
 
     def log_pause(self, round: int) -> bool:
         """Say that fewer than the quorum are there."""
-        present, quorum = ", ".join(self._node.present), self._node.charter.quorum
-        self._node.log("paused", round=round, present=present, quorum=quorum)
+        self._node.log("paused", round=round, present=", ".join(self._node.present), quorum=self._node.quorum)
         return True
 
     def log_resumption(self, round: int) -> None:

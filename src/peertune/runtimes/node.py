@@ -147,8 +147,13 @@ class Node:
         return [self.charter.members[index].name for index in self.presence.present(time.monotonic())]
 
     @property
+    def quorum(self) -> int:
+        """Members who have to be there: as many as the charter says, and no more than are not ejected."""
+        return min(self.charter.quorum, len(self.charter.members) - len(self.presence.ejected))
+
+    @property
     def has_quorum(self) -> bool:
-        return len(self.presence.present(time.monotonic())) >= self.charter.quorum
+        return len(self.presence.present(time.monotonic())) >= self.quorum
 
     @property
     def has_quorum_without_the_lost(self) -> bool:
@@ -162,7 +167,7 @@ class Node:
             for index, neighbor in self.neighbors.items()
             if neighbor.is_out_of_reach and not self.presence.is_heard_elsewhere(index, neighbor.last_heard, now)
         }
-        return len(set(self.presence.present(now)) - lost) >= self.charter.quorum
+        return len(set(self.presence.present(now)) - lost) >= self.quorum
 
     def stop(self, linger_s: float = 0.0, *, leaves: bool = False) -> None:
         """Close, after at most `linger_s` seconds in which neighbours may ask for what they still need, and the time
