@@ -4,6 +4,7 @@ import asyncio
 import base64
 import errno
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -17,7 +18,7 @@ import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
 from copy import copy
 from dataclasses import replace
 from datetime import date
@@ -1201,6 +1202,36 @@ def test_one_who_is_out_of_reach_makes_up_no_quorum_unless_another_clearly_hears
     assert node.has_quorum and not node.has_quorum_without_the_lost
     lost.last_heard -= 60.0
     assert node.has_quorum_without_the_lost
+    node.stop()
+
+
+@pytest.mark.parametrize(("carries", "expected"), [(True, [0.2] * 4), (False, [0.2, 0.4, 0.8, 1.6])])
+def test_a_line_that_is_cut_again_and_again_is_dialled_at_once_while_it_carries_something(
+    carries: bool, expected: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind a proxy that cut every 5 s, a site was soon away for 10 s of 15."""
+    charter, (identity, _), _ = two_sites(tmp_path)
+    node, waits = Node(charter, identity, "", lambda *_, **__: None), list[float]()
+    neighbor: Any = SimpleNamespace(is_ejected=False, turns_away="", last_got=-math.inf)
+
+    async def talk(*_: Any) -> None:
+        neighbor.last_got = time.monotonic() + 1.0 if carries else -math.inf
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        neighbor.is_ejected = len(waits) == len(expected)
+
+    async def ready(*_: Any) -> None:
+        pass
+
+    call = SimpleNamespace(read=None, write=None, done=lambda: False)
+    neighbor.talk, node._ready = talk, ready  # type: ignore[method-assign]
+    channel = SimpleNamespace(stream_stream=lambda _: lambda **_: call)
+    monkeypatch.setattr(node, "channel", lambda _: nullcontext(channel))
+    monkeypatch.setattr(node_module.asyncio, "sleep", sleep)
+    node.neighbors = {1: neighbor}
+    asyncio.run(node._dial(1))
+    assert waits == expected
     node.stop()
 
 

@@ -44,8 +44,8 @@ class Neighbor(Listener):
         self.index, self.name, self.charter, self.presence = index, charter.members[index].name, charter, presence
         self.edge, self.log = Edge(self), log
         self.last_heard = self.last_heard_on_stream = time.monotonic()
-        self.last_sent = self.connected_at = -math.inf
-        """When a part of a message last went out, and when the neighbour was last back."""
+        self.last_sent = self.last_got = self.connected_at = -math.inf
+        """When a part of a message last went out, and came, and when the neighbour was last back."""
         self.is_connected = self.was_seen = self.is_ejected = False
         self.turns_away = ""
         """Why the neighbour takes nothing from this site any more; empty: it does."""
@@ -95,7 +95,8 @@ class Neighbor(Listener):
         self.log("runs_twice", peer=self.name)
 
     def got_on(self) -> None:
-        self.presence.got_on(time.monotonic())
+        self.last_got = time.monotonic()
+        self.presence.got_on(self.last_got)
 
     def tells(self) -> tuple[Sequence[float], Sequence[int]]:
         return self.presence.ages(time.monotonic()), self.presence.steps()

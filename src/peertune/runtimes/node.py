@@ -57,7 +57,8 @@ ATTEMPT_S = 10.0
 RECONNECT_S = 2.0
 """Seconds between gRPC's own attempts at most, as long as one attempt here goes on."""
 REDIAL_S = (0.2, 10.0)
-"""Seconds between attempts to reach a neighbour: first, and at most; doubled in between."""
+"""Seconds between attempts to reach a neighbour: first, also after a stream over which something came, and at most;
+doubled in between."""
 
 
 class Node:
@@ -291,7 +292,7 @@ class Node:
                         neighbor.turns_away = "" if code is grpc.StatusCode.FAILED_PRECONDITION else reason
                     else:
                         self._refusals.pop(("refused_by", index), None)
-                        if time.monotonic() - began > REDIAL_S[1]:
+                        if neighbor.last_got > began or time.monotonic() - began > REDIAL_S[1]:
                             wait = REDIAL_S[0]
                 except (TimeoutError, grpc.RpcError):
                     pass
