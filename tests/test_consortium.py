@@ -57,7 +57,7 @@ from peertune.charter import (
 )
 from peertune.checkpoint import CheckpointStore
 from peertune.cli import main
-from peertune.consortium import join, leave
+from peertune.consortium import eject, join, leave
 from peertune.ejection import Ejection, ejected, ejection_path, needed, sign_ejection
 from peertune.errors import CharterError, CheckpointError, ConfigError, IdentityError, Left, TurnedAwayError
 from peertune.exchange import Hop
@@ -655,6 +655,20 @@ def test_a_site_believes_an_ejection_that_is_its_own_and_signed_by_enough(tmp_pa
         assert node.hear_ejection(json.dumps(said.model_dump()).encode()) is is_believed
         assert node.turned_away == ("c was ejected from this run by a, b" if is_believed else "")
         node.stop()
+
+
+def test_a_member_can_be_ejected_after_the_charters_last_day(tmp_path: Path) -> None:
+    """A run goes on beyond it, and so may what is wrong with a member; `eject` said that a new charter is needed."""
+    path, charter = tmp_path / "charter.toml", make_charter(tmp_path, ["a", "b", "c"])
+    charter = charter.model_copy(update={"expires": date(2020, 1, 1)})
+    for name in "abc":
+        charter = charter.signed(load_identity(tmp_path / name))
+    write_charter(charter, path)
+    with pytest.raises(CharterError, match="expired on 2020-01-01"):
+        charter.check()
+    assert "1 more must sign" in eject(path, "c", tmp_path / "a")
+    assert "that is enough" in eject(path, "c", tmp_path / "b")
+    assert ejected(path, charter).keys() == {2}
 
 
 def test_a_site_stops_where_its_own_ejection_lies_beside_its_charter(tmp_path: Path) -> None:
