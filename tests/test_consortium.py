@@ -671,6 +671,19 @@ def test_a_member_can_be_ejected_after_the_charters_last_day(tmp_path: Path) -> 
     assert ejected(path, charter).keys() == {2}
 
 
+def test_a_charter_of_another_version_that_cannot_be_read_is_told_as_such(tmp_path: Path) -> None:
+    """It was called damaged: a key that is new there is none here."""
+    path = tmp_path / "charter.toml"
+    write_charter(make_charter(tmp_path, ["a", "b"]).model_copy(update={"version": "9.9"}), path)
+    assert read_charter(path).version == "9.9"
+    path.write_text(path.read_text().replace("[[members]]", '[[members]]\nregion = "x"'))
+    with pytest.raises(CharterError, match=r"is for peertune 9\.9, this is .*, which cannot read it; all sites need the"):
+        read_charter(path)
+    path.write_text(path.read_text().replace('version = "9.9"', f'version = "{__version__}"'))
+    with pytest.raises(CharterError, match=r"members\.0\.region: .*; get the file anew"):
+        read_charter(path)
+
+
 def test_a_site_stops_where_its_own_ejection_lies_beside_its_charter(tmp_path: Path) -> None:
     """As at every other site, which `peertune eject` asks for; nobody dials it any more who could tell it so."""
     charter = signed_charter(tmp_path, "abc")

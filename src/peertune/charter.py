@@ -284,6 +284,11 @@ def read_charter(path: Path) -> Charter:
     except FileNotFoundError:
         raise CharterError(f"{path}: no such charter; `peertune charter new` writes one") from None
     except ValidationError as error:
+        told, here = text(tree.get("version"), 40), code_version("")
+        if told and told.partition(" ")[0] != here:
+            raise CharterError(
+                f"{path}: is for peertune {told}, this is {here}, which cannot read it; all sites need the same"
+            ) from None
         problem = error.errors()[0]
         place = ".".join(str(part) for part in problem["loc"])
         advice = "get the file anew from whoever wrote it"
