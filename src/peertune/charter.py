@@ -33,7 +33,7 @@ PIECE = 8
 MAX_NAMED = 5
 """Keys named in which two charters differ."""
 SAME_FILE = "give both sites the same file"
-HOST = re.compile(r"[^\s/@#:\[\]]+|\[[0-9a-fA-F:.]+(%\w+)?\]")
+HOST = re.compile(r"[^\s/@#:\[\]]+|\[[0-9a-fA-F:.]+(%[\w.-]+)?\]")
 """A name, an IPv4 address, or an IPv6 address in brackets."""
 OWN_KEYS = {"run": ("out", "device"), "model": ("trust_remote_code",), "data": ("train", "test")}
 """Keys of a recipe that are each site's own business, in no charter, and taken from none."""
