@@ -159,7 +159,10 @@ class Charter(Section):
         """Raises CharterError where it has expired, or is for another version."""
         today = today or datetime.now(UTC).date()
         if today > self.expires:
-            raise CharterError(f"charter: expired on {self.expires}; write a new one and have it signed")
+            raise CharterError(
+                f"charter: expired on {self.expires}; write a new one and have it signed; a run that has begun goes on"
+                " with it, once all sites join with it and their old --out"
+            )
         if self.quorum > len(self.members):
             raise CharterError(
                 f"charter: its quorum is {self.quorum}, expected at most its {len(self.members)} members, or the run"
