@@ -28,6 +28,7 @@ from peertune.evaluation import measure
 from peertune.exchange import Hop, Payload
 from peertune.lock import FolderLock
 from peertune.prepare import prepare_data
+from peertune.progress import Silent
 from peertune.run import run
 from peertune.storage import append_line, storage_errors
 from tests.recipes import Killed, killed_after, recipe, tree
@@ -406,6 +407,23 @@ def test_a_disk_that_fills_stops_the_run_resumably(
     monkeypatch.setattr(checkpoint, "save_file", save)
     run(recipe(tmp_path, micro_model), resume=True)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "out"))
+
+
+def test_a_run_whose_log_was_moved_away_ends_all_the_same(tmp_path: Path, micro_model: Path) -> None:
+    """As by a log rotation: the model was there, but the run ended with an error, and without a summary."""
+    out, notes = tmp_path / "out", list[str]()
+
+    class Rotates(Silent):
+        def rounds(self, done: int, total: int, loss: float | None) -> None:
+            if done == 3:
+                (out / "events.jsonl").unlink()
+
+        def note(self, message: str) -> None:
+            notes.append(message)
+
+    summary = run(recipe(tmp_path, micro_model), progress=Rotates())
+    assert json.loads((out / "summary.json").read_text()) == summary and weights(out)
+    assert "warning: there is no report" in notes[-1]
 
 
 @pytest.mark.parametrize(("number", "told"), [(errno.ENOSPC, "free some space"), (errno.EIO, "see to that disk")])

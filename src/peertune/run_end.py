@@ -15,7 +15,7 @@ import torch
 
 from peertune.algorithms.base import Algorithm
 from peertune.assemble import whole_module
-from peertune.errors import PeerLostError, StorageError, require_finite
+from peertune.errors import CheckpointError, PeerLostError, StorageError, require_finite
 from peertune.evaluation import Measured
 from peertune.model.load import load_full_model
 from peertune.records import agreement_of, combined_fields, quality_of, summary_of, totals
@@ -118,7 +118,10 @@ def _keep(run: RunSetup, module: torch.nn.Module, summary: Mapping[str, Any]) ->
     """Write the model, the report and, last, the summary, by which the run is finished."""
     full = partial(load_full_model, run.config.model, torch.device("cpu"), run.base)
     save_trained(run.folder.model, module, run.data.tokenizer, full, run.folder.adapter, run.data.label_names)
-    write_report(run.folder.path)
+    try:
+        write_report(run.folder.path)
+    except CheckpointError as error:  # of a log that was cut or moved away while the run went on
+        run.progress.note(f"warning: there is no report: {error}")
     run.folder.write_summary(summary)
 
 
