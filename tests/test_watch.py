@@ -243,6 +243,7 @@ def test_a_simulation_shows_all_its_peers() -> None:
         (False, False, [], "empty"),
         (True, False, [], "starting"),
         (True, False, [START], "running"),
+        (True, False, [round_event(2)], "running"),  # its log was cut while it went on
         (False, False, [START], "stopped"),
         (None, False, [START], "running"),
         (None, False, [{**START, "time": T0 - 100}], "stopped"),

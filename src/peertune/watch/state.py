@@ -111,7 +111,7 @@ def snapshot(events: Events, links: Links, now: float, alive: bool | None, finis
     elif alive is False or (alive is None and now - (last_line or now) > max(SILENT_S, 5 * (pace or 0.0))):
         state = "stopped"
     else:
-        state = "running" if events.start is not None else "starting"
+        state = "running" if events.start is not None or done else "starting"  # its log may have been cut
     peers = _neighbors(links, done, state) if is_site else _simulated(start, last)
     config = mapping(start.get("config"))
     curves = _curves(events)
