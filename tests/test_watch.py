@@ -390,6 +390,17 @@ def test_a_lock_leaves_nothing_where_nothing_was_written(tmp_path: Path) -> None
     assert not (tmp_path / "a").exists()
 
 
+def test_a_full_disk_is_to_be_freed_before_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another folder was advised, in which a run begins anew."""
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(CheckpointError, match="lock: cannot be written: No space left on device; free some space"):
+        FolderLock(tmp_path).acquire()
+
+
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path, micro_model: Path) -> None:
     config = recipe(tmp_path, micro_model)
     with at_work(tmp_path / "out"), pytest.raises(CheckpointError, match="is at work on this run"):

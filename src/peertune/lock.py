@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from peertune.errors import CheckpointError
+from peertune.storage import refusal
 
 WAIT_S = 1.0
 """Seconds an attempt lasts: whoever looks whether the lock is held has it for a moment himself."""
@@ -44,9 +45,7 @@ class FolderLock:
                     )
                 time.sleep(0.02)
         except OSError as error:
-            raise CheckpointError(
-                f"{self.path}: cannot be written: {error.strerror}; name another folder with --out"
-            ) from error
+            raise CheckpointError(f"{self.path}: cannot be written: {refusal(error)}") from error
 
     def _try(self) -> bool:
         file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)  # else other users could hold it
