@@ -418,6 +418,8 @@ def test_status_says_in_words_and_by_its_exit_code_how_a_run_is(
     told = capsys.readouterr().out
     assert "east is running; missing: south." in told and "2 rounds without it" in told
     assert "Round 3 of 20 (15" in told and "Loss 1.5" in told
+    assert "last line written" in told, "long ago: its disk may be full, and it further than its log"
+    assert "last line written" not in "\n".join(status_lines(folded([START, round_event(0)], AUDIT)))
     assert main(["status", str(folder)]) == 1
     assert "No process is at work on this run" in capsys.readouterr().out
     assert main(["status", str(folder), "--json"]) == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from peertune.formatting import count, duration, number, percent, plural, traffic
 from peertune.watch.page import sentence
-from peertune.watch.state import PeerState, Snapshot
+from peertune.watch.state import SILENT_S, PeerState, Snapshot
 
 
 def status_lines(state: Snapshot) -> list[str]:
@@ -22,7 +22,9 @@ def status_lines(state: Snapshot) -> list[str]:
         times.append(f"about {duration(float(round(state.left_s)))} left")
     if state.checkpoint_round is not None:
         times.append(f"checkpoint of round {count(state.checkpoint_round)}{_ago(state.checkpoint_time, state.now)}")
-    if state.state == "stopped" and state.last_line is not None:
+    # One at work that has long written nothing may have a full disk, and be further than its log.
+    silent_s = {"stopped": 0.0, "running": SILENT_S}.get(state.state)
+    if silent_s is not None and state.last_line is not None and state.now - state.last_line >= silent_s:
         times.append(f"last line written{_ago(state.last_line, state.now)}")
     if state.bytes_sent is not None:
         times.append(f"{traffic(state.bytes_sent)} {'made ready to send' if state.is_site else 'sent'}")
