@@ -1113,6 +1113,7 @@ def test_a_charter_holds_only_whole_signed_and_unaltered(tmp_path: Path) -> None
     again = read_charter(tmp_path / "charter.toml")
     assert again == whole
     again.check()
+    assert whole.parts().keys() == Charter.model_fields.keys() - {"signatures"}, "all else is signed"
     changes: list[dict[str, Any]] = [{"base": "other"}, {"expires": date(2999, 1, 2)}, {"grace_s": 1.0}]
     for change in changes:
         with pytest.raises(CharterError, match="altered after a signed it"):
@@ -1129,6 +1130,42 @@ def test_a_charter_holds_only_whole_signed_and_unaltered(tmp_path: Path) -> None
         whole.model_copy(update={"signatures": swapped}).check()
     with pytest.raises(CharterError, match="no member has the id"):
         charter.signed(make_identity(tmp_path / "stranger"))
+
+
+def test_a_charter_is_for_the_version_of_the_package_that_brings_its_method(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peertune.charter.code_version", lambda method: f"1 with {method}")
+    charter = make_charter(tmp_path, ["a"]).model_copy(update={"version": "1 with lazy"})
+    charter.model_copy(update={"recipe": {"algorithm": {"name": "lazy"}}}).check_validity()
+    with pytest.raises(CharterError, match="is for peertune 1 with lazy, this is 1 with deca"):
+        charter.model_copy(update={"recipe": {"algorithm": {"name": "deca"}}}).check_validity()
+
+
+def test_what_is_a_sites_own_is_taken_from_no_charter(tmp_path: Path) -> None:
+    """Whatever stands there, and who wrote it."""
+    own = {
+        "run": {"out": "x", "device": "cuda"},
+        "model": {"trust_remote_code": True},
+        "data": {"train": "x", "test": "y"},
+    }
+    charter = make_charter(tmp_path, ["a"])
+    assert charter.model_copy(update={"recipe": own}).config(METHODS) == charter.config(METHODS)
+    with pytest.raises(ConfigError, match="run: "):
+        charter.model_copy(update={"recipe": {"run": 3}}).config(METHODS)
+
+
+def test_a_charter_on_a_full_disk_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, charter = tmp_path / "charter.toml", make_charter(tmp_path, ["a", "b"])
+    write_charter(charter, path)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CharterError, match="cannot be written: No space left on device"):
+        write_charter(charter.signed(load_identity(tmp_path / "a")), path)
+    assert read_charter(path) == charter
 
 
 def test_signing_takes_over_signatures_that_hold_and_refuses_others(
@@ -1156,6 +1193,9 @@ def test_signing_takes_over_signatures_that_hold_and_refuses_others(
     assert paths["b"].read_bytes() == before
     paths["b"].write_bytes(altered := paths["a"].read_bytes())
     assert sign("b") == 2 and "it was altered after a signed it" in capsys.readouterr().err
+    assert sign("a") == 0, "its own signature, on what it sees now, takes the old one's place"
+    assert read_charter(paths["a"]).signatures.keys() == {"a"}
+    read_charter(paths["a"]).check_signatures()
     write_charter(charter.model_copy(update={"expires": date(2001, 1, 1)}), paths["c"])
     assert sign("c") == 2 and "expired on 2001-01-01" in capsys.readouterr().err
     assert paths["b"].read_bytes() == altered and not read_charter(paths["c"]).signatures
@@ -1338,7 +1378,9 @@ def test_a_charter_needs_a_date_to_come_and_as_many_members_as_peers_each_with_i
         ([f"--member=m{i}={ids[0]}" for i in range(5)], "got 5 members for a recipe of 4"),
         ([f"--member=m{i}={ids[0]}@h:{i + 1}" for i in range(4)], "stands there twice"),
         ([f"--member=m{i}={id}@h:1" for i, id in enumerate(ids)], "address h:1 stands there twice"),
+        ([f"--member=m={id}@h:{i + 1}" for i, id in enumerate(ids)], "name m stands there twice"),
         ([f"--member=m{i}={id}@[::]:{i + 1}" for i, id in enumerate(ids)], "m0 has the address [::]:1, at which"),
+        ([f"--member=m{i}={id}@0.0.0.0:{i + 1}" for i, id in enumerate(ids)], "m0 has the address 0.0.0.0:1, at"),
         ([f"--member=m={ids[0]}", "--set", "data.validation_rows=5"], "data.validation_rows: got 5, expected 0"),
         (["--expires=2001-01-01", f"--member=m={ids[0]}"], "--expires: got 2001-01-01, which is over"),
     ):
@@ -1389,6 +1431,7 @@ def test_no_charter_lets_code_beside_the_base_run(
     assert "joins with --set model.trust_remote_code=true" in " ".join(capsys.readouterr().err.split())
     assert "trust_remote_code" not in path.read_text()
     charter = read_charter(path)
+    assert "path" not in charter.recipe["model"], "a folder of one site is no other's business"
     model = {**charter.recipe["model"], "trust_remote_code": True, "path": str(micro_model)}
     charter = charter.model_copy(update={"recipe": {**charter.recipe, "model": model}})
     options = SiteOptions(charter=path, identity=tmp_path, out=tmp_path)

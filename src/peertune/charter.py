@@ -282,8 +282,7 @@ def sample_counts(members: Sequence[Member], num_peers: int) -> list[int]:
 def read_charter(path: Path) -> Charter:
     """Read a charter; `check` says whether it holds. Raises CharterError."""
     try:
-        tree = parse_toml(path.read_text(encoding="utf-8"))
-        return Charter.model_validate({**tree, "expires": _date(tree.get("expires"))})
+        return Charter.model_validate(parse_toml(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise CharterError(f"{path}: no such charter; `peertune charter new` writes one") from None
     except ValidationError as error:
@@ -342,10 +341,6 @@ def _told(pieces: object) -> set[str]:
 
 def _short_hash(key: str, value: Any) -> str:
     return hashlib.sha256(f"{key}={json.dumps(value, sort_keys=True)}".encode()).hexdigest()[:PIECE]
-
-
-def _date(value: Any) -> Any:
-    return value.date() if isinstance(value, datetime) else value
 
 
 def _without_own(recipe: Mapping[str, Any]) -> dict[str, Any]:
