@@ -45,7 +45,17 @@ from peertune.compare.contestants import Contestant, Lineup, read_contestants
 from peertune.compare.grid import Grid, Tuned
 from peertune.compare.inputs import fingerprints
 from peertune.compare.stats import paired_interval, pairs, spread
-from peertune.compare.table import Row, budget_notes, cells_of, columns, pair_cells, row, terminal_table, verdicts
+from peertune.compare.table import (
+    Row,
+    budget_notes,
+    cells_of,
+    columns,
+    markdown,
+    pair_cells,
+    row,
+    terminal_table,
+    verdicts,
+)
 from peertune.compare.workers import play_ahead
 from peertune.config import RunConfig
 from peertune.errors import CheckpointError, ConfigError, DataError, DivergedError, PeerLostError
@@ -982,6 +992,7 @@ def test_names_are_no_markup() -> None:
     )  # fmt: skip
     console.print(terminal_table([row]))
     assert "[bold]x" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert markdown([replace(row, contestant="a|b")], [], [], "accuracy").splitlines()[2].startswith("| a\\|b | ")
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,7 @@ def test_sites_train_on_the_rows_that_their_files_are_dealt(cap: int) -> None:
         assert (rows_of_site(100, site, section, 7) + 100 * site).tolist() == piece.tolist()
     with pytest.raises(DataError, match=r"got 1 rows, expected at least data.partition.min_size = 2"):
         rows_of_site(1, 0, section, 7)
+    assert rows_of_site(2, 0, section, 7).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("kind", ["iid", "dirichlet", "quantity"])
@@ -73,6 +74,11 @@ def test_seed_decides(kind: str) -> None:
 @given(st.sampled_from(["dirichlet", "quantity"]), st.integers(0, 10**9), st.integers(2, 9))
 def test_every_peer_holds_min_size(kind: str, seed: int, least: int) -> None:
     assert min(map(len, split(kind, 150, 5, seed, alpha=0.5, min_size=least))) >= least
+
+
+@pytest.mark.parametrize("kind", ["iid", "dirichlet", "quantity"])
+def test_rows_that_just_suffice_are_dealt(kind: str) -> None:
+    assert list(map(len, split(kind, 6, 2, num_classes=2, alpha=10.0, min_size=3))) == [3, 3]
 
 
 def test_iid_sizes_are_equal_to_within_one() -> None:
@@ -124,6 +130,8 @@ def test_column_keeps_values_whole_and_balances() -> None:
     assert [sorted({data[i]["client"] for i in part}) for part in parts] == [["a", "f"], ["b", "e"], ["c", "d"]]
     parts = partition(data, [0] * 30, 1, config("column", task="text", column="client"), 0)
     assert len(parts[0]) == 30
+    mixed = [{"text": "", "client": value} for value in (1, "a", None)]
+    assert sorted(map(len, partition(mixed, [0] * 3, 3, config("column", task="text"), 0))) == [1, 1, 1]
 
 
 def test_files_go_whole_to_one_peer() -> None:
