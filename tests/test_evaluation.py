@@ -171,6 +171,8 @@ def test_generation_ends_where_positions_do(name: str, byte_tokenizer: PreTraine
     got = generate(model, byte_tokenizer, prompts, max_new_tokens=8)
     assert got == [byte_tokenizer.decode(ids) if ids else "" for ids in expected]
     assert model.module.training
+    model.num_virtual = 64 - 10  # a prompt's, which stand before all others
+    assert generate(model, byte_tokenizer, prompts[:1], max_new_tokens=8) == [""]
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own call
@@ -230,11 +232,16 @@ def test_calls_in_text_are_counted(
     weighted = sum(n * found.by_client[c]["loss"] for n, c in zip(counts, ("x", "y"), strict=True)) / sum(counts)
     assert found.overall["loss"] == pytest.approx(weighted, rel=1e-5)
     written[:] = ['[{"name": "off", "arguments": {"n": 1.0}}]']
-    few = measure(micro, data, EvalSection(generate_samples=1, max_new_tokens=7)).overall
-    assert few["function_name_accuracy"] == 0.0 and few["calls_parsed"] == 1.0
+    one = EvalSection(generate_samples=1, max_new_tokens=7)
+    few = measure(micro, data, one)
+    assert few.overall["function_name_accuracy"] == 0.0 and few.overall["calls_parsed"] == 1.0 and not few.by_client
+    mixed = held_out([*ROWS[:2], row("d", "on")], chatty, 200)  # the last is nobody's
+    assert measure(micro, mixed, one, by_client=True).by_client.keys() == {"x", "y"}
 
 
-def test_functions_are_chosen_by_their_likelihood(micro: LanguageModel, chatty: PreTrainedTokenizerBase) -> None:
+def test_functions_are_chosen_by_their_likelihood(
+    micro: LanguageModel, chatty: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = [row("a", "on", ("on", "on_off", "o")), row("b", "off", ("on", "off")), row("c", "on", ("on",))]
     data = held_out(rows, chatty, 200)
     names = [[name for name, _ in known.choices] for known in data.references]
@@ -251,6 +258,14 @@ def test_functions_are_chosen_by_their_likelihood(micro: LanguageModel, chatty: 
             where = np.flatnonzero(sample.loss_mask)
             scores.append(float(logits.log_softmax(-1)[where - 1, sample.input_ids[where]].sum()))
         right.append(scores[0] == max(scores))
+    sum_loss = micro.loss_sum
+
+    def without_dropout(batch: Any) -> Any:
+        assert not micro.module.training
+        return sum_loss(batch)
+
+    monkeypatch.setattr(micro, "loss_sum", without_dropout)
+    micro.module.train()
     metrics = measure(micro, data, EvalSection(choice_samples=9)).overall
     assert metrics["function_name_choice_accuracy"] == pytest.approx(np.mean(right))
 
