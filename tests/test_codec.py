@@ -88,6 +88,7 @@ def test_only_what_is_averaged_is_coded() -> None:
     pair = {(i, j): 0.5 for i in range(2) for j in range(2)}
     assert is_coded(BFLOAT16, Hop("outer", {**pair, (2, 2): 1.0}))  # one beside them who is on his own
     assert not is_coded(BFLOAT16, Hop("outer", {(0, 0): 1.0}))
+    assert not is_coded(BFLOAT16, Hop("both", {(0, 2): 0.5, (1, 2): 0.5, (2, 0): 1.0}))  # one takes it as it is
     assert not any(is_coded(BFLOAT16, hop) for hop in agreement(ring(2), [0.5, 0.5])[1:])
 
 

@@ -135,6 +135,13 @@ def test_one_message_moves_the_mean_no_further_than_the_good_ones(
     assert np.abs(found).max() < 10
 
 
+def test_what_is_no_number_is_left_out_as_the_largest() -> None:
+    """Not taken for a 0, which may lie among the good ones."""
+    values = (float("nan"), -1.0, 1.0, 2.0)
+    inbox = Inbox(dict.fromkeys(range(4), 0.25), {j: {"w": torch.tensor([x])} for j, x in enumerate(values)})
+    assert robust_inbox(TRIM, 9, inbox).mean("w").tolist() == [1.5]
+
+
 def test_garbage_that_all_of_the_neighbors_send_leaves_the_own_message() -> None:
     inbox = make_inbox(2, [0, 1, 2, 3])
     for j in (1, 2, 3):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from peertune.config import TopologySection
 from peertune.errors import TopologyError
-from peertune.exchange import agreement
+from peertune.exchange import agreement, gossip
 from peertune.topology import GRAPHS, Topology, build_topology
 
 UNDIRECTED = [kind for kind in GRAPHS if kind != "edges"]
@@ -199,6 +199,9 @@ def test_a_matrix_of_the_recipes_own_is_w() -> None:
     topology = build("matrix", 3, matrix=rows)
     assert topology.weights.tolist() == rows
     assert topology.edges == [(0, 1), (0, 2), (1, 2)] and not topology.is_doubly_stochastic
+    hop = gossip(topology)
+    assert [hop.sources(peer) for peer in range(3)] == [{0: 0.5, 1: 0.5}, {1: 0.75, 2: 0.25}, {0: 0.3, 2: 0.7}]
+    assert [hop.targets(peer) for peer in range(3)] == [[2], [0], [1]]
     np.testing.assert_allclose(np.linalg.matrix_power(topology.weights, 200)[0], topology.stationary)
 
 
