@@ -16,13 +16,13 @@ from peertune.cli import main
 from peertune.config import DataSection, EvalSection, ModelSection
 from peertune.data.batches import collate
 from peertune.data.load import load_table
-from peertune.data.render import render
+from peertune.data.render import Sample, render
 from peertune.errors import ConfigError
 from peertune.evaluation import HeldOut, generation, measure, references, remarks, run_harness
 from peertune.evaluation import metrics as measuring
 from peertune.evaluation.generation import generate
 from peertune.evaluation.likelihood import evaluate
-from peertune.evaluation.references import end_tokens, only_calls
+from peertune.evaluation.references import Reference, end_tokens, only_calls
 from peertune.model.language_model import LanguageModel
 from peertune.model.load import load_model
 from peertune.run import run
@@ -205,6 +205,21 @@ def test_only_the_calls_count_in_their_loss(micro: LanguageModel, chatty: PreTra
     assert set(metrics) == {"loss", "perplexity", "call_loss"}
     assert "call_loss" not in measure(micro, held_out([silent], chatty), EvalSection()).overall
     assert end_tokens(data.samples, chatty) == [4]
+    assert end_tokens(held_out(ROWS, chatty, 60).samples, chatty) == [], "where all are cut, no letter ends an answer"
+
+
+def test_all_of_a_classification_is_measured_together_and_some_rows_spread_over_the_file(micro: LanguageModel) -> None:
+    """Macro F1 is no mean of the clients'."""
+    samples = [Sample(np.arange(3, 9 + i, dtype=np.int32), np.ones(6 + i, bool), i % 2, 5) for i in range(4)]
+    known = [Reference(client) for client in "xyxy"]
+    data = HeldOut(samples, known, make_byte_tokenizer(), [[5], [6]])
+    found = measure(micro, data, EvalSection(), by_client=True)
+    assert found.overall == evaluate(micro, samples, 0, labels=data.labels) and found.by_client.keys() == {"x", "y"}
+    assert measuring._spread(known * 2, 3, lambda reference: reference.client == "y") == [1, 3, 5]
+
+
+def test_a_client_may_be_called_0(chatty: PreTrainedTokenizerBase) -> None:
+    assert held_out([{**ROWS[0], "client": 0}], chatty).references[0].client == "0"
 
 
 def test_calls_in_text_are_counted(
@@ -297,7 +312,7 @@ def test_references_that_cannot_be_read_are_told(chatty: PreTrainedTokenizerBase
     assert "3 held-out rows make calls, but eval.generate_samples is 0" in said
     assert remarks(data, EvalSection(generate_samples=1)) == []
     lengths = sorted(reference.num_tokens for reference in data.references if reference.calls)
-    assert lengths[0] > 1
+    assert lengths[0] > 1 and remarks(data, EvalSection(generate_samples=1, max_new_tokens=lengths[-1])) == []
     [said] = remarks(data, EvalSection(generate_samples=1, max_new_tokens=lengths[0] - 1))
     assert said.startswith(
         f"the answers of 3 of {len(data.references)} held-out rows are longer than eval.max_new_tokens"
