@@ -42,7 +42,7 @@ from peertune.compare.budget import (
 from peertune.compare.cells import Cell, quality, read_cell
 from peertune.compare.charts import memory_axis
 from peertune.compare.contestants import Contestant, Lineup, read_contestants
-from peertune.compare.grid import Grid, Tuned
+from peertune.compare.grid import Grid, Tuned, _is_preferred
 from peertune.compare.inputs import fingerprints
 from peertune.compare.stats import paired_interval, pairs, spread
 from peertune.compare.table import (
@@ -290,6 +290,33 @@ def test_each_contestant_gets_its_own_best_value_of_the_first_seed(
     cells = [(config.algorithm.name, config.run.seed, config.algorithm.lr, config.eval.split) for config in asked[6:]]
     assert cells == [(name, seed, lr, "test") for seed in (3, 4) for name, lr in best.items()]
     assert {(config.data.validation_rows, config.data.validation_seed) for config in asked} == {(6, 0)}
+
+
+def test_of_equal_accuracies_the_lower_loss_is_preferred() -> None:
+    def summary(accuracy: float, loss: float) -> dict[str, Any]:
+        return {"algorithm": "deca", "config": {}, "metrics": {"average_model": {"accuracy": accuracy, "loss": loss}}}
+
+    best = summary(0.5, 1.0)
+    assert [_is_preferred(summary(*told), best) for told in ((0.5, 0.9), (0.5, 1.1), (0.6, 9.0), (0.4, 0.1))] == [
+        True, False, True, False
+    ]  # fmt: skip
+
+
+def test_what_a_recipe_says_of_evaluations_and_kept_rows_stays_so(path: Path, tmp_path: Path) -> None:
+    """Also where all are judged by the validation rows and there is no test file."""
+
+    def asked(*overrides: str, **options: Any) -> tuple[Any, ...]:
+        texts = {"algorithms": "deca,local", "seeds": "3", **options}
+        chosen = Options.parse([str(path)], str(tmp_path / "out"), overrides=list(overrides), **texts)
+        grid = Grid(read_contestants(chosen), chosen, Quiet())
+        config = grid._config(grid.contestants[0], 3, None, tmp_path / "out")
+        return config.eval.every, config.eval.points, config.data.validation_rows, config.data.validation_seed
+
+    assert asked() == (0, 8, 0, None)
+    assert asked("eval.points=3") == (0, 3, 0, None) and asked("eval.every=2") == (2, 0, 0, None)
+    kept = ["data.validation_rows=5", "data.validation_seed=9"]
+    assert asked(*kept, tune="lr=1e-3,1e-2") == (0, 8, 5, 9)
+    assert asked(*kept, "eval.split=validation", "data.test=") == (0, 8, 5, 9)
 
 
 def test_an_edge_of_the_grid_is_said(make: Callable[..., tuple[Comparison, Quiet]]) -> None:
@@ -561,6 +588,10 @@ BAD = {
     "unknown method": ([*ONE, "--algorithms", "deca,decca"], ["algorithm.name", "decca", "did you mean deca"]),
     "one contestant": (ONE, ["two or more"]),
     "a name twice": ([*ONE, "--algorithms", "deca,deca"], ["--algorithms", "deca twice"]),
+    "upper and lower case": ([*ONE, "--algorithms", "deca:lr=1e-3,deca:lr=1E-3"], ["share the folder"]),
+    "epochs are not tuned": (
+        [*ONE, "--algorithms", "fedavg,fedavg:lr=0.1", "--tune", "local_epochs=1,2"], ["local_epochs tuned"]
+    ),
     "unknown setting": ([*ONE, "--algorithms", "deca,local:discrepancy=none"], ["local has no key 'discrepancy'"]),
     "another section's setting": (
         [*ONE, "--algorithms", "deca,deca:data.batch_size=1"], ["data.batch_size", "topology., data.partition."]
@@ -820,9 +851,12 @@ def test_the_recipes_own_method_says_how_long_all_train(path: Path, tmp_path: Pa
     assert lengths(path, tmp_path, "gt:rounds=3:local_steps=1,deca")["gt"] == 3
     by_set = Options.parse([str(path)], "", algorithms="gt:local_steps=1,deca", overrides=["algorithm.rounds=3"])
     assert read_contestants(by_set).pace.name == "gt:local_steps=1"
+    not_its_own = Options.parse([str(path)], "", algorithms="gt,deca", overrides=["algorithm.inner_steps=3"])
+    assert read_contestants(not_its_own).pace.name == "deca"
     write_toml(tree(tmp_path, micro_model, algorithm={"name": "fedavg", "local_epochs": 3}), path)
     with pytest.raises(ConfigError, match=r"fedavg has algorithm\.local_epochs = 3"):
         lengths(path, tmp_path, "gt:local_steps=1,deca")
+    assert lengths(path, tmp_path, "fedavg,fedavg:lr=1e-3"), "passes over the same data are alike"
 
 
 def test_a_key_without_effect_is_remarked_on_where_it_was_meant_for_somebody(path: Path) -> None:
