@@ -104,6 +104,10 @@ def test_loss_and_label_scores_are_those_of_the_model_itself(name: str) -> None:
     with model.evaluating():
         plain = label_scores_plainly(model, rows, 0, labels)
     assert torch.allclose(plain, torch.tensor(best, dtype=torch.float64), atol=1e-4)
+    short = [[5], [7]]  # for which no trial is made
+    with model.evaluating():
+        own = label_scores_plainly(model, rows, 0, short)[torch.arange(len(rows)), torch.tensor(truth)]
+    assert evaluate(model, rows, 0, labels=short)["loss"] == pytest.approx(-own.mean().item(), rel=1e-4)
 
 
 def test_labels_keep_within_an_attention_window() -> None:
