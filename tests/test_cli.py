@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import peertune
 from peertune import cli_output
+from peertune.algorithms import METHODS
 from peertune.checkpoint import CheckpointStore
 from peertune.cli import _parser, main
 from peertune.cli_output import Bars, progress_console
@@ -28,6 +29,7 @@ from peertune.demo import comparison, demo
 from peertune.errors import CheckpointError, ConfigError
 from peertune.export import _check_peer, export
 from peertune.progress import Silent
+from peertune.recipe import from_dict
 from tests.recipes import tree
 from tests.test_bad_input import write_toml
 
@@ -209,7 +211,7 @@ def test_export_of_a_peers_personal_model(finished: Path, tmp_path: Path, micro_
 
 
 def test_a_servers_folder_has_nobodys_personal_parts() -> None:
-    config = {"run": {"num_peers": 2}, "algorithm": {"local_modules": ["lm_head"]}}
+    config, _ = from_dict({"run": {"num_peers": 2}, "algorithm": {"local_modules": ["lm_head"]}}, METHODS)
     with pytest.raises(ConfigError, match="a server has none; leave it out"):
         _check_peer(config, 1, 2)
 

@@ -19,13 +19,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peertune import checkpoint, run_state
 from peertune import run as runs
-from peertune.algorithms import ALGORITHMS
+from peertune.algorithms import ALGORITHMS, METHODS
+from peertune.algorithms.base import LocalReport
 from peertune.algorithms.deca import Deca
 from peertune.algorithms.fedavg import Fedavg
+from peertune.algorithms.local_steps import LocalSteps
 from peertune.checkpoint import CheckpointStore, newest_common
 from peertune.errors import CheckpointError, ConfigError, DivergedError, StorageError
 from peertune.evaluation import measure
 from peertune.exchange import Hop, Payload
+from peertune.export import export
 from peertune.lock import FolderLock
 from peertune.prepare import prepare_data
 from peertune.progress import Silent
@@ -161,6 +164,40 @@ def test_a_killed_run_goes_on_bitwise(
     whole = json.loads((tmp_path / "whole" / "summary.json").read_text())
     assert summary["metrics"] == whole["metrics"]
     assert summary["bytes_sent_per_peer"] == whole["bytes_sent_per_peer"]
+
+
+class TwoModels(LocalSteps):
+    """Beside the common model each peer trains another, which never hears of the others."""
+
+    keeps_own = True
+    kept_per_weight = 1
+
+    def local(self, round: int) -> LocalReport | None:
+        self.personal = self.personal or self.masters.snapshots(self.common)
+        with self.in_person():
+            super().local(round)
+            self.personal = self.masters.snapshots(self.common)
+        return super().local(round)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_peers_own_model_beside_the_common_one_is_kept_measured_and_exported(
+    dtype: str, tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ALGORITHMS, "two_models", TwoModels)
+    monkeypatch.setitem(METHODS, "two_models", TwoModels.Config)
+    keys = {"algorithm": {"name": "two_models", "rounds": 4, "local_steps": 2}, "model": {"dtype": dtype}}
+    whole = run(recipe(tmp_path, micro_model, run={"out": str(tmp_path / "whole")}, **keys))["metrics"]
+    config = recipe(tmp_path, micro_model, run={"checkpoint_every": 1}, **keys)
+    with killed_after(2):
+        run(config)
+    assert run(config, resume=True)["metrics"] == whole
+    own = [peer["loss"] for peer in whole["personal"]]
+    assert len(set(own)) == 4 and whole["peers"] != whole["personal"]
+    for peer in range(4):
+        export(tmp_path / "out", tmp_path / f"own{peer}", peer)
+    held = [load_file(tmp_path / f"own{peer}" / "model.safetensors") for peer in range(4)]
+    assert not any(same(one, weights(tmp_path / "out")) or same(one, held[0]) for one in held[1:])
 
 
 def test_kill_9_and_resume_from_the_command_line(tmp_path: Path, micro_model: Path) -> None:

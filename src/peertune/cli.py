@@ -316,7 +316,7 @@ def _parser() -> argparse.ArgumentParser:
     export = add_command(commands, "export", help="write a run's average model as a folder that from_pretrained loads")
     export.add_argument("folder", metavar="DIR", help="folder of the run")
     export.add_argument("--to", required=True, metavar="DIR", help="folder to write, new or empty")
-    add_number(export, "--peer", 0, None, "with the personal parts of this peer (algorithm.local_modules)", "I")
+    add_number(export, "--peer", 0, None, "with what is personal to this peer, parts or a whole model", "I")
     export.add_argument("--adapter", action="store_true", help="the adapter alone, as peft loads it, not merged")
     export.add_argument(
         "--trust-remote-code",

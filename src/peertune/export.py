@@ -6,12 +6,12 @@ import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from peertune.algorithms import METHODS
+from peertune.algorithms import ALGORITHMS, METHODS
 from peertune.checkpoint import CheckpointStore, newest_common
+from peertune.config import RunConfig
 from peertune.errors import CheckpointError, ConfigError
 from peertune.model.load import load_full_model
 from peertune.optim import join_bfloat16
@@ -32,14 +32,14 @@ def export(
     Of a consortium's run that did not finish, a site has its own checkpoints alone, and gives its own model.
 
     Args:
-        peer: whose personal parts (algorithm.local_modules) go on top of the average, from that checkpoint; None: none.
+        peer: whose personal parts or model go on top of the average, from that checkpoint; None: none.
         adapter: the adapter as peft loads it, not merged into the base.
         trust_remote_code: let code run that comes with the base. What the run's recipe says of that does not count: the
             folder may have come from anybody, and names the base.
     Returns:
         The number of rounds that the checkpoint has behind it; None: it is the finished model.
     Raises:
-        ConfigError: there is no such peer, or the run has no personal parts, or no adapter of peft's.
+        ConfigError: there is no such peer, or the run has nothing personal, or no adapter of peft's.
         CheckpointError: there is no run, no checkpoint, or `to` exists already.
     """
     folder = RunFolder(run)
@@ -62,9 +62,9 @@ def export(
         with storage_errors(to):
             shutil.copytree(finished[0], to, dirs_exist_ok=True, ignore=_links)
         return None
-    if peer is not None:
-        _check_peer(recipe["config"], peer, site)
     config, _ = from_dict(recipe["config"], METHODS)
+    if peer is not None:
+        _check_peer(config, peer, site)
     config = config.model_copy(
         update={"model": config.model.model_copy(update={"trust_remote_code": trust_remote_code})}
     )
@@ -116,6 +116,7 @@ def _trained(
         if index == peer:
             held = {name.removeprefix("weights/"): t for name, t in tensors.items() if name.startswith("weights/")}
             personal = {name: value for name, value in held.items() if name not in state["common"]}
+            personal |= {n.removeprefix("personal/"): t for n, t in tensors.items() if n.startswith("personal/")}
     return average | personal
 
 
@@ -124,10 +125,10 @@ def _links(folder: str, names: list[str]) -> list[str]:
     return [name for name in names if (Path(folder) / name).is_symlink()]
 
 
-def _check_peer(config: dict[str, Any], peer: int, site: int | None) -> None:
+def _check_peer(config: RunConfig, peer: int, site: int | None) -> None:
     """Refuse a peer without personal parts, or with parts that another site has. Raises ConfigError."""
-    num_peers = config["run"]["num_peers"]
-    if not config["algorithm"].get("local_modules"):
+    num_peers, method = config.run.num_peers, config.algorithm
+    if not method.local_modules and not ALGORITHMS[method.name].keeps_own:
         raise ConfigError(
             f"--peer: got {peer} for a run without algorithm.local_modules, where all end with one model; leave it out"
         )

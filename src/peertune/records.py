@@ -96,7 +96,7 @@ def quality_of(
         before: the base model's.
         agreed: the average model's.
         own: each peer's, before the final agreement; None where it is not known here.
-        personal: each peer's own parts on the average model; empty where there are none.
+        personal: each peer's own weights on the average model; empty where there are none.
     """
 
     def overall(each: Sequence[Measured | None]) -> list[Any]:

@@ -74,7 +74,7 @@ def conclude(run: RunSetup, agreed: Agreed) -> dict[str, Any]:
     )
     if not run.average.load(rounds, agreed.is_reached):
         run.average.load(rounds, agreed=True)  # nothing but its own is to be had here
-    personal = _evaluate_peers(run) if run.config.algorithm.local_modules else []
+    personal = _evaluate_personal(run) if run.config.algorithm.local_modules or run.method.keeps_own else []
     summary: dict[str, Any] = {}
     run.record(lambda: summary.update(_write(run, agreed, told, personal)))
     return summary or run.folder.read_summary()
@@ -150,5 +150,19 @@ def _evaluate_peers(run: RunSetup, by_client: bool = False) -> list[Measured | N
             found = run.evaluate(algorithm.peer.model, by_client)
             measured.append((algorithm, found))
         own.append(found)
+    return _told(run, own)
+
+
+def _evaluate_personal(run: RunSetup) -> list[Measured | None]:
+    """By peer, its personal model's quality."""
+    own: list[Measured] = []
+    for algorithm in (member.algorithm for member in run.peers):
+        with algorithm.in_person():
+            own.append(run.evaluate(algorithm.peer.model))
+    return _told(run, own)
+
+
+def _told(run: RunSetup, own: Sequence[Measured]) -> list[Measured | None]:
+    """By peer, what the hosted ones were measured at and what others tell; None where that is not known here."""
     hosted = [*map(asdict, own), *[None] * (len(run.members) - len(own))]
     return [None if told is None else Measured(**told) for told in run.group.gather(hosted)[: run.num_peers]]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -43,6 +44,8 @@ class Algorithm(ABC):
     """True for a bound that is allowed to see all data: one model, whose batch is the union of the peers' batches."""
     agrees: ClassVar[bool] = True
     """Whether all peers hold one model in the end."""
+    keeps_own: ClassVar[bool] = False
+    """Whether each peer ends with a model of its own beside the common one: it holds `personal`."""
     elementwise: ClassVar[bool] = True
     """Whether what it does with a weight depends on no other weight but through the gradient and its clipping; then a
     peer may be several ranks, each with some rows of every tensor."""
@@ -70,6 +73,8 @@ class Algorithm(ABC):
         _require_matches(config.local_modules, list(self.masters))
         self.common = tuple(n for n in self.masters if not any(text in n for text in config.local_modules))
         """Names of what the peers share; the rest, `local_modules`, never leaves its peer."""
+        self.personal: dict[str, Tensor] = {}
+        """Float32 weights, by name, with which this peer's own model differs from the common one; they never travel."""
         if not self.common:
             raise ConfigError(
                 f"algorithm.local_modules: got {config.local_modules}, which keeps everything that is trained local;"
@@ -159,6 +164,14 @@ class Algorithm(ABC):
         """Replace a shared tensor by float32 `value` of its shape."""
         self.masters.write(name, value)
 
+    @contextmanager
+    def in_person(self) -> Iterator[None]:
+        """Context in which the peer's model holds what is `personal`, to be trained or measured."""
+        common = {name: self.masters.snapshot(name) for name in self.personal}
+        self.masters.write_all(self.personal)
+        yield
+        self.masters.write_all(common)
+
     def take_late(self, change: Payload) -> bool:
         """Add to what this peer holds what a late message would have brought.
 
@@ -178,6 +191,7 @@ class Algorithm(ABC):
         """Tensors and plain data of a checkpoint after `round` rounds: weights, and what outlives a round."""
         tensors = {f"weights/{n}": p.detach() for n, p in self.masters.parameters.items()}
         tensors |= {f"remainder/{n}": t for n, t in self.masters.remainders.items()}
+        tensors |= {f"personal/{n}": t for n, t in self.personal.items()}
         return tensors, {}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any], round: int) -> None:
@@ -186,6 +200,10 @@ class Algorithm(ABC):
             parameter.data.copy_(tensors[f"weights/{name}"])
         self.masters.remainders = {
             n: tensors[f"remainder/{n}"].clone() for n in self.masters if f"remainder/{n}" in tensors
+        }
+        device = self.peer.model.device
+        self.personal = {
+            n: tensors[f"personal/{n}"].to(device, copy=True) for n in self.masters if f"personal/{n}" in tensors
         }
 
 

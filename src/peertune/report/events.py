@@ -84,7 +84,7 @@ class RunRecord:
     rounds: tuple[Round, ...]
     evaluations: tuple[Evaluation, ...]
     personal: tuple[Metrics, ...]
-    """Of the common model with each peer's own parts; empty where no part stays with a peer."""
+    """Of the common model with each peer's own weights; empty where none stay with a peer."""
     bytes_sent: Values
     agreement_hops: int | None
     agreed_with: tuple[str, ...]

@@ -131,7 +131,7 @@ def heldout(run: RunRecord) -> str:
     if run.is_site:
         lead = "This site's model is what it exports."
     if run.personal:
-        lead += " A personal model is the common one with that peer's own parts."
+        lead += " A personal model is the common one with that peer's own weights in their places."
     beside, below = (f"<div>{summary}</div>", "") if len(names) <= 3 else ("", summary)
     body = f'<div class="row">{"".join(charts)}{beside}</div>{below}'
     return card("heldout", "Held-out metrics", body, lead=lead)
