@@ -508,7 +508,8 @@ def test_a_resumed_peer_goes_on_bitwise(name: str, round: int) -> None:
     for index, member in enumerate(half):
         tensors, plain = member.algorithm.state_dict(round)
         of_weights = sum(t.numel() for n, t in tensors.items() if n.startswith("state/") and not member.is_hub)
-        assert of_weights <= 2 * SIZE * method.kept_per_weight, "what a checkpoint holds is foreseen"
+        few = 2 * (SIZE - 1)  # numbers that are not of each weight, such as push-sum's mass
+        assert of_weights <= 2 * SIZE * method.kept_per_weight + few, "what a checkpoint holds is foreseen"
         peer: Any = QuadraticPeer(index)
         peer.batches = None if member.is_hub else ()
         algorithm = method(peer, config, topology)
@@ -711,7 +712,8 @@ def test_what_is_personal_is_in_no_message(name: str) -> None:
     schedule = SHORT if name in STEPS else {"lr": LR, "outer_rounds": 1, "inner_steps": 1}
     for member in simulate(method, method.Config(**schedule, local_modules=["b"]), topology, 1):
         sent = [key for hop in member.algorithm.hops(0) for key in member.algorithm.outgoing(hop)]
-        assert {key.rpartition("/")[2] for key in [*sent, *member.algorithm.handed_on()]} == {"a"}
+        told = {key.rpartition("/")[2] for key in [*sent, *member.algorithm.handed_on()]}
+        assert "a" in told and "b" not in told
 
 
 def test_the_turn_of_a_block_that_is_personal_as_a_whole_has_no_messages() -> None:
