@@ -281,8 +281,10 @@ def sample_counts(members: Sequence[Member], num_peers: int) -> list[int]:
 
 def read_charter(path: Path) -> Charter:
     """Read a charter; `check` says whether it holds. Raises CharterError."""
+    tree: dict[str, Any] = {}
     try:
-        return Charter.model_validate(parse_toml(path.read_text(encoding="utf-8")))
+        tree = parse_toml(path.read_text(encoding="utf-8"))
+        return Charter.model_validate(tree)
     except FileNotFoundError:
         raise CharterError(f"{path}: no such charter; `peertune charter new` writes one") from None
     except ValidationError as error:
