@@ -15,10 +15,12 @@ from peertune.topology import Topology
 NUM_PEERS, SIZE = 5, 6
 
 
-def gradient(peer: int, step: int, theta: np.ndarray) -> np.ndarray:
-    """Of peer i's loss 1/2 ||C_i theta - y_i||^2 with noise that depends on the step; theta is [2 SIZE]."""
+def gradient(peer: int, step: int | None, theta: np.ndarray) -> np.ndarray:
+    """Of peer i's loss 1/2 ||C_i theta - y_i||^2 with noise that depends on the step, if any; theta is [2 SIZE]."""
     rng = np.random.default_rng(100 + peer)
     c, y = rng.normal(size=(2 * SIZE, 2 * SIZE)) / 2, rng.normal(size=2 * SIZE)
+    if step is None:
+        return c.T @ (c @ theta - y)
     noise = np.random.default_rng(1000 * peer + step).normal(size=2 * SIZE) / 10
     return c.T @ (c @ theta - y) + noise
 
@@ -28,9 +30,11 @@ class QuadraticPeer:
 
     Args:
         shape: of each block's one parameter, SIZE numbers.
+        noise: whether gradients have that of their step.
     """
 
-    def __init__(self, index: int, shape: tuple[int, ...] = (SIZE,)) -> None:
+    def __init__(self, index: int, shape: tuple[int, ...] = (SIZE,), noise: bool = True) -> None:
+        self.noise = noise
         start = torch.tensor(np.random.default_rng(7).normal(size=(2, SIZE)), dtype=torch.float32)
         self.index, self.seed, self.batches = index, 0, ()
         self.module = nn.ParameterDict({n: nn.Parameter(x.reshape(shape)) for n, x in zip("ab", start, strict=True)})
@@ -45,20 +49,25 @@ class QuadraticPeer:
 
     def backward(self, step: int, num_batches: int) -> Tensor:
         theta = np.concatenate([self.module[n].detach().double().numpy().reshape(-1) for n in "ab"])
-        grad = gradient(self.index, step, theta)
+        grad = gradient(self.index, step if self.noise else None, theta)
         for name, part in zip("ab", np.split(grad, 2), strict=True):
             self.module[name].grad = torch.tensor(part, dtype=torch.float32).view_as(self.module[name])
         return torch.tensor(0.0)
 
 
 def simulate(
-    method: type, config: Any, topology: Topology, rounds: int | None = None, shape: tuple[int, ...] = (SIZE,)
+    method: type,
+    config: Any,
+    topology: Topology,
+    rounds: int | None = None,
+    shape: tuple[int, ...] = (SIZE,),
+    noise: bool = True,
 ) -> list[Member]:
     """Run a method on `QuadraticPeer`s; returns the members, the hub last where there is one."""
     mailbox = Mailbox()
     members = []
     for index in range(topology.num_members):
-        peer: Any = QuadraticPeer(index, shape)
+        peer: Any = QuadraticPeer(index, shape, noise)
         if index == topology.num_peers:
             peer.batches = None
         members.append(Member(method(peer, config, topology), mailbox.endpoint(index)))

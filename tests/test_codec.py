@@ -113,7 +113,7 @@ def test_of_what_is_sent_only_the_own_share_is_kept_in_float32() -> None:
 @pytest.mark.parametrize("name", AVERAGING)
 def test_a_run_sends_half_the_bytes_and_learns_alike(name: str, tmp_path: Path, micro_model: Path) -> None:
     options: dict[str, Any] = {"algorithm": {"name": name, "rounds": 6, "local_steps": 2}}
-    if name in ("fedavg", "scaffold", "diloco"):
+    if name in ("fedavg", "scaffold", "ditto", "diloco"):
         options["topology"] = {"kind": "star", "weights": "samples"}
     found = {}
     for codec in ("float32", "bfloat16"):
@@ -122,7 +122,7 @@ def test_a_run_sends_half_the_bytes_and_learns_alike(name: str, tmp_path: Path, 
     exact, rounded = found.values()
     before, after = (last_round(tmp_path / codec)["bytes_sent"] for codec in found)
     assert [2 * sent for sent in after] == before and any(before)
-    if name in ("fedavg", "scaffold", "diloco"):  # the server's answer is not averaged
+    if name in ("fedavg", "scaffold", "ditto", "diloco"):  # the server's answer is not averaged
         down = [[e["payload"] for e in summary["bytes_by_edge"] if e["source"] == 4] for summary in found.values()]
         assert down[0] == down[1] and all(down[0])
     gained = exact["metrics"]["before"]["loss"] - (loss := exact["metrics"]["average_model"]["loss"])

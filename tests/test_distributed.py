@@ -44,6 +44,10 @@ METHODS_TRIED: dict[str, dict[str, Any]] = {
         "algorithm": {"name": "scaffold", "lr": 1e-2, "rounds": 3, "local_steps": 2, "participation": 0.5},
         "topology": STAR,
     },
+    "ditto": {
+        "algorithm": {"name": "ditto", "lr": 1e-2, "rounds": 3, "local_steps": 2, "participation": 0.5},
+        "topology": STAR,
+    },
     "noloco": {"algorithm": {"name": "noloco", "lr": 1e-2, "rounds": 3, "local_steps": 2}},
     "rw_lora": {"algorithm": {"name": "rw_lora", "lr": 1e-2, "rounds": 4, "local_steps": 2, "rank": 2}},
     "local": {"algorithm": {"name": "local", "lr": 1e-2, "outer_rounds": 1, "inner_steps": 4}},

@@ -35,7 +35,7 @@ def test_messages_lie_where_the_model_is_as_nccl_needs_them(
 
     monkeypatch.setattr(Mailbox, "put", spy)
     options: dict[str, Any] = {"algorithm": {"name": name, "rounds": 4, "local_steps": 2}}
-    if name in ("fedavg", "scaffold", "diloco"):
+    if name in ("fedavg", "scaffold", "ditto", "diloco"):
         options["topology"] = STAR
     summary = run(recipe(tmp_path, micro_model, **options))
     assert devices == ({"cuda"} if any(summary["bytes_sent_per_peer"]) else set())

@@ -15,6 +15,7 @@ from peertune.algorithms.choco import Choco, ChocoConfig
 from peertune.algorithms.dec_lora import DecLora, DecLoraConfig
 from peertune.algorithms.decaf import Decaf, average_product, turn_towards
 from peertune.algorithms.diloco import Diloco, DilocoConfig
+from peertune.algorithms.ditto import Ditto, DittoConfig
 from peertune.algorithms.dpsgd import Dpsgd
 from peertune.algorithms.fedavg import Fedavg, FedavgConfig
 from peertune.algorithms.gt import TRACKED, Gt
@@ -440,6 +441,28 @@ def test_scaffold_is_the_numpy_reference(participation: float, reset: bool) -> N
     assert [m.exchange.sent.payload_bytes for m in members[:NUM_PEERS]] == [r * 2 * 2 * SIZE * 4 for r in rounds]
 
 
+@pytest.mark.parametrize("keys", [{}, {"server_optimizer": "adam", "proximal": 0.5}, {"local_modules": ["b"]}])
+def test_ditto_is_the_numpy_reference(keys: dict[str, Any]) -> None:
+    """A common model that no personal one touches: FedAvg's, but for the batches; here without noise."""
+    config, topology = DittoConfig(**SHORT, participation=0.2, pull=0.5, **keys), graph("complete", "samples")
+    common = simulate(Fedavg, FedavgConfig(**SHORT, participation=0.2, **keys), topology, noise=False)
+    members = simulate(Ditto, config, topology, noise=False)
+    np.testing.assert_array_equal(weights_of(members), weights_of(common))
+    own: dict[int, np.ndarray] = {}
+    for t in range(ROUNDS):
+        before = simulate(Ditto, config, topology, t, noise=False) if t else None
+        for i in members[0].algorithm.sampled(t):  # type: ignore[attr-defined]
+            x = weights_of(before)[i] if before else start()
+            v, adam = own.get(i, x), Adam()
+            for _ in range(K):
+                v = v - LR * adam.step(gradient(i, None, v) + 0.5 * (v - x))
+            own[i] = v
+    held = {i: member.algorithm.personal for i, member in enumerate(members) if member.algorithm.personal}
+    assert held.keys() == own.keys() and len(own) < NUM_PEERS, "who never took part has the common model"
+    for i, personal in held.items():
+        np.testing.assert_allclose(np.concatenate([personal[name].numpy() for name in "ab"]), own[i], atol=2e-5)
+
+
 def test_scaffolds_control_variate_is_the_mean_of_as_many_gradients_as_there_were() -> None:
     """With passes over a peer's own data that is another number for each."""
 
@@ -457,7 +480,7 @@ def test_scaffolds_control_variate_is_the_mean_of_as_many_gradients_as_there_wer
 STEPS = [name for name, method in ALGORITHMS.items() if issubclass(method, LocalSteps)]
 
 
-@pytest.mark.parametrize("name", sorted(set(STEPS) - {"qg", "diloco", "noloco", "decaf"}))
+@pytest.mark.parametrize("name", sorted(set(STEPS) - {"qg", "ditto", "diloco", "noloco", "decaf"}))
 @pytest.mark.parametrize("shape", [(SIZE,), (2, SIZE // 2)])
 def test_a_lone_peer_takes_adamw_steps(name: str, shape: tuple[int, ...]) -> None:
     """With nobody to mix with, a method is torch's AdamW; those with an outer optimiser have forms of their own.

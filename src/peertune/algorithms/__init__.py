@@ -11,6 +11,7 @@ from peertune.algorithms.dec_lora import DecLora
 from peertune.algorithms.deca import Deca
 from peertune.algorithms.decaf import Decaf
 from peertune.algorithms.diloco import Diloco
+from peertune.algorithms.ditto import Ditto
 from peertune.algorithms.dlora_fa import DloraFa
 from peertune.algorithms.dpsgd import Dpsgd
 from peertune.algorithms.fedavg import Fedavg
@@ -42,6 +43,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "choco": Choco,
     "fedavg": Fedavg,
     "scaffold": Scaffold,
+    "ditto": Ditto,
     "diloco": Diloco,
     "noloco": Noloco,
 }
