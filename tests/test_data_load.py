@@ -197,6 +197,16 @@ def test_cells_may_have_what_spreadsheets_put_between_them(separator: str, tmp_p
     assert load_table(str(path), LABELS).rows == [{"text": text, "label": "x"}, {"text": "1,5", "label": "y"}]
 
 
+@pytest.mark.parametrize(
+    ("header", "cell"), [("text;label", '"' + "a, b\n" * 2**18 + '"'), ("text;label;length, cm", "a")]
+)
+def test_semicolons_between_cells_are_found_beside_commas_within(header: str, cell: str, tmp_path: Path) -> None:
+    """Also past a first cell of a megabyte, and where a column's name and its decimal point are a comma alike."""
+    end = ";1,5" * (header.count(";") - 1)
+    (tmp_path / "a.csv").write_text(f"{header}\n{cell};x{end}\nb;y{end}\n")
+    assert [row["label"] for row in load_table(str(tmp_path / "a.csv"), LABELS).rows] == ["x", "y"]
+
+
 def test_columns_without_a_name_are_no_two_of_one(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(",text,label,,\n0,a,x,,\n1,b,y,,\n")
     assert [row["label"] for row in load_table(str(tmp_path / "a.csv"), LABELS).rows] == ["x", "y"]

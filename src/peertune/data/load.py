@@ -45,10 +45,6 @@ OPTIONAL = {
 """By task, the keys of [data] that name a field which rows may lack."""
 
 
-BEGINNING = 1 << 20
-"""Characters of a CSV file that are looked at for what stands between its cells."""
-
-
 @dataclass(frozen=True)
 class Table:
     """Rows of one or several sources."""
@@ -236,10 +232,11 @@ def _read_json(text: str, name: str) -> Located:
 
 def _read_csv(text: str, name: str) -> Located:
     limit = csv.field_size_limit(len(text) + 1)  # whole documents may stand in one cell; the default is 131072
-    separator = ","
+    file = io.StringIO(text, newline="")
+    separator = max(",;\t|", key=lambda separator: _num_cells(file, separator))  # a comma where nothing splits the rows
+    file.seek(0)
+    reader = csv.reader(file, delimiter=separator, strict=True)
     try:
-        separator = _separator(text)
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
         lines = [(reader.line_num, cells) for cells in reader if cells]
     except csv.Error as error:
         raise DataError(
@@ -261,17 +258,14 @@ def _read_csv(text: str, name: str) -> Located:
         yield f"{name}:{number}", dict(zip(header, cells, strict=True))
 
 
-def _separator(text: str) -> str:
-    """What stands between the cells of a CSV file: what splits its first two rows alike; a comma where nothing does.
+def _num_cells(file: io.StringIO, separator: str) -> int:
+    """Into how many cells it splits each of the first two rows of a CSV file; 1 where it does not split them alike.
 
     Spreadsheets write semicolons where a comma is the decimal point.
     """
-    for separator in ",;\t|":
-        rows = csv.reader(io.StringIO(text[:BEGINNING], newline=""), delimiter=separator)
-        counts = [len(cells) for cells in islice(filter(None, rows), 2)]
-        if len(counts) == 2 and counts[0] == counts[1] > 1:
-            return separator
-    return ","
+    file.seek(0)
+    counts = [len(cells) for cells in islice(filter(None, csv.reader(file, delimiter=separator)), 2)]
+    return counts[0] if len(counts) == 2 and counts[0] == counts[1] else 1
 
 
 def _check(row: Row, where: str, config: DataSection) -> Row:
