@@ -105,6 +105,7 @@ CASES = {
     "unknown extension": Case(lambda r: renamed(r, "rows.xyz"), ["rows.xyz"]),
     "unknown key": Case(put("algorithm", inner_step=3), ["algorithm.inner_step", "did you mean algorithm.inner_steps"]),
     "unknown section": Case(put("algoritm", lr=3.0), ["algoritm", "did you mean algorithm?"]),
+    "key of another section": Case(put("algorithm", batch_size=2), ["did you mean data.batch_size? [algorithm] has"]),
     "key in capitals": Case(put("topology", KIND="ring"), ["topology.KIND", "did you mean topology.kind?"]),
     "unknown part of a section": Case(
         put("data", partitoin={"kind": "iid"}), ["did you mean data.partition?", "[data] has partition, train"]

@@ -181,7 +181,8 @@ def _explain(error: ValidationError, prefix: tuple[str, ...], section: type[Sect
     if len(got) > 80:
         got = got[:77] + "..."
     if problem["type"] == "extra_forbidden":
-        keys = [f"algorithm.{k}" for k in section.model_fields] if prefix else keys_of(section)
+        own = [f"algorithm.{k}" for k in section.model_fields] if prefix else []
+        keys = list(dict.fromkeys([*own, *keys_of(RunConfig)]))
         known, place = [*dict.fromkeys(k.rpartition(".")[0] for k in keys), *keys], key.rpartition(".")[0]
         siblings = ", ".join(k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == place)
         others = f"[{place}] has {siblings}" if place else f"the sections are {siblings}"
