@@ -315,3 +315,7 @@ def test_a_server_needs_no_rows(tmp_path: Path, micro_model: Path) -> None:
     data = tree(tmp_path, micro_model)
     data["data"] |= {"train": "", "test": ""}
     assert prepare_data(from_dict(data, METHODS)[0], None, 4).train == {}
+    data["data"]["labels"] = ["yes", "no"]
+    assert prepare_data(from_dict(data, METHODS)[0], None, 4).label_names == ["yes", "no"], (
+        "its model comes with them too"
+    )

@@ -195,6 +195,9 @@ def test_eval_chooses_between_the_classes_that_the_model_was_trained_to_tell(
     options = ["--data", str(tmp_path / "two.jsonl"), "--task", "classification", "--max-length", "40"]
     assert main(["eval", str(tmp_path / "copy"), *options]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["labels"] == 2
+    options += ["--set", 'data.labels=["red", "blue", "green", "grey"]']
+    assert main(["eval", str(tmp_path / "copy"), *options]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["labels"] == 4, "it is said which there are"
 
 
 def test_export_of_a_peers_personal_model(finished: Path, tmp_path: Path, micro_model: Path) -> None:

@@ -16,7 +16,7 @@ from peertune.errors import ConfigError, DataError
 from peertune.evaluation import measure, require_harness, run_harness
 from peertune.model.language_model import LanguageModel
 from peertune.model.load import load_tokenizer, load_trained
-from peertune.prepare import check_vocabulary, drawn, held_out
+from peertune.prepare import check_vocabulary, class_names, drawn, held_out
 from peertune.recipe import apply_override, from_dict
 from peertune.run_folder import read_labels
 
@@ -35,7 +35,8 @@ def evaluate_model(
 ) -> Iterator[dict[str, Any]]:
     """Measure a model folder or hub name on data files, then on tasks of lm-evaluation-harness.
 
-    For classification the labels are those that came with the model, where a file has no others; else the file's.
+    For classification the labels are those of `data.labels`; where that is not set, those that came with the model if a
+    file has no others, else the file's.
 
     Args:
         task: of all files.
@@ -96,6 +97,8 @@ def evaluate_model(
 
 def _labels(model: str, rows: Rows, section: DataSection) -> list[str]:
     """The classes to choose between: with fewer of them a model would seem better. Raises DataError."""
+    if section.labels:
+        return class_names(rows, [], section)
     known, found = read_labels(Path(model)), find_labels(rows, section, 1)
     return known if set(found) <= set(known) else find_labels(rows, section)
 

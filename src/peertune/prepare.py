@@ -82,7 +82,7 @@ def prepare_data(config: RunConfig, base: Path | None, site: int | None = None) 
     has_rows = bool(section.train) or site is None  # a server has none
     table = load_table(section.train, section, base=base) if has_rows else Table([], [])
     test = load_table(section.test, section, base=base).rows if section.test and not on_validation else []
-    label_names = _class_names(table.rows, test, section, site is not None)
+    label_names = class_names(table.rows, test, section, site is not None)
     num_rows = len(table.rows)
     if label_names:
         table = table.take([i for i, row in enumerate(table.rows) if row[section.label_field]])
@@ -159,17 +159,19 @@ def drawn(items: Sequence[T], limit: int, seed: int) -> Sequence[T]:
     return [items[i] for i in sorted(numpy_rng(seed, "eval").choice(len(items), limit, replace=False))]
 
 
-def _class_names(train: Rows, test: Rows, section: DataSection, is_site: bool) -> list[str]:
+def class_names(train: Rows, test: Rows, section: DataSection, is_site: bool = False) -> list[str]:
     """The names of the classes; none but for classification. Raises DataError.
 
     Where the recipe does not name them, they are those of all training rows, sorted: one that only validation rows have
     is still a class. At a site, which may lack one to learn, they are those of its test rows too.
     """
-    if section.task != "classification" or not (train or test):  # a server may have no rows at all
+    if section.task != "classification":
         return []
     if section.labels:
         _require_known_labels([*train, *test], section)
         return section.labels
+    if not (train or test):  # a server may have no rows at all
+        return []
     # To learn, a site needs one; to be measured, two.
     known, at_least = ([*train, *test], 2 if test else 1) if is_site else (train, 2)
     names = find_labels(known, section, at_least)
@@ -180,7 +182,7 @@ def _class_names(train: Rows, test: Rows, section: DataSection, is_site: bool) -
 
 def _require_known_labels(rows: Rows, section: DataSection) -> None:
     """Refuse rows whose label is none of those that the recipe names. Raises DataError."""
-    unknown = next((name for name in find_labels(rows, section, 1) if name not in section.labels), None)
+    unknown = next((name for name in find_labels(rows, section, min(1, len(rows))) if name not in section.labels), None)
     if unknown is not None:
         count = sum(row[section.label_field] == unknown for row in rows)
         known = ", ".join(section.labels[:20]) + (", ..." if len(section.labels) > 20 else "")
