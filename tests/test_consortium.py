@@ -1390,13 +1390,17 @@ def test_a_charter_needs_a_date_to_come_and_as_many_members_as_peers_each_with_i
     assert not (tmp_path / "other.toml").exists()
 
 
+def new_charter_of_one(folder: Path, model: Path) -> list[str]:
+    """The command that writes a charter for one site, but for the file's name."""
+    (folder / "recipe.toml").write_text(tomli_w.dumps(tree(folder, model, run={"num_peers": 1})))
+    member = f"--member=a={make_identity(folder / 'a').id}"
+    return ["charter", "new", str(folder / "recipe.toml"), member, "--expires", "2999-01-01", "--to"]
+
+
 def test_a_charter_says_how_long_a_connection_may_be_silent(
     tmp_path: Path, micro_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = tree(tmp_path, micro_model, run={"num_peers": 1})
-    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(recipe))
-    member = f"--member=a={make_identity(tmp_path / 'a').id}"
-    new = ["charter", "new", str(tmp_path / "recipe.toml"), member, "--expires", "2999-01-01", "--to"]
+    new = new_charter_of_one(tmp_path, micro_model)
     assert main([*new, str(tmp_path / "usual.toml")]) == main([*new, str(tmp_path / "own.toml"), "--stall", "4.5"]) == 0
     assert [read_charter(tmp_path / name).stall_s for name in ("usual.toml", "own.toml")] == [30.0, 4.5]
     with pytest.raises(SystemExit):
@@ -1407,10 +1411,7 @@ def test_a_charter_says_how_long_a_connection_may_be_silent(
 def test_a_charter_without_the_classes_is_noted_and_one_with_them_holds_them(
     tmp_path: Path, micro_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = tree(tmp_path, micro_model, run={"num_peers": 1})
-    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(recipe))
-    member = f"--member=a={make_identity(tmp_path / 'a').id}"
-    new = ["charter", "new", str(tmp_path / "recipe.toml"), member, "--expires", "2999-01-01", "--to"]
+    new = new_charter_of_one(tmp_path, micro_model)
     assert main([*new, str(tmp_path / "without.toml")]) == 0
     assert "data.labels: got none" in capsys.readouterr().err
     labels = ["red", "green", "blue"]
