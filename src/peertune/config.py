@@ -14,6 +14,7 @@ Sources = str | list[str]
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Width = Annotated[int, Field(ge=1, le=65536)]
+"""Of an adapter's inner layer; beyond, no memory holds it."""
 LearningRate = Annotated[float, Field(ge=1e-30, le=1e30)]
 """Beyond, a step is none in float32, or more than it can hold."""
 Epsilon = Annotated[float, Field(ge=1e-30, le=1e15)]

@@ -16,7 +16,7 @@ from peertune.config import DataSection, RunConfig
 from peertune.data.chat import plain_template
 from peertune.data.load import Row, Table, load_table
 from peertune.data.partition import describe_partition, partition, rows_of_site
-from peertune.data.render import Rendered, Rows, find_labels, label_tokens, render
+from peertune.data.render import Rendered, Rows, find_labels, label_tokens, listed, render
 from peertune.data.tools import LOSSES
 from peertune.errors import ConfigError, DataError, ModelError
 from peertune.evaluation import HeldOut, references, remarks
@@ -185,10 +185,9 @@ def _require_known_labels(rows: Rows, section: DataSection) -> None:
     unknown = next((name for name in find_labels(rows, section, min(1, len(rows))) if name not in section.labels), None)
     if unknown is not None:
         count = sum(row[section.label_field] == unknown for row in rows)
-        known = ", ".join(section.labels[:20]) + (", ..." if len(section.labels) > 20 else "")
         raise DataError(
             f"data.labels: got {count} rows with label {unknown!r} in field {section.label_field!r}, expected one of"
-            f" {known}; correct the rows, or name it too"
+            f" {listed(section.labels)}; correct the rows, or name it too"
         )
 
 

@@ -165,11 +165,15 @@ class Algorithm(ABC):
         self.masters.write(name, value)
 
     @contextmanager
-    def in_person(self) -> Iterator[None]:
-        """Context in which the peer's model holds what is `personal`, to be trained or measured."""
+    def in_person(self) -> Iterator[Mapping[str, Tensor]]:
+        """Context in which the peer's model holds what is `personal`, to be trained or measured.
+
+        Yields:
+            What it holds in the same places otherwise, float32, by name.
+        """
         common = {name: self.masters.snapshot(name) for name in self.personal}
         self.masters.write_all(self.personal)
-        yield
+        yield common
         self.masters.write_all(common)
 
     def take_late(self, change: Payload) -> bool:

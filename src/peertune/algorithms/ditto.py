@@ -48,13 +48,12 @@ class Ditto(Fedavg):
     def local(self, round: int) -> LocalReport | None:
         """K steps of the personal model, then K of the common one, whose report it is."""
         if self.num_local_steps(round):
-            common = self.masters.snapshots(list(self.masters))
-            self.masters.write_all(self.personal)
-            self.towards = common
-            super().local(round)
+            names = list(self.masters)
+            self.personal = self.personal or self.masters.snapshots(names)
+            with self.in_person() as self.towards:
+                super().local(round)
+                self.personal = self.masters.snapshots(names)
             self.towards = {}
-            self.personal = self.masters.snapshots(list(self.masters))
-            self.masters.write_all(common)
         return super().local(round)
 
     def adjust_gradients(self) -> None:

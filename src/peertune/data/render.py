@@ -92,6 +92,11 @@ def find_labels(rows: Rows, config: DataSection, at_least: int = 2) -> list[str]
     return labels
 
 
+def listed(labels: Sequence[str]) -> str:
+    """The first classes, as an error names them."""
+    return ", ".join(labels[:20]) + (", ..." if len(labels) > 20 else "")
+
+
 def label_tokens(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> list[list[int]]:
     """Token ids of " " + label as they follow "Label:", for each label.
 
@@ -203,10 +208,9 @@ def _classify(
     for number, (row, text, pair) in enumerate(zip(rows, texts, pairs, strict=True), 1):
         name = row[config.label_field]
         if name and name not in index_of:
-            known = ", ".join(labels[:20]) + (", ..." if len(labels) > 20 else "")
             raise DataError(
-                f"data: row {number} has label {name!r}, expected one of the training rows' labels: {known}; correct "
-                "it, or add training rows with that label"
+                f"data: row {number} has label {name!r}, expected one of the training rows' labels: {listed(labels)};"
+                " correct it, or add training rows with that label"
             )
         if not name or not (row[config.text_field] or "").strip() or room < 1:
             continue
