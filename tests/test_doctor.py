@@ -96,8 +96,15 @@ class Two:
             told.join_thread()
             os._exit(0)
 
-        FORK.Process(target=play, daemon=True).start()
-        return lambda: {finding.check: finding for finding in told.get(timeout=100)}
+        process = FORK.Process(target=play, daemon=True)
+        process.start()
+
+        def wait() -> dict[str, Finding]:
+            found = told.get(timeout=100)
+            process.join()  # until then it holds all sockets of this process that were open when it was forked
+            return {finding.check: finding for finding in found}
+
+        return wait
 
     def command(self, name: str, *arguments: str) -> Any:
         """Start a site's command, whose words go to its log."""
