@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import peertune
-from peertune import cli_output
 from peertune.algorithms import METHODS
 from peertune.checkpoint import CheckpointStore
-from peertune.cli import _parser, main
-from peertune.cli_output import Bars, progress_console
+from peertune.cli import main, output
+from peertune.cli.command import _parser
+from peertune.cli.output import Bars, progress_console
 from peertune.demo import comparison, demo
 from peertune.errors import CheckpointError, ConfigError
 from peertune.export import _check_peer, export
@@ -333,7 +333,7 @@ def test_nobody_waits_for_a_terminal_that_nobody_reads(monkeypatch: pytest.Monke
     said = b""
     with open(writing, "w") as stream, open(reading, "rb", buffering=0) as reader:
         monkeypatch.setattr(sys, "stderr", stream)
-        monkeypatch.setattr(cli_output, "PATIENCE_S", 0.01)
+        monkeypatch.setattr(output, "PATIENCE_S", 0.01)
         with Bars(progress_console()) as bars:
             bars.note("one")
             bars.note("two")
@@ -363,7 +363,7 @@ def test_what_asks_a_process_to_end_does_what_ctrl_c_does(number: signal.Signals
 def test_a_signal_that_gets_lost_counts_again() -> None:
     """What is raised while an object is done away with goes nowhere."""
     code = (
-        "import os, signal, sys, peertune.watch; from peertune import cli, cli_signals; cli_signals.AGAIN_S = 0.1;"
+        "import os, signal, sys, peertune.watch; from peertune import cli; cli.signals.AGAIN_S = 0.1;"
         " Gone = type('Gone', (), {'__del__': lambda self: os.kill(os.getpid(), signal.SIGTERM)});"
         " sys.unraisablehook = lambda lost: None;"
         " peertune.watch.read_state = lambda folder: (Gone() and 0) or signal.pause();"

@@ -58,11 +58,6 @@ LAYERS = [
     "measure_files",
     "demo",
     "compare",
-    "cli_output",
-    "cli_keys",
-    "cli_signals",
-    "cli_consortium",
-    "cli_watch",
     "cli",
     "__main__",
 ]

@@ -20,7 +20,7 @@ from peertune.algorithms.choco import Choco
 from peertune.algorithms.gt import Gt
 from peertune.algorithms.local_steps import LocalSteps, LocalStepsConfig
 from peertune.audit import Repeats, contributions
-from peertune.cli_output import print_summary, summary_table
+from peertune.cli.output import print_summary, summary_table
 from peertune.errors import PeerLostError
 from peertune.exchange import ROLL, Hop, Inbox
 from peertune.runtimes import network

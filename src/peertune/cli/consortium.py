@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from peertune.cli_output import Bars, add_command, add_number, add_set, print_paths, print_summary
+from peertune.cli.output import Bars, add_command, add_number, add_set, print_paths, print_summary
 from peertune.logfields import printable
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from peertune.cli_output import Bars, add_command
+from peertune.cli.output import Bars, add_command
 
 PORT = 7017
 

@@ -1,4 +1,4 @@
-"""The `peertune` command: reads arguments, calls the library, prints what it says. No logic of its own.
+"""The command itself: its parser, the commands of one machine, errors and exit codes.
 
 Exit codes: 0 done; 1 a run stopped, resumable, or `doctor` found a problem, or `status` nobody at work; 2 something
 given cannot be used; 128 and the signal's number where one ended it, 130 by Ctrl-C; 141 whoever read the output went
@@ -23,9 +23,9 @@ from typing import Any
 from rich.console import Console
 
 import peertune
-from peertune.cli_consortium import add_consortium
-from peertune.cli_keys import KeysHelp
-from peertune.cli_output import (
+from peertune.cli.consortium import add_consortium
+from peertune.cli.keys import KeysHelp
+from peertune.cli.output import (
     Bars,
     GridBars,
     add_command,
@@ -37,8 +37,8 @@ from peertune.cli_output import (
     progress_console,
     say,
 )
-from peertune.cli_signals import ended_as_by_ctrl_c
-from peertune.cli_watch import add_watch
+from peertune.cli.signals import ended_as_by_ctrl_c
+from peertune.cli.watch import add_watch
 from peertune.errors import PeertuneError
 from peertune.logfields import printable
 
