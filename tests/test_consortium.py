@@ -84,14 +84,17 @@ from tests.recipes import tree, write_rows
 NAMES = ["north", "east", "south", "west"]
 
 
+HELD: list[socket.socket] = []
+"""Each has a port, at which it does not listen."""
+
+
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+    """Ports for those who listen with SO_REUSEADDR, as servers do; the system gives them to nobody else from now on."""
+    for _ in range(count):
+        HELD.append(socket.socket())
+        HELD[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        HELD[-1].bind(("127.0.0.1", 0))
+    return [each.getsockname()[1] for each in HELD[-count:]]
 
 
 class Consortium:

@@ -4,7 +4,6 @@ import contextvars
 import json
 import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -33,6 +32,7 @@ from peertune.runtimes import distributed
 from peertune.runtimes.distributed import _meeting_place, is_launched, local_device, process_group
 from peertune.workload import foreseen_bytes
 from tests.recipes import recipe, tree
+from tests.test_consortium import free_ports
 
 STAR = {"kind": "star", "weights": "samples"}
 METHODS_TRIED: dict[str, dict[str, Any]] = {
@@ -89,9 +89,7 @@ def play_all(config: RunConfig, ranks: int, **options: Any) -> list[tuple[int, s
     """Run a recipe with a process a rank; returns what failed: rank, kind and message."""
     fork = multiprocessing.get_context("fork")
     failures = fork.Queue()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     processes = [fork.Process(target=play, args=(config, r, ranks, port, failures, options)) for r in range(ranks)]
     for process in processes:
         process.start()

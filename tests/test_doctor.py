@@ -331,6 +331,7 @@ def test_little_memory_is_a_problem(tmp_path: Path, micro_model: Path, monkeypat
 def test_a_port_in_use_is_a_problem(tmp_path: Path, micro_model: Path) -> None:
     sites = Two(tmp_path, micro_model, both_listen=False)
     with socket.socket(socket.AF_INET6) as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(("::", sites.ports["north"]))
         taken.listen()
         found = sites.doctor("north", 0.0)()

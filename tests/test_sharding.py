@@ -5,7 +5,6 @@ import json
 import math
 import multiprocessing
 import os
-import socket
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -34,6 +33,7 @@ from peertune.run import run
 from peertune.runtimes.distributed import process_group
 from tests.recipes import recipe, tree
 from tests.shapes import ARCHITECTURES, VOCABULARY, make_model
+from tests.test_consortium import free_ports
 from tests.test_distributed import STAR, play_all, same_model, torchrun
 
 STEPS = {"rounds": 3, "local_steps": 2, "eps": 1e-3, "max_grad_norm": 0.5}
@@ -157,9 +157,7 @@ def compare_gradients(rank: int, port: int, found: Any) -> None:
 def test_a_sharded_models_gradient_is_the_whole_ones() -> None:
     fork = multiprocessing.get_context("fork")
     found = fork.Queue()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     processes = [fork.Process(target=compare_gradients, args=(rank, port, found)) for rank in range(2)]
     for process in processes:
         process.start()

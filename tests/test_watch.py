@@ -42,7 +42,7 @@ from peertune.watch.page import fragments
 from peertune.watch.server import WatchServer, is_loopback
 from peertune.watch.state import Snapshot, snapshot
 from tests.recipes import recipe
-from tests.test_consortium import NAMES, Consortium, wait_for
+from tests.test_consortium import NAMES, Consortium, free_ports, wait_for
 from tests.test_report import chromium
 
 T0 = 1_760_000_000.0
@@ -468,8 +468,8 @@ def test_a_sites_own_logs_and_a_second_join_in_its_folder(tmp_path: Path, micro_
 
 
 @contextmanager
-def serving(path: Path) -> Iterator[WatchServer]:
-    server = WatchServer(path, 0)
+def serving(path: Path, port: int = 0) -> Iterator[WatchServer]:
+    server = WatchServer(path, port)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:
@@ -687,19 +687,12 @@ def test_a_browser_shows_the_run_and_what_changes(tmp_path: Path, browser_of: Ca
 
 def test_the_page_connects_again_by_itself(tmp_path: Path, browser_of: Callable[[str], Browser]) -> None:
     folder = site_folder(tmp_path / "run")
-    with serving(folder) as server:
-        port = server.server_address[1]
+    (port,) = free_ports(1)  # which nobody else gets in between
+    with serving(folder, port) as server:
         page = browser_of(server.url)
         wait_for(lambda: "3 of 20" in page.text("boxes").replace("\n", " "))
     wait_for(lambda: not page.value("document.getElementById('lost').hidden"))
     append(folder / "events.jsonl", round_event(3))
-    again = WatchServer(folder, port)
-    thread = threading.Thread(target=again.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
+    with serving(folder, port):
         wait_for(lambda: page.value("document.getElementById('lost').hidden"))
         wait_for(lambda: "4 of 20" in page.text("boxes").replace("\n", " "))
-    finally:
-        again.shutdown()
-        again.close()
-        thread.join()
