@@ -156,8 +156,9 @@ class Consortium:
 
     def events(self, name: str, kind: str, file: str = "audit.jsonl") -> list[dict[str, Any]]:
         path = self.folder / name / "run" / file
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [event for event in map(json.loads, lines) if event["event"] == kind]
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        whole = (json.loads(line) for line in lines if line.endswith("\n"))  # the last is perhaps just being written
+        return [event for event in whole if event["event"] == kind]
 
     def summary(self, name: str) -> dict[str, Any]:
         return dict(json.loads((self.folder / name / "run" / "summary.json").read_text()))
