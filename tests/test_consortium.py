@@ -89,12 +89,20 @@ HELD: list[socket.socket] = []
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports for those who listen with SO_REUSEADDR, as servers do; the system gives them to nobody else from now on."""
-    for _ in range(count):
-        HELD.append(socket.socket())
-        HELD[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        HELD[-1].bind(("127.0.0.1", 0))
-    return [each.getsockname()[1] for each in HELD[-count:]]
+    """Ports for those who listen with SO_REUSEADDR, as servers do; Linux gives them to nobody else from now on."""
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    HELD.extend(sockets)
+    for each in [] if sys.platform == "linux" else sockets:  # elsewhere nobody could listen beside it
+        each.close()
+    return ports
+
+
+GRACE_S = 6.0
+"""Of sites of which none may be left out at the start: word of one goes round in seconds, and lines open one by one."""
 
 
 class Consortium:
@@ -265,7 +273,7 @@ def test_a_site_that_is_killed_while_it_writes_the_model_keeps_the_one_agreed_on
     tmp_path: Path, micro_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When it is back the others have ended, and will not agree with it a second time."""
-    consortium = Consortium(tmp_path, micro_model, {"inner_steps": 4}, grace=1.0)
+    consortium = Consortium(tmp_path, micro_model, {"inner_steps": 4}, grace=GRACE_S)
     run(consortium.config)
     processes = {site: consortium.site(site) for site in NAMES if site != "east"}
     with monkeypatch.context() as dies:
@@ -356,7 +364,7 @@ def test_a_block_that_is_personal_as_a_whole_is_not_waited_for(tmp_path: Path, m
 
 def test_a_site_that_stays_away_is_left_out_and_the_others_finish(tmp_path: Path, micro_model: Path) -> None:
     """Its neighbours wait once; every round's record names it, and nobody is dropped in silence."""
-    consortium = Consortium(tmp_path, micro_model, {"inner_steps": 16}, grace=1.0)
+    consortium = Consortium(tmp_path, micro_model, {"inner_steps": 16}, grace=GRACE_S)
     processes = {site: consortium.site(site) for site in NAMES}
     wait_for(lambda: len(consortium.events("east", "round", "events.jsonl")) >= 5)
     os.kill(processes["east"].pid, signal.SIGKILL)
@@ -389,7 +397,7 @@ def test_a_site_that_stays_away_is_left_out_and_the_others_finish(tmp_path: Path
 
 def test_a_site_that_lost_its_folder_comes_back_and_all_agree(tmp_path: Path, micro_model: Path) -> None:
     """Its neighbours have kept their messages, so it computes what it missed anew."""
-    consortium, processes = lose_east(tmp_path, micro_model)
+    consortium, processes = lose_east(tmp_path, micro_model, delay=0.1)  # then it is faster than they
     processes["east"] = consortium.site("east")
     consortium.ended(processes)
     rounds = [event["round"] for event in consortium.events("east", "round", "events.jsonl")]
@@ -713,10 +721,10 @@ def lose(consortium: Consortium, processes: dict[str, Any], site: str, after: in
     shutil.rmtree(consortium.folder / site / "run")
 
 
-def lose_east(tmp_path: Path, micro_model: Path) -> tuple[Consortium, dict[str, Any]]:
+def lose_east(tmp_path: Path, micro_model: Path, delay: float = 0.0) -> tuple[Consortium, dict[str, Any]]:
     """Sites in mid-run; east is killed, its folder gone, and the others go on without it."""
     consortium = Consortium(tmp_path, micro_model, {"inner_steps": 12, "outer_rounds": 4}, grace=0.5)
-    processes = {site: consortium.site(site) for site in NAMES}
+    processes = {site: consortium.site(site, delay) for site in NAMES}
     lose(consortium, processes, "east", after=3)
     wait_for(lambda: bool(consortium.events("north", "left_out")))
     return consortium, processes
@@ -728,12 +736,17 @@ def test_who_is_in_the_agreement_but_was_not_in_the_last_round_is_named(
     """It comes back on an empty disk in the last turn, of 84 to 95, and makes up what nobody keeps messages of."""
     local = Deca.local
 
+    def is_back(site: str) -> bool:
+        return sum(event["peer"] == "east" for event in consortium.events(site, "connected")) > 1
+
     def slow_in_the_end(self: Deca, round: int) -> Any:
         time.sleep(0.6 if round >= 86 else 0.02)
+        if round == 90:
+            wait_for(lambda: is_back("north") and is_back("south"))
         return local(self, round)
 
     monkeypatch.setattr(Deca, "local", slow_in_the_end)
-    consortium = Consortium(tmp_path, micro_model, {"inner_steps": 12, "outer_rounds": 2}, grace=3.0)
+    consortium = Consortium(tmp_path, micro_model, {"inner_steps": 12, "outer_rounds": 2}, grace=6.0)
     processes = {site: consortium.site(site) for site in NAMES}
     lose(consortium, processes, "east", after=40)
     wait_for(lambda: len(consortium.events("north", "round", "events.jsonl")) >= 86)
