@@ -82,10 +82,8 @@ from peertune.watch.logs import Links
 from tests.recipes import tree, write_rows
 
 NAMES = ["north", "east", "south", "west"]
-
-
-HELD: list[socket.socket] = []
-"""Each has a port, at which it does not listen."""
+PATIENCE_S = 300.0
+"""Seconds in which whatever is waited for comes, however loaded the machine."""
 
 
 def free_ports(count: int) -> list[int]:
@@ -95,9 +93,8 @@ def free_ports(count: int) -> list[int]:
         each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         each.bind(("127.0.0.1", 0))
     ports = [each.getsockname()[1] for each in sockets]
-    HELD.extend(sockets)
-    for each in [] if sys.platform == "linux" else sockets:  # elsewhere nobody could listen beside it
-        each.close()
+    for each in sockets:  # elsewhere nobody could listen beside one that stays open, and does not listen
+        each.detach() if sys.platform == "linux" else each.close()
     return ports
 
 
