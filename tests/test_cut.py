@@ -22,20 +22,20 @@ from peertune.runtimes.edge_frames import Kind
 from peertune.runtimes.network import NetworkExchange
 from peertune.runtimes.node import Node
 from peertune.runtimes.presence import Presence
-from tests.test_consortium import make_charter, wait_for
+from tests.test_consortium import PATIENCE_S, make_charter, wait_for
 
 CUT_S = 360.0
 HOP = Hop("gossip", {(i, j): 0.5 for i in range(2) for j in range(2)}, takes_late=True)
 
 
 class Clock:
-    """What the runtime takes for the module `time`."""
+    """What the runtime takes for the module `time`; it stands still, but for what a test moves it ahead."""
 
     ahead = 0.0
     sleep = staticmethod(time.sleep)
 
     def monotonic(self) -> float:
-        return time.monotonic() + self.ahead
+        return self.ahead
 
 
 class Pair:
@@ -57,6 +57,9 @@ class Pair:
             exchange.corrects = True
             self.nodes.append(made)
             self.exchanges.append(exchange)
+            exchange.attend = lambda i=i, attend=exchange.attend: [self.looks.update([i]), attend()]  # type: ignore[method-assign]
+        self.looks = Counter[int]()
+        """How often each site has looked whether what it waits for has come."""
         self.talks: list[Future[None]] = []
         self.is_slow = False
         """Whether a part of a message goes out only when `let_through` says so."""
@@ -85,6 +88,11 @@ class Pair:
         self.talks.clear()
         wait_for(lambda: not any(self.nodes[i].neighbors[1 - i].is_connected for i in (0, 1)))
 
+    def until_they_wait(self, *sites: int) -> None:
+        """Until these sites have begun to wait, and have looked at the clock as it is now."""
+        known = Counter(self.looks)
+        wait_for(lambda: all(self.looks[site] > known[site] + 1 for site in sites))
+
     def let_through(self, site: int) -> None:
         """Let one part of a message of a site's go out."""
         self.nodes[site].soon(partial(self.gates[site].put_nowait, None))
@@ -104,7 +112,7 @@ class Pair:
         return [sorted(inbox.payloads) for inbox in self.ended([self.play(site, round) for site in sites])]
 
     def ended(self, rounds: "list[Future[Inbox | None]]") -> list[Inbox]:
-        return [inbox for each in rounds if (inbox := each.result(timeout=60)) is not None]
+        return [inbox for each in rounds if (inbox := each.result(timeout=PATIENCE_S)) is not None]
 
     def count(self, site: int, kind: str) -> int:
         return sum(event == kind for event, _ in self.log[site])
@@ -141,6 +149,7 @@ def test_a_cut_shorter_than_the_grace_costs_nothing_but_its_time(make: Callable[
     assert pair.heard(0) == [[0, 1], [0, 1]]
     pair.cut()
     rounds = [pair.play(site, 1) for site in (0, 1)]
+    pair.until_they_wait(0, 1)
     pair.clock.ahead += CUT_S
     wait_for(lambda: all(pair.count(site, "waiting") for site in (0, 1)))
     assert not any(each.done() for each in rounds)
@@ -156,6 +165,7 @@ def test_a_cut_longer_than_the_grace_is_waited_for_once_and_moves_no_mean(make: 
     assert pair.heard(0) == [[0, 1], [0, 1]]
     pair.cut()
     rounds = [pair.play(site, 1) for site in (0, 1)]
+    pair.until_they_wait(0, 1)
     pair.clock.ahead += 60.0
     wait_for(lambda: all(pair.count(site, "waiting") for site in (0, 1)))
     assert not any(each.done() for each in rounds), "half of the grace"
@@ -184,15 +194,13 @@ def test_one_who_was_frozen_hears_what_was_kept_and_the_other_takes_it_late(make
     assert pair.heard(3) == [[0, 1], [0, 1]]
     late = pair.nodes[0].neighbors[1].late
     for round in (1, 2):
-        key, theirs, mine = late.get(timeout=60)
+        key, theirs, mine = late.get(timeout=PATIENCE_S)
         assert key == (round, 0)
         assert theirs["w"].tolist() == [10.0 * round + 1] * 4 and mine["w"].tolist() == [10.0 * round] * 4
     assert pair.rounds(1, "was_missed") == [1, 2] and not pair.count(1, "left_out")
 
 
-def test_no_round_goes_on_without_the_one_that_makes_up_the_quorum(
-    make: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_round_goes_on_without_the_one_that_makes_up_the_quorum(make: Callable[..., Pair]) -> None:
     """Others heard it a little later than this site did, and still count it; one who clearly hears it is believed."""
     pair = make(120.0, quorum=2)
     pair.connect()
@@ -200,15 +208,14 @@ def test_no_round_goes_on_without_the_one_that_makes_up_the_quorum(
     pair.cut()
     round = pair.play(0, 1)
     pair.clock.ahead += 121.0
-    here, attend, looks = pair.nodes[0], NetworkExchange.attend, Counter[str]()
-    monkeypatch.setattr(NetworkExchange, "attend", lambda self: [looks.update(["waits"]), attend(self)][1])
+    here = pair.nodes[0]
 
     def hear(age: float) -> None:
         here.call(asyncio.sleep(0, here.presence.told([0.0, age], [0, 0], pair.clock.monotonic())))
 
     hear(119.5)
     assert here.has_quorum
-    wait_for(lambda: looks["waits"] > 3)
+    pair.until_they_wait(0)
     assert not round.done()
     hear(1.0)
     assert sorted(pair.ended([round])[0].payloads) == [0]
@@ -230,22 +237,22 @@ def test_the_final_agreement_waits_for_a_message_that_takes_long(
     for _ in range(4):
         pair.let_through(1)
     assert sorted(pair.ended(rounds[:1])[0].payloads) == [0, 1]
-    looks = Counter[str]()
-    attend, needs = NetworkExchange.attend, neighbor.Neighbor.needs
-    monkeypatch.setattr(NetworkExchange, "attend", lambda self: [looks.update(["waits"]), attend(self)][1])
-    monkeypatch.setattr(neighbor.Neighbor, "needs", lambda *about: [looks.update(["lingers"]), needs(*about)][1])
+    lingers, needs = Counter[float](), neighbor.Neighbor.needs
+    monkeypatch.setattr(
+        neighbor.Neighbor, "needs", lambda *about: [lingers.update([pair.clock.ahead]), needs(*about)][1]
+    )
     stopped = pair.threads.submit(pair.nodes[0].stop, 10.0)
     got = pair.nodes[1].neighbors[0].edge
     for part in range(1, 5):
         wait_for(lambda: (1, 0) in got.inbox)
         pair.clock.ahead += 25.0
-        looked = Counter(looks)
-        wait_for(lambda looked=looked: all(looks[what] > looked[what] + 1 for what in ("waits", "lingers")))
+        pair.until_they_wait(1)
+        wait_for(lambda: lingers[pair.clock.ahead] > 1)
         pair.let_through(0)
         wait_for(lambda part=part: (1, 0) not in got.inbox or got.inbox[1, 0].offset == 4 * part)
     assert sorted(pair.ended(rounds[1:])[0].payloads) == [0, 1], "100 s for 16 bytes"
     pair.nodes[1].soon(lambda: pair.nodes[1].neighbors[0].say(got.finished()))
-    stopped.result(timeout=60)
+    stopped.result(timeout=PATIENCE_S)
 
 
 def test_one_who_is_back_within_the_grace_finds_those_who_have_finished(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,14 +290,14 @@ def test_two_who_wait_for_each_other_in_the_final_agreement_give_up(make: Callab
     for site in (0, 1):
         exchanges[site].start(1, AGREE, None)
     rounds = [pair.threads.submit(exchanges[site].finish, 1, AGREE, lambda: {"w": torch.zeros(4)}) for site in (0, 1)]
-    for site in (0, 1):
-        wait_for(lambda site=site: bool(pair.nodes[site].neighbors[1 - site].edge.inbox))
+    pair.until_they_wait(0, 1)
     pair.clock.ahead += 49.0
+    pair.until_they_wait(0, 1)
     assert not any(each.done() for each in rounds), "grace_s for each of the two, and stall_s"
     pair.clock.ahead += 2.0
     for each in rounds:
         with pytest.raises(PeerLostError, match="the final agreement went without"):
-            each.result(timeout=60)
+            each.result(timeout=PATIENCE_S)
 
 
 def test_one_who_sends_nan_is_told_so(make: Callable[..., Pair]) -> None:
