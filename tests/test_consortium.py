@@ -761,8 +761,11 @@ def test_who_is_in_the_agreement_but_was_not_in_the_last_round_is_named(
         assert ("nothing was heard of east in the last round, but again in the final" in log) == bool(expected)
 
 
-def test_a_refused_message_ends_the_stream_and_the_edge_is_dialled_anew(tmp_path: Path) -> None:
+def test_a_refused_message_ends_the_stream_and_the_edge_is_dialled_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On both ends of the edge: each is told why; then they are connected again, and what is right arrives."""
+    monkeypatch.setattr("peertune.runtimes.neighbor.REFUSAL_S", 60.0)
 
     def play(index: int, node: Node, events: list[str]) -> tuple[list[list[int]], int]:
         exchange = NetworkExchange(node)
@@ -871,7 +874,9 @@ def play_node(
     end = time.monotonic() + seconds
     while not set(until) <= set(events) and time.monotonic() < end:
         time.sleep(0.01)
-    heard.put([event for event in events if event != "finished"])  # which the other may be sooner
+    heard.put([event for event in events if event not in ("finished", "disconnected")])  # as the other may be sooner
+    heard.close()
+    heard.join_thread()
     node.stop(1.0)
     os._exit(0)
 
@@ -919,8 +924,9 @@ def start_network(
         node.start([(0, 1)])
         for index, signed in ejected:
             node.soon(partial(node.eject, index, signed))
-        was_connected = False
-        while not (over.is_set() or node.turned_away):
+        was_connected, is_over = False, False
+        while not is_over:
+            is_over = over.is_set() or bool(node.turned_away)  # and one more look, as both may just have come
             if not was_connected and "connected" in events:
                 was_connected = True
                 told.put("connected")
@@ -935,15 +941,20 @@ def start_network(
     return told
 
 
+def in_the_end(told: Any) -> Any:
+    """What `start_network` tells last, also of a site that was connected before it was ejected."""
+    return told.get(timeout=PATIENCE_S) if (first := told.get(timeout=PATIENCE_S)) == "connected" else first
+
+
 def test_an_ejected_member_is_told_so(tmp_path: Path) -> None:
     charter, (a, b), port = two_sites(tmp_path)
     over = multiprocessing.get_context("fork").Event()
     site = start_network(charter, a, f"127.0.0.1:{port}", over, ejected=[(1, None)])
     wait_for(lambda: is_open(port))
     for _ in range(2):
-        assert start_network(charter, b, "", over).get(timeout=60)[1] == "b was ejected from this run"
+        assert in_the_end(start_network(charter, b, "", over))[1] == "b was ejected from this run"
     over.set()
-    events, reason = site.get(timeout=60)
+    events, reason = site.get(timeout=PATIENCE_S)
     assert reason == "" and events.count("turned_away") == 1 and "stranger" not in events
 
 
@@ -962,10 +973,7 @@ def test_an_ejected_member_who_is_only_dialled_is_told_so_too(tmp_path: Path) ->
     over = multiprocessing.get_context("fork").Event()
     site = start_network(charter, b, members[1].address, over)
     start_network(charter, a, "", over, ejected=[(1, whole)])
-    wait_for(lambda: not site.empty())
-    told = site.get(timeout=60)
-    if told == "connected":  # before it was ejected
-        told = site.get(timeout=60)
+    told = in_the_end(site)
     over.set()
     assert told[1] == "b was ejected from this run by a, c" and told[0].count("ejected") == 1
     node = Node(charter, b, "", lambda *_, **__: None)
@@ -997,12 +1005,14 @@ def test_a_second_process_of_a_site_is_turned_away(tmp_path: Path) -> None:
 
 def test_a_site_whose_connection_was_given_up_still_stops(tmp_path: Path) -> None:
     """The task that dials has then been ended once, and goes on until it is ended for good."""
+    both = multiprocessing.get_context("fork").Barrier(2)
 
     def play(index: int, node: Node, events: list[str]) -> int:
         wait_for(lambda: "connected" in events)
         if index == 1:  # the one that dials
             node.soon(node.neighbors[0].end)
         wait_for(lambda: events.count("connected") >= 2)
+        both.wait(PATIENCE_S)  # one who stops takes the other's second connection away
         node.stop()
         return index
 
@@ -1528,8 +1538,9 @@ class ConnectProxy:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             request = (await reader.readuntil(b"\r\n\r\n")).decode().split()
-        except asyncio.IncompleteReadError:
-            return  # another test's site, which still dials a port that was free
+        except asyncio.IncompleteReadError:  # the process that dialled has ended
+            writer.close()
+            return
         assert request[0] == "CONNECT"
         self.asked.append(request[1])
         self.logins += [base64.b64decode(request[request.index("Basic") + 1]).decode()] if "Basic" in request else []
@@ -1710,12 +1721,12 @@ def test_why_a_neighbor_cannot_be_reached_is_logged_once(tmp_path: Path, monkeyp
 
     site = fork.Process(target=play, daemon=True)
     site.start()
-    assert heard.get(timeout=60) == ("unreachable", {"peer": "a", "reason": "nothing listens there"})
+    assert heard.get(timeout=PATIENCE_S) == ("unreachable", {"peer": "a", "reason": "nothing listens there"})
     with socket.create_server(("127.0.0.1", port)) as server:
         threading.Thread(target=speak_nonsense, args=(server,), daemon=True).start()
-        assert heard.get(timeout=60)[1]["reason"] == "something answers there that is no peertune"
-    site.kill()
-    site.join()
+        assert heard.get(timeout=PATIENCE_S)[1]["reason"] == "something answers there that is no peertune"
+        site.kill()  # before nothing listens there again
+        site.join()
     assert heard.empty()
 
 
