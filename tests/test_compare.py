@@ -60,11 +60,13 @@ from peertune.compare.workers import play_ahead
 from peertune.config import RunConfig
 from peertune.errors import CheckpointError, ConfigError, DataError, DivergedError, PeerLostError
 from peertune.formatting import memory
+from peertune.peer import Peer
 from peertune.prepare import keep_back, prepare_data
 from peertune.progress import Silent
 from peertune.recipe import from_dict, load_recipe
 from peertune.report.charts import tick_texts
 from peertune.run import run
+from peertune.runtimes import rounds
 from tests.recipes import killed_after, recipe, tree
 from tests.test_bad_input import write_toml
 
@@ -371,7 +373,19 @@ def test_the_byte_budget_is_kept_and_nearly_used_up(make: Callable[..., tuple[Co
     assert "deca, seed 0, probe" not in told.cells and "dpsgd, seed 0, probe" in told.cells
 
 
-def test_the_budget_of_seconds_is_kept_roughly(make: Callable[..., tuple[Comparison, Quiet]]) -> None:
+def test_the_budget_of_seconds_is_kept_roughly(
+    make: Callable[..., tuple[Comparison, Quiet]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that runs by the weights that are trained: what a step takes of a machine's time is never the same."""
+    spent, backward = 0.0, Peer.backward
+
+    def timed(self: Peer, *given: Any) -> Any:
+        nonlocal spent
+        spent += sum(weights.numel() for weights in self.model.parameters().values() if weights.requires_grad)
+        return backward(self, *given)
+
+    monkeypatch.setattr(Peer, "backward", timed)
+    monkeypatch.setattr(rounds, "time", SimpleNamespace(process_time=lambda: spent, perf_counter=lambda: spent))
     found, _ = make(algorithms="deca,dpsgd", seeds="0", budget="seconds", overrides=["algorithm.inner_steps=16"])
     assert found.rows[1].cpu_s == pytest.approx(found.rows[0].cpu_s, rel=0.4)
     assert found.rows[1].samples < found.rows[0].samples, "a step of all blocks takes longer than one of a block"
@@ -718,13 +732,13 @@ def test_workers_end_when_the_comparison_is_killed(path: Path, tmp_path: Path) -
     command = [sys.executable, "-m", "peertune", "compare", str(path), "--algorithms", "deca,dpsgd", "--seeds", "0"]
     settings = ["--set", "run.threads=1", "--set", "algorithm.outer_rounds=100000", "--workers", "2", "--out", str(out)]
     with subprocess.Popen([*command, *settings], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        limit = time.monotonic() + 120
+        limit = time.monotonic() + 300
         while len(list(out.glob("cells/*/*/events.jsonl"))) < 2 and process.poll() is None and time.monotonic() < limit:
             time.sleep(0.1)
         workers = psutil.Process(process.pid).children(recursive=True)
         process.kill()
     assert len(workers) >= 2
-    assert not psutil.wait_procs(workers, timeout=60)[1]
+    assert not psutil.wait_procs(workers, timeout=300)[1]
 
 
 class Deadly:
