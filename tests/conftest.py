@@ -13,11 +13,14 @@ if not os.environ.get("PEERTUNE_TEST_GPU"):
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-settings.register_profile("repeatable", deadline=None, derandomize=True, database=None, max_examples=50)
+settings.register_profile(
+    "repeatable", derandomize=True, database=None, max_examples=50,
+    deadline=None, suppress_health_check=[HealthCheck.too_slow],  # a slow machine is no failure
+)  # fmt: skip
 settings.load_profile("repeatable")
 torch.set_num_threads(1)
 

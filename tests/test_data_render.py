@@ -54,7 +54,7 @@ INST = """\
 
 text = st.text(st.characters(codec="utf-8", exclude_characters="<|>"), max_size=60)
 words = st.text("abc é\r\n", min_size=1, max_size=60).filter(str.strip)
-with_fixtures = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+with_fixtures = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 def targets(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> str:
