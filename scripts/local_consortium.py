@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import shlex
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from peertune.data.stdlib import load_stdlib
@@ -128,9 +130,12 @@ def show(*arguments: object) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+    """Of those that a system gives to nobody by itself: it is some time until a site opens it."""
+    for port in random.sample(range(20000, 32768), 1000):
+        with suppress(OSError), socket.socket() as free:
+            free.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no port is free")
 
 
 if __name__ == "__main__":
