@@ -202,7 +202,7 @@ class Wire(SimulatedExchange):
         for source in [source for source in weights if source != self._peer]:
             place = (source, self._peer, self.key)
             with self.wires.changed:
-                there = self.wires.changed.wait_for(partial(self.is_told, place), timeout=60)
+                there = self.wires.changed.wait_for(partial(self.is_told, place), timeout=300)
                 assert there, "nobody is waited for without end"
                 if place in self.wires.posted:
                     payloads[source] = self.wires.posted[place]

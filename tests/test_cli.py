@@ -272,7 +272,7 @@ def test_a_reader_who_goes_away_is_no_error(tmp_path: Path) -> None:
     for buffering in ([], ["-u"]):
         command = [sys.executable, *buffering, "-m", "peertune", "status", str(tmp_path)]
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-        done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120, env=environment)
+        done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=300, env=environment)
         assert (done.returncode, done.stderr) == (141, "")
     os.close(write)
 
@@ -354,7 +354,7 @@ def test_what_asks_a_process_to_end_does_what_ctrl_c_does(number: signal.Signals
         f" peertune.watch.read_state = lambda folder: os.kill(os.getpid(), {number:d}) or sys.exit(0);"
         " sys.exit(main(['status', 'nothing']))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == (0 if ignored else 128 + number)
     by = "" if number is signal.SIGINT else f" by {number.name}"
     assert done.stderr == ("" if ignored else f"peertune: interrupted{by}\n")
@@ -369,7 +369,7 @@ def test_a_signal_that_gets_lost_counts_again() -> None:
         " peertune.watch.read_state = lambda folder: (Gone() and 0) or signal.pause();"
         " sys.exit(cli.main(['status', 'nothing']))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (143, "peertune: interrupted by SIGTERM\n")
 
 
@@ -380,7 +380,7 @@ def test_a_command_without_standard_streams_runs(tmp_path: Path) -> None:
         " from peertune.cli import main; rc = main(['leave', 'nothing']);"
         " sys.exit(rc if os.open('opened', os.O_CREAT | os.O_WRONLY) > 2 else 99)"
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, timeout=60).returncode == 2
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, timeout=300).returncode == 2
 
 
 @pytest.mark.parametrize("error", [OSError, BrokenPipeError])

@@ -179,7 +179,7 @@ class Consortium:
 
     def ended(self, processes: dict[str, Any]) -> None:
         for name, process in processes.items():
-            process.join(120)
+            process.join(PATIENCE_S)
             assert process.exitcode == 0, (self.folder / name / "log").read_text()
 
 
@@ -279,7 +279,7 @@ def test_a_site_that_is_killed_while_it_writes_the_model_keeps_the_one_agreed_on
     with monkeypatch.context() as dies:
         dies.setattr("peertune.run_end.save_trained", lambda *_: os._exit(9))
         victim = consortium.site("east")  # a fork, which has this
-    victim.join(60)
+    victim.join(PATIENCE_S)
     assert victim.exitcode == 9
     consortium.ended(processes)
     consortium.ended({"east": consortium.site("east")})
@@ -440,7 +440,7 @@ def test_a_site_leaves_in_good_order_and_comes_back(
     processes = {site: consortium.site(site) for site in NAMES}
     wait_for(lambda: len(consortium.events("east", "round", "events.jsonl")) >= 5)
     assert main(["leave", str(tmp_path / "east" / "run")]) == 0
-    processes["east"].join(60)
+    processes["east"].join(PATIENCE_S)
     assert processes["east"].exitcode == 0
     left = len(consortium.events("east", "round", "events.jsonl"))
     assert f"left after round {left}" in " ".join((tmp_path / "east" / "log").read_text().split())
@@ -795,7 +795,7 @@ def test_the_weight_of_the_missing_goes_to_self_or_is_spread() -> None:
 
 def wait_for(happened: Callable[[], Any]) -> Any:
     """What happened."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + PATIENCE_S
     while not (found := happened()):
         assert time.monotonic() < end
         time.sleep(0.002)
@@ -895,16 +895,16 @@ def test_a_stranger_gets_no_answer_and_a_member_still_does(tmp_path: Path, monke
         process.start()
         return process
 
-    server = start(charter, a, f"127.0.0.1:{port}", 60.0, heard[0], ("connected", "stranger"))
+    server = start(charter, a, f"127.0.0.1:{port}", PATIENCE_S, heard[0], ("connected", "stranger"))
     wait_for(lambda: is_open(port))
     with socket.create_connection(("127.0.0.1", port)) as raw:
         raw.sendall(b"GET / HTTP/1.0\r\n\r\n" + bytes(range(256)))
-    start(forged, stranger, "", 1.0, heard[1]).join(30)
-    assert heard[1].get(timeout=10) == []
+    start(forged, stranger, "", 1.0, heard[1]).join(PATIENCE_S)
+    assert heard[1].get(timeout=PATIENCE_S) == []
     assert server.is_alive() and heard[0].empty()
-    start(charter, b, "", 60.0, heard[2])
-    assert heard[2].get(timeout=60) == ["connected"]
-    assert sorted(heard[0].get(timeout=60)) == ["connected", "stranger"], "one host, once"
+    start(charter, b, "", PATIENCE_S, heard[2])
+    assert heard[2].get(timeout=PATIENCE_S) == ["connected"]
+    assert sorted(heard[0].get(timeout=PATIENCE_S)) == ["connected", "stranger"], "one host, once"
 
 
 def start_network(
@@ -993,13 +993,13 @@ def test_a_second_process_of_a_site_is_turned_away(tmp_path: Path) -> None:
     site = start_network(charter, a, f"127.0.0.1:{port}", over)
     wait_for(lambda: is_open(port))
     first = start_network(charter, b, "", over)
-    assert first.get(timeout=60) == "connected"
+    assert first.get(timeout=PATIENCE_S) == "connected"
     second = start_network(charter, b, "", over)
-    assert [second.get(timeout=60) for _ in range(2)][1][1] == "b runs already, as another process"
+    assert [second.get(timeout=PATIENCE_S) for _ in range(2)][1][1] == "b runs already, as another process"
     over.set()
-    assert first.get(timeout=60)[1] == ""
-    assert site.get(timeout=60) == "connected"
-    events, reason = site.get(timeout=60)
+    assert first.get(timeout=PATIENCE_S)[1] == ""
+    assert site.get(timeout=PATIENCE_S) == "connected"
+    events, reason = site.get(timeout=PATIENCE_S)
     assert reason == "" and events.count("runs_twice") == 1
 
 
@@ -1040,7 +1040,7 @@ def test_a_node_that_stops_leaves_nothing_pending_in_its_loop(tmp_path: Path, mo
     def play(index: int, node: Node, events: list[str]) -> tuple[int, list[str]]:
         wait_for(lambda: "connected" in events)
         if index == 1:  # the other one stops first
-            may_stop.wait(60)
+            may_stop.wait(PATIENCE_S)
         node.stop()
         may_stop.set()
         return index, [str(task) for task in asyncio.all_tasks(node._loop)]
@@ -1107,7 +1107,7 @@ def played_by_two(tmp_path: Path, play: Callable[[int, Node, list[str]], Any]) -
 
     for index in range(2):
         fork.Process(target=site, args=(index,), daemon=True).start()
-    return [heard.get(timeout=60) for _ in range(2)]
+    return [heard.get(timeout=PATIENCE_S) for _ in range(2)]
 
 
 def make_charter(tmp_path: Path, names: list[str]) -> Charter:
@@ -1506,7 +1506,7 @@ def test_the_tutorials_commands_work_in_their_order(
 
 def ended(sites: Sequence[Any]) -> None:
     for site in sites:
-        site.join(120)
+        site.join(PATIENCE_S)
         assert site.exitcode == 0
 
 
@@ -1514,7 +1514,7 @@ def test_local_consortium_runs_and_goes_on(tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "scripts" / "local_consortium.py"
     command = [sys.executable, str(script), str(tmp_path / "sites"), "--set", "algorithm.inner_steps=1"]
     for said in ("$ peertune keygen", "going on with it"):
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=4 * PATIENCE_S)
         assert ran.returncode == 0, ran.stderr
         assert said in ran.stdout and ran.stdout.count("held-out loss") == 5
 
@@ -1586,12 +1586,12 @@ def test_a_site_that_must_goes_out_through_an_http_proxy(
     monkeypatch.setenv("no_proxy", "")
     proxy, fork = ConnectProxy(), multiprocessing.get_context("fork")
     heard = [fork.Queue() for _ in range(2)]
-    server = fork.Process(target=play_node, args=(charter, a, f"127.0.0.1:{port}", 60.0, heard[0]), daemon=True)
+    server = fork.Process(target=play_node, args=(charter, a, f"127.0.0.1:{port}", PATIENCE_S, heard[0]), daemon=True)
     server.start()
     wait_for(lambda: is_open(port))
     monkeypatch.setenv(variable, f"http://{proxy.address}")
-    fork.Process(target=play_node, args=(charter, b, "", 60.0, heard[1]), daemon=True).start()
-    assert heard[1].get(timeout=60) == heard[0].get(timeout=60) == ["connected"]
+    fork.Process(target=play_node, args=(charter, b, "", PATIENCE_S, heard[1]), daemon=True).start()
+    assert heard[1].get(timeout=PATIENCE_S) == heard[0].get(timeout=PATIENCE_S) == ["connected"]
     assert proxy.asked and set(proxy.asked) == {f"127.0.0.1:{port}"}
 
 
@@ -1690,7 +1690,9 @@ def test_grpc_says_nothing_by_itself() -> None:
     )
     environment = {**os.environ, "grpc_proxy": "ftp://a-scheme-that-it-complains-of"}
     del environment["GRPC_VERBOSITY"]
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_S, env=environment
+    )
     assert (ran.returncode, ran.stderr) == (0, "")
 
 
@@ -1704,7 +1706,7 @@ def test_grpc_finds_addresses_as_everything_else_on_the_machine() -> None:
     )
     environment = {**os.environ, "no_grpc_proxy": "127.1"}
     environment.pop("GRPC_DNS_RESOLVER", None)
-    assert subprocess.run([sys.executable, "-c", code], timeout=60, env=environment).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=PATIENCE_S, env=environment).returncode == 0
 
 
 def test_why_a_neighbor_cannot_be_reached_is_logged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ from peertune.runtimes import distributed
 from peertune.runtimes.distributed import _meeting_place, is_launched, local_device, process_group
 from peertune.workload import foreseen_bytes
 from tests.recipes import recipe, tree
-from tests.test_consortium import free_ports
+from tests.test_consortium import PATIENCE_S, free_ports
 
 STAR = {"kind": "star", "weights": "samples"}
 METHODS_TRIED: dict[str, dict[str, Any]] = {
@@ -94,7 +94,7 @@ def play_all(config: RunConfig, ranks: int, **options: Any) -> list[tuple[int, s
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(PATIENCE_S)
         assert process.exitcode in (0, DIED)
     return sorted(failures.get() for _ in range(failures.qsize()))
 
@@ -109,7 +109,7 @@ def torchrun(ranks: int, folder: Path, sets: list[str]) -> None:
         ],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("load it with") == 1
@@ -207,7 +207,9 @@ def test_ranks_that_torchrun_restarts_do_not_dial_those_before(monkeypatch: pyte
             stores = [threads.submit(meet, 0)]
             while not is_first and kept.get("called") == before:
                 time.sleep(0.001)
-            first, *others = [future.result(60) for future in stores + [threads.submit(meet, r) for r in (1, 2)]]
+            first, *others = [
+                future.result(PATIENCE_S) for future in stores + [threads.submit(meet, r) for r in (1, 2)]
+            ]
             assert not first.check(["address"])
             first.set("address", "of a rank that will die")
             assert all(other.get("address") == b"of a rank that will die" for other in others)

@@ -60,7 +60,7 @@ def test_the_readmes_cluster_command_runs(workplace: Path) -> None:
     (command,) = (line for line in readme_commands() if line.startswith("torchrun "))
     _, *arguments = shlex.split(command.replace("--nproc-per-node 8", "--standalone --nproc-per-node 2"))
     launcher = [sys.executable, "-m", "torch.distributed.run", *arguments]
-    ran = subprocess.run([*launcher, *SHORT, "--set=run.num_peers=2"], capture_output=True, text=True, timeout=300)
+    ran = subprocess.run([*launcher, *SHORT, "--set=run.num_peers=2"], capture_output=True, text=True, timeout=900)
     assert ran.returncode == 0, ran.stderr
 
 

@@ -19,7 +19,7 @@ def python(*arguments: str, path: Path, cwd: Path) -> str:
     """What a process says that finds `path` before all other packages."""
     environment = {**os.environ, "PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=240
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=900
     )
     return f"{done.stdout}{done.stderr}"
 

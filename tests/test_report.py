@@ -497,7 +497,7 @@ def browse(page: Path, profile: Path, *options: str) -> subprocess.CompletedProc
     flags = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking")
     quiet = ("--disable-component-update", "--disable-sync", "--hide-scrollbars", "--enable-logging=stderr")
     command = [chromium(), *flags, *quiet, f"--user-data-dir={profile}", *options, page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True, timeout=300)
 
 
 def pixels(path: Path) -> tuple[int, int, bytes]:

@@ -33,7 +33,7 @@ from peertune.run import run
 from peertune.runtimes.distributed import process_group
 from tests.recipes import recipe, tree
 from tests.shapes import ARCHITECTURES, VOCABULARY, make_model
-from tests.test_consortium import free_ports
+from tests.test_consortium import PATIENCE_S, free_ports
 from tests.test_distributed import STAR, play_all, same_model, torchrun
 
 STEPS = {"rounds": 3, "local_steps": 2, "eps": 1e-3, "max_grad_norm": 0.5}
@@ -161,9 +161,9 @@ def test_a_sharded_models_gradient_is_the_whole_ones() -> None:
     processes = [fork.Process(target=compare_gradients, args=(rank, port, found)) for rank in range(2)]
     for process in processes:
         process.start()
-    reports = [found.get(timeout=120) for _ in range(2 * (len(ARCHITECTURES) + 2))]
+    reports = [found.get(timeout=PATIENCE_S) for _ in range(2 * (len(ARCHITECTURES) + 2))]
     for process in processes:
-        process.join(120)
+        process.join(PATIENCE_S)
         assert process.exitcode == 0
     for name, tied, wrong in reports:
         assert wrong.pop("share held") < (0.65 if tied else 0.55), name

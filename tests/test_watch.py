@@ -42,7 +42,7 @@ from peertune.watch.page import fragments
 from peertune.watch.server import WatchServer, is_loopback
 from peertune.watch.state import Snapshot, snapshot
 from tests.recipes import recipe
-from tests.test_consortium import NAMES, Consortium, free_ports, wait_for
+from tests.test_consortium import NAMES, PATIENCE_S, Consortium, free_ports, wait_for
 from tests.test_report import chromium
 
 T0 = 1_760_000_000.0
@@ -358,13 +358,13 @@ def test_the_lock_is_one_processs_and_ends_with_it(tmp_path: Path) -> None:
     def hold(told: Any) -> None:
         FolderLock(folder).acquire()
         told.set()
-        time.sleep(60)
+        time.sleep(600)
 
     fork = multiprocessing.get_context("fork")
     told = fork.Event()
     process = fork.Process(target=hold, args=(told,), daemon=True)
     process.start()
-    assert told.wait(30) and is_held(folder) is True
+    assert told.wait(PATIENCE_S) and is_held(folder) is True
     with pytest.raises(CheckpointError, match=f"process {process.pid} on .* is at work on this run"):
         FolderLock(folder).acquire()
     os.kill(process.pid or 0, signal.SIGKILL)
@@ -443,13 +443,13 @@ def test_status_of_a_whole_run(tmp_path: Path, micro_model: Path) -> None:
 def test_a_sites_own_logs_and_a_second_join_in_its_folder(tmp_path: Path, micro_model: Path) -> None:
     """Frozen in mid-run it is at work still: a second join is refused, changes nothing, and the run ends well."""
     consortium = Consortium(tmp_path, micro_model, {})
-    processes = {site: consortium.site(site) for site in NAMES}
+    processes = {site: consortium.site(site, delay=0.1) for site in NAMES}  # it has sixteen rounds
     folder = tmp_path / "east" / "run"
     wait_for(lambda: len(consortium.events("east", "round", "events.jsonl")) >= 2)
     os.kill(processes["east"].pid, signal.SIGSTOP)
     try:
         second = consortium.site("east")
-        second.join(60)
+        second.join(PATIENCE_S)
         state = read_state(folder)
     finally:
         os.kill(processes["east"].pid, signal.SIGCONT)
@@ -481,7 +481,7 @@ def serving(path: Path, port: int = 0) -> Iterator[WatchServer]:
 
 
 def get(server: WatchServer, path: str, **headers: str) -> tuple[int, str, http.client.HTTPMessage]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=PATIENCE_S)
     try:
         connection.request("GET", path, headers=headers)
         answer = connection.getresponse()
@@ -526,7 +526,7 @@ def test_hosts_that_are_not_loopback(hosts: list[str]) -> None:
 def test_clients_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "MAX_CLIENTS", 2)
     with serving(site_folder(tmp_path)) as server:
-        streams = [socket.create_connection(server.server_address[:2], timeout=30) for _ in range(2)]
+        streams = [socket.create_connection(server.server_address[:2], timeout=PATIENCE_S) for _ in range(2)]
         for stream in streams:
             stream.sendall(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert b"200" in stream.recv(100)
@@ -584,7 +584,7 @@ class Browser:
         told = profile / "DevToolsActivePort"
         port = int(wait_for(lambda: told.exists() and told.read_text().splitlines())[0])
         place = wait_for(lambda: self._page(port, url))
-        self._socket = socket.create_connection(("127.0.0.1", port), timeout=60)
+        self._socket = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S)
         key = base64.b64encode(os.urandom(16)).decode()
         self._socket.sendall(
             f"GET {place} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -599,7 +599,7 @@ class Browser:
         self.ask("Log.enable")
 
     def _page(self, port: int, url: str) -> str:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
         connection.request("GET", "/json")
         pages = json.loads(connection.getresponse().read())
         connection.close()
