@@ -516,6 +516,25 @@ def test_the_final_agreement_is_waited_for_as_long_as_somebody_gets_on(
     assert waiting.now == pytest.approx(1000.0 if comes else 100.0 + until_s // 30 * 30, abs=2)
 
 
+def test_one_more_message_below_the_quorum_ends_no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pause is told once, and its end when enough are there again, whichever of the waits that is in."""
+
+    def tick(waiting: Waiting) -> None:
+        node.has_quorum = not 1.0 <= waiting.now < 20.0
+        if waiting.now in (5.0, 30.0):
+            waiting.arrival.set_result({})
+
+    waiting = Waiting(monkeypatch, tick)
+    node, told = cast(Any, waiting.exchange._node), list[tuple[str, float]]()
+    node.log, node.present, node.quorum = lambda kind, **_: told.append((kind, waiting.now)), ["north"], 2
+    waiting.neighbor.mark_away = lambda round: False
+    assert waiting.comes(math.inf, 0.0)
+    assert told == [("paused", 1.0)]
+    waiting.arrival = Future()
+    assert waiting.comes(math.inf, 0.0)
+    assert told == [("paused", 1.0), ("resumed", 20.0)]
+
+
 @pytest.mark.parametrize(
     ("knows", "waits_s"), [("nothing", 500.0), ("from the others", 54.0), ("from its checkpoint", 1.0)]
 )

@@ -124,13 +124,9 @@ class NetworkGroup(Group):
                 self.node.log("late", peer=neighbor.name, round=round, used=used, amount=amount)
 
     def _await_quorum(self, round: int) -> None:
-        paused = False
-        while not self.node.has_quorum and not self.is_leaving:
-            paused = paused or self._exchange.log_pause(round)
+        while not self.is_leaving and not self._exchange.has_quorum(round):
             time.sleep(POLL_S)
             self._exchange.attend()
-        if paused and self.node.has_quorum:
-            self._exchange.log_resumption(round)
 
     def exchange(self, member: int) -> NetworkExchange:
         return self._exchange
@@ -176,7 +172,7 @@ class NetworkExchange:
         """By neighbour, the weights of its late messages that were used since one came in time."""
         self.corrects = False
         """Whether a late message is worth fetching: what the method makes of messages is their mean."""
-        self._has_begun = False
+        self._has_begun = self._is_paused = False
         self.hub: int | None = None
         """The server's index, where there is one: without it there are no rounds."""
 
@@ -282,7 +278,7 @@ class NetworkExchange:
                 for no more.
             corrects: a message that is gone on without is fetched later, should it still come.
         """
-        neighbor, began, told, paused = self._node.neighbors[source], time.monotonic(), False, False
+        neighbor, began, told = self._node.neighbors[source], time.monotonic(), False
         reached, got_on = neighbor.edge.peer_round, began
         while True:
             self.attend()
@@ -303,19 +299,20 @@ class NetworkExchange:
                 self._node.soon(partial(neighbor.edge.give_up, self._key))
             with suppress(TimeoutError):
                 payload = arrival.result(timeout=POLL_S)
-                if paused:
-                    self.log_resumption(self._key[0])
+                if self._is_paused:  # one more message, from one of too few, ends no pause
+                    self.has_quorum(self._key[0])
                 return payload
-            if self._has_begun and not self._node.has_quorum:
-                paused = paused or self.log_pause(self._key[0])
+            if self._has_begun:
+                self.has_quorum(self._key[0])
 
-    def log_pause(self, round: int) -> bool:
-        """Say that fewer than the quorum are there."""
-        self._node.log("paused", round=round, present=", ".join(self._node.present), quorum=self._node.quorum)
-        return True
-
-    def log_resumption(self, round: int) -> None:
-        self._node.log("resumed", round=round, present=", ".join(self._node.present))
+    def has_quorum(self, round: int) -> bool:
+        """Whether enough members are there; asked by one who waits, it says so where that has changed."""
+        found = self._node.has_quorum
+        if found == self._is_paused:
+            self._is_paused = not found
+            present, needs = ", ".join(self._node.present), {} if found else {"quorum": self._node.quorum}
+            self._node.log("resumed" if found else "paused", round=round, present=present, **needs)
+        return found
 
     def _may_go_on(self, neighbor: Neighbor) -> bool:
         """Whether a neighbour may be left out: the run has begun, and enough members are there.
