@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
@@ -21,7 +22,7 @@ from peertune.algorithms.gt import Gt
 from peertune.algorithms.local_steps import LocalSteps, LocalStepsConfig
 from peertune.audit import Repeats, contributions
 from peertune.cli.output import print_summary, summary_table
-from peertune.errors import PeerLostError
+from peertune.errors import Left, PeerLostError
 from peertune.exchange import ROLL, Hop, Inbox
 from peertune.runtimes import network
 from peertune.runtimes.catch_up import Pace
@@ -514,6 +515,23 @@ def test_the_final_agreement_is_waited_for_as_long_as_somebody_gets_on(
     waiting.neighbor.mark_away = lambda round: False  # it is within reach all the time
     assert waiting.comes(100.0, 0.0) == comes
     assert waiting.now == pytest.approx(1000.0 if comes else 100.0 + until_s // 30 * 30, abs=2)
+
+
+@pytest.mark.parametrize(
+    ("has_come", "may_go_on", "expected"), [(True, False, True), (False, True, False), (False, False, None)]
+)
+def test_who_leaves_ends_its_round_where_it_needs_nobody_who_is_gone(
+    has_come: bool, may_go_on: bool, expected: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when all leave at once: else it ends in the middle of a round, and its last checkpoint is an old one."""
+    waiting = Waiting(monkeypatch, lambda _: None)
+    waiting.neighbor.is_connected = False
+    waiting.exchange._node.has_quorum_without_the_lost = may_go_on  # type: ignore[misc]
+    waiting.exchange._requests = cast(Any, SimpleNamespace(is_leaving=True, ejections=dict))
+    if has_come:
+        waiting.arrival.set_result({})
+    with pytest.raises(Left, match="waiting for east") if expected is None else nullcontext():
+        assert waiting.comes(math.inf, 0.0) is expected
 
 
 def test_one_more_message_below_the_quorum_ends_no_pause(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -289,9 +289,11 @@ class NetworkExchange:
                 self._node.log("waiting", peer=neighbor.name, round=self._key[0])
             is_patient = time.monotonic() - began < LENIENT_GRACES * lenient_s
             may_come = neighbor.is_connected and is_patient and time.monotonic() - got_on < lenient_s
-            if not may_come and self._may_go_on(neighbor) and not arrival.done() and neighbor.mark_away(self._key[0]):
+            if arrival.done():
+                pass  # whatever has become of the neighbor, or of the others, since
+            elif not may_come and self._may_go_on(neighbor) and neighbor.mark_away(self._key[0]):
                 self._node.soon(partial(neighbor.miss, self._key, corrects))
-            if self.is_leaving and not (neighbor.is_connected and self._node.has_quorum):
+            elif self.is_leaving and not (neighbor.is_connected and self._node.has_quorum):
                 raise Left(f"left while waiting for {neighbor.name} in round {self._key[0]}")
             if neighbor.index == self.hub and neighbor.is_ejected:
                 raise PeerLostError(f"the server, {neighbor.name}, was ejected, so there are no more rounds")
