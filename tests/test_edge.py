@@ -18,6 +18,7 @@ from peertune.runtimes.edge import Edge, Listener
 from peertune.runtimes.edge_frames import FRAMES, MAX_FRAME, STATE, Key, Kind
 from peertune.runtimes.frames import ProtocolError
 from peertune.runtimes.message import CHUNK_SIZE, SMALL_CHUNK, hash_of
+from peertune.runtimes.outbox import GROWS_AFTER
 from peertune.runtimes.presence import Presence
 
 
@@ -769,22 +770,38 @@ def test_damaged_and_misplaced_chunks_are_refused(monkeypatch: pytest.MonkeyPatc
 def test_parts_are_small_where_they_take_long_to_get_out() -> None:
     """Also where a transfer goes on after the stream was given up over a part that was too large, though it was out at
     once: into a buffer that took as long to drain."""
-    payload, got = make_payload(size=1_000_000), list[Payload | None]()
+    payload, got = make_payload(size=1_400_000), list[Payload | None]()
     sender, receiver = Edge(), Edge()
     (offer,) = sender.post((0, 0), payload)
-    receiver.expect((0, 0), make_payload(9, size=1_000_000), got.append)
-    sizes = []
-    for seconds in ([0.01] * 6, [0.01, 1.0, 10.0, 1.0], [10.0] * 3 + [0.01] * 99):
+    receiver.expect((0, 0), make_payload(9, size=1_400_000), got.append)
+    found: list[list[int]] = []
+    for seconds in ([0.01] * 34, [0.01] * 7 + [1.0] + [0.01] * 8 + [1.0, 10.0, 1.0], [10.0] * 3 + [0.01] * 999):
         list(sender.connected()), list(receiver.connected())
         (want,) = receiver.receive(offer)
+        found.append([])
         for frame, took in zip(sender.receive(want), seconds, strict=False):
-            sizes.append((len(frame) - FRAMES.size(Kind.CHUNK)) // SMALL_CHUNK)
+            found[-1].append((len(frame) - FRAMES.size(Kind.CHUNK)) // SMALL_CHUNK)
             assert len(frame) <= MAX_FRAME
             receiver.receive(frame)
             sender.outbox.paced(took)
-    assert sizes[:10] == [1, 2, 4, 8, 16, 16, 1, 2, 2, 1]
-    assert sizes[10:-1] == [1, 1, 1, 1, 2, 4, 8] + [16] * len(sizes[17:-1]) and sizes[-1] <= 16
+    grows = [size for size in (1, 2, 4, 8) for _ in range(GROWS_AFTER)]
+    assert found[0] == [*grows, 16, 16] and found[1] == [1] * 16 + [2, 2, 1]
+    assert found[2][: 3 + 24] == [1] * 3 + grows[:24]
     assert len(got) == 1 and same(got[0], payload)
+
+
+def test_messages_that_buffers_take_at_once_go_out_in_small_parts() -> None:
+    """They say nothing of a line that drains the buffers slowly: a large part may take longer than a line may be
+    silent."""
+    sender, receiver = Edge(), Edge()
+    for round in range(2 * GROWS_AFTER):
+        (offer,) = sender.post((round, 0), make_payload(size=30_000))
+        receiver.expect((round, 0), make_payload(size=30_000), lambda found: None)
+        (want,) = receiver.receive(offer)
+        for frame in sender.receive(want):
+            assert len(frame) - FRAMES.size(Kind.CHUNK) <= SMALL_CHUNK
+            sender.outbox.paced(0.01)
+            receiver.receive(frame)
 
 
 def test_parts_are_not_as_small_as_a_member_likes() -> None:

@@ -19,6 +19,9 @@ KEPT_BYTES = 1 << 30
 """Bytes kept for one neighbour of messages that it has had, or, while it is away, of any but the newest."""
 SLOW_S = 2.0
 """Seconds beyond which a chunk takes long to get out."""
+GROWS_AFTER = 8
+"""Chunks of one message in a row that got out at once, for the next ones to be larger: buffers on the way take the
+first at once, however slow the line."""
 
 
 class Outbox:
@@ -27,6 +30,7 @@ class Outbox:
     def __init__(self) -> None:
         self.messages: dict[Key, Outgoing] = {}
         self._chunk_size = SMALL_CHUNK
+        self._quick = 0
 
     @property
     def has_undelivered(self) -> bool:
@@ -86,6 +90,7 @@ class Outbox:
 
     def chunks(self, sent: Outgoing, offset: int) -> Iterator[tuple[int, list[memoryview]]]:
         """A message from an offset on: offset and pieces of each chunk, as large as the line bears by then."""
+        self._quick = 0
         while offset < sent.size:
             size = min(self._chunk_size, message.CHUNK_SIZE)
             yield offset, sent.cut(offset, size)
@@ -93,7 +98,8 @@ class Outbox:
 
     def paced(self, seconds: float) -> None:
         """It took so long to get a chunk out: the next ones are as large as the line bears."""
+        self._quick = self._quick + 1 if seconds < SLOW_S / 10 else 0
         if seconds > SLOW_S:
             self._chunk_size = SMALL_CHUNK
-        elif seconds < SLOW_S / 10:
-            self._chunk_size = min(message.CHUNK_SIZE, 2 * self._chunk_size)
+        elif self._quick == GROWS_AFTER:
+            self._quick, self._chunk_size = 0, min(message.CHUNK_SIZE, 2 * self._chunk_size)
