@@ -1647,6 +1647,25 @@ def test_why_no_connection_can_be_made_is_told_in_the_systems_words(
 
 
 @pytest.mark.usefixtures("no_proxies")
+def test_a_relay_with_nobody_behind_it_is_told_from_what_is_no_peertune(tmp_path: Path) -> None:
+    """A site that has not started yet, behind a container's port or a load balancer, looks so from outside."""
+    charter, _, port = two_sites(tmp_path)
+
+    async def look(answer: bytes) -> str:
+        async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            if answer:
+                await reader.read(1)
+                writer.write(answer)
+            writer.close()
+
+        async with await asyncio.start_server(take, "127.0.0.1", port):
+            return await diagnose(charter, 0)
+
+    assert "a connection opens and is closed at once" in asyncio.run(look(b""))
+    assert asyncio.run(look(b"HTTP/1.1 400 Bad Request\r\n\r\n")) == "something answers there that is no peertune"
+
+
+@pytest.mark.usefixtures("no_proxies")
 def test_one_who_takes_a_connection_and_says_nothing_is_told_from_a_firewall(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -276,8 +276,10 @@ async def _diagnose(charter: Charter, member: Member, proxy: Proxy | None) -> st
         if proxy is not None:
             return f"{THE_PROXY}{proxy} lets nothing through within {CONNECT_S:g} s"
         return f"no answer within {CONNECT_S:g} s; a firewall may drop what is sent there"
-    except (ssl.SSLError, ConnectionResetError):
+    except ssl.SSLError:
         return "something answers there that is no peertune"
+    except ConnectionResetError:
+        return "a connection opens and is closed at once, as by a relay or container port with no peertune behind it"
     except OSError as error:
         return _reason(error)
     try:
