@@ -294,7 +294,10 @@ class NetworkExchange:
             elif not may_come and self._may_go_on(neighbor) and neighbor.mark_away(self._key[0]):
                 self._node.soon(partial(neighbor.miss, self._key, corrects))
             elif self.is_leaving and not (neighbor.is_connected and self._node.has_quorum):
-                raise Left(f"left while waiting for {neighbor.name} in round {self._key[0]}")
+                raise Left(
+                    f"left while waiting for {neighbor.name} in round {self._key[0]}, so without a checkpoint of it;"
+                    " the same command goes on from the last one"
+                )
             if neighbor.index == self.hub and neighbor.is_ejected:
                 raise PeerLostError(f"the server, {neighbor.name}, was ejected, so there are no more rounds")
             if time.monotonic() - max(began, self._node.presence.got_on_at) > patience:
