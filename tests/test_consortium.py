@@ -552,6 +552,10 @@ def test_a_member_who_gets_nowhere_is_ejected_by_most_of_the_others(
     consortium.assert_agreed(processes)
 
 
+def cannot_be_read(folder: Any) -> None:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
 def test_an_ejection_holds_with_whole_signatures_of_this_charter_only(tmp_path: Path) -> None:
     charter = signed_charter(tmp_path, "abc")
     path = tmp_path / "charter.toml"
@@ -561,6 +565,9 @@ def test_an_ejection_holds_with_whole_signatures_of_this_charter_only(tmp_path: 
         sign_ejection(path, charter, "c", make_identity(tmp_path / "stranger"))
     whole = sign_ejection(path, charter, "c", load_identity(tmp_path / "b"))
     assert ejected(path, charter) == {2: whole} and whole.signers(charter) == ["a", "b"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "scandir", cannot_be_read)
+        assert ejected(path, charter) == {}, "a folder that cannot be read now ends no run"
     other = charter.model_copy(update={"grace_s": 1.0})
     assert whole.signers(other) == []
     (tmp_path / "ours.eject-c.toml").write_bytes(ejection_path(path, "c").read_bytes())

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import socket
 import ssl
 import struct
@@ -433,6 +434,26 @@ def test_two_hundred_strangers_who_say_nothing_or_nonsense_do_not_disturb_a_site
     assert after["threads"] <= before["threads"] + 8
     assert after["bytes"] <= before["bytes"] + 60_000_000
     honest.end()
+
+
+def test_more_strangers_than_the_process_has_descriptors_leave_it_some_for_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_module, "HANDSHAKE_S", 3.0)
+    limits, few = resource.getrlimit(resource.RLIMIT_NOFILE), 2 * used()["descriptors"] + 100
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, limits[1]))
+    try:
+        sites = Honest(tmp_path)  # whose processes have the same limit
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    sites.exchange()
+    with ExitStack() as stack:
+        dialled = [stack.enter_context(sites.dial()) for _ in range(few + 50)]
+        for _ in range(3):
+            sites.exchange()  # looks into /proc, which takes a descriptor
+        assert all(is_let_go(raw) for raw in dialled)
+    sites.exchange()
+    sites.end()
 
 
 def test_wave_after_wave_of_strangers_leaves_nothing_behind(honest: Honest) -> None:

@@ -9,6 +9,7 @@ content too, by those that would else dial it, and believes the signatures, not 
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from pathlib import Path
 
 import tomli_w
@@ -99,7 +100,10 @@ def ejected(path: Path, charter: Charter) -> dict[int, Ejection]:
     """Ejections that hold of those beside a charter, whatever it is called here; by the member's place."""
     found = {}
     places = {member.name: index for index, member in enumerate(charter.members)}
-    for file in sorted(path.parent.glob("*.eject-*.toml")):
+    files: list[Path] = []
+    with suppress(OSError):  # of a disk that is away for a while, or a process without a descriptor left
+        files = sorted(path.parent.glob("*.eject-*.toml"))
+    for file in files:
         try:
             ejection = read_ejection(file)
         except CharterError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -48,6 +49,9 @@ HANDSHAKE_S = 10.0
 twice as many one who has made no member's call is taken for a stranger."""
 EJECTED, TWICE = grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.ALREADY_EXISTS
 """How a stream ends whose member takes part no more, or whose process is a second one."""
+MAX_CONNECTIONS = 1024
+"""Connections that others may have open at once: at most so many, and no more than half of the process's descriptors,
+as the run needs some for its files."""
 MAX_STREAMS = 8
 """Streams that a member may have open over one connection: a talk, a probe, and those that are just ending."""
 EXPLAIN = 1 / 6
@@ -209,7 +213,8 @@ class Node:
         )
         patience = ("grpc.server_handshake_timeout_ms", int(1000 * HANDSHAKE_S))
         streams = ("grpc.max_concurrent_streams", MAX_STREAMS)
-        self._server = grpc.aio.server(options=[*OPTIONS, ("grpc.so_reuseport", 0), patience, streams])
+        most = ("grpc.max_allowed_incoming_connections", _most_connections())
+        self._server = grpc.aio.server(options=[*OPTIONS, ("grpc.so_reuseport", 0), patience, streams, most])
         serves = {METHOD: self._serve, PROBE: self._probed, EJECTION: self._told}
         handlers = {
             path.rpartition("/")[2]: grpc.stream_stream_rpc_method_handler(serve) for path, serve in serves.items()
@@ -421,3 +426,8 @@ class Node:
         if self._refusals.get((event, index)) != reason:
             self._refusals[event, index] = reason
             self.log(event, peer=self.charter.members[index].name, reason=reason)
+
+
+def _most_connections() -> int:
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_CONNECTIONS if descriptors == resource.RLIM_INFINITY else min(MAX_CONNECTIONS, descriptors // 2)
