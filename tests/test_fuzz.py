@@ -1,5 +1,6 @@
 """A port that anybody may knock at: hostile bytes, frames, replays and connections, at one edge and at a real node."""
 
+import asyncio
 import json
 import multiprocessing
 import os
@@ -29,7 +30,7 @@ from peertune.runtimes.edge_frames import FRAMES, MAX_FRAME, STATE, Key, Kind
 from peertune.runtimes.frames import ProtocolError
 from peertune.runtimes.message import HASH_SIZE, Incoming, hash_of, shapes_hash
 from peertune.runtimes.network import NetworkExchange
-from peertune.runtimes.node import Node
+from peertune.runtimes.node import MAX_STREAMS, Node
 from tests.test_consortium import PATIENCE_S, free_ports, make_charter, wait_for
 from tests.test_edge import make_payload, same
 
@@ -382,6 +383,22 @@ def send_packed(charter: Charter, identity: Identity) -> None:
     os._exit(0)
 
 
+def open_streams(charter: Charter, identity: Identity) -> None:
+    """A member opens all the streams that three connections have and says nothing; ends with how many are refused."""
+    trusted = charter.certificate(0), identity.key_pem, identity.certificate_pem
+    named = [("grpc.ssl_target_name_override", charter.members[0].id), ("grpc.use_local_subchannel_pool", 1)]
+
+    async def refused() -> int:
+        credentials = grpc.ssl_channel_credentials(*trusted)
+        channels = [grpc.aio.secure_channel(charter.members[0].address, credentials, options=named) for _ in range(3)]
+        calls = [channel.stream_stream(node_module.EJECTION)() for channel in channels for _ in range(MAX_STREAMS)]
+        codes = asyncio.as_completed([call.code() for call in calls], timeout=60)
+        found = [await code for _, code in zip(range(2 * MAX_STREAMS), codes, strict=False)]
+        return found.count(grpc.StatusCode.RESOURCE_EXHAUSTED)
+
+    os._exit(asyncio.run(refused()))
+
+
 def client_hello() -> bytes:
     """What opens a TLS connection."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -495,5 +512,15 @@ def test_nothing_that_a_member_packed_is_unpacked(honest: Honest) -> None:
     process.start()
     process.join(PATIENCE_S)
     assert process.exitcode == 1
+    honest.exchange()
+    honest.end()
+
+
+def test_a_member_has_few_streams_however_many_connections_it_opens(honest: Honest) -> None:
+    """Of each stream a site may hold a frame that is not whole: of all that connections could have, gigabytes."""
+    process = multiprocessing.get_context("fork").Process(target=open_streams, args=(honest.charter, honest.liar))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 2 * MAX_STREAMS
     honest.exchange()
     honest.end()

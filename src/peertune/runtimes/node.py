@@ -12,8 +12,10 @@ import json
 import resource
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc
@@ -31,7 +33,7 @@ from peertune.runtimes.limited_log import LimitedLog
 from peertune.runtimes.neighbor import MAX_REASON, Neighbor
 from peertune.runtimes.port import check_port
 from peertune.runtimes.presence import Presence
-from peertune.runtimes.probe import PROBE, Probe, diagnose
+from peertune.runtimes.probe import BUSY, PROBE, Probe, diagnose
 from peertune.runtimes.proxy import take_upper_case
 from peertune.runtimes.strangers import Strangers
 
@@ -53,7 +55,7 @@ MAX_CONNECTIONS = 1024
 """Connections that others may have open at once: at most so many, and no more than half of the process's descriptors,
 as the run needs some for its files."""
 MAX_STREAMS = 8
-"""Streams that a member may have open over one connection: a talk, a probe, and those that are just ending."""
+"""Streams that a member may have open, over one connection and over all: a talk, a probe, and those just ending."""
 EXPLAIN = 1 / 6
 """Of `stall_s`, after which it is looked what keeps a neighbour from being reached."""
 ATTEMPT_S = 10.0
@@ -96,6 +98,8 @@ class Node:
         self._strangers = Strangers(self.log, 2 * HANDSHAKE_S)
         self._refusals: dict[tuple[str, int], str] = {}
         """(event, member) -> the reason that was logged last."""
+        self._streams: Counter[int] = Counter()
+        """By member, those that it has open here."""
         self._ejections: dict[int, Ejection] = {}
         """By member, what it is told in place of being dialled."""
         self._own_ejection = ""
@@ -217,7 +221,8 @@ class Node:
         self._server = grpc.aio.server(options=[*OPTIONS, ("grpc.so_reuseport", 0), patience, streams, most])
         serves = {METHOD: self._serve, PROBE: self._probed, EJECTION: self._told}
         handlers = {
-            path.rpartition("/")[2]: grpc.stream_stream_rpc_method_handler(serve) for path, serve in serves.items()
+            path.rpartition("/")[2]: grpc.stream_stream_rpc_method_handler(partial(self._answer, serve))
+            for path, serve in serves.items()
         }
         self._server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, handlers)])
         try:
@@ -321,9 +326,8 @@ class Node:
                     await call.read()
             await asyncio.sleep(REDIAL_S[1])
 
-    async def _told(self, _: Any, context: Any) -> None:
+    async def _told(self, index: int, context: Any) -> None:
         """Hear that this site was ejected; what is not signed by enough is not believed, whoever says it."""
-        index = await self._member(context)
         with suppress(TimeoutError):
             async with asyncio.timeout(self.charter.stall_s):
                 frame = await context.read()
@@ -357,6 +361,17 @@ class Node:
         await asyncio.sleep(RECONNECT_S)  # it may just have come
         self._log_refusal("unreachable", index, reason)
 
+    async def _answer(self, serve: Callable[[int, Any], Awaitable[None]], _: Any, context: Any) -> None:
+        """Take a stream that was dialled from outside, where it is a member's who has not too many open."""
+        index = await self._member(context)
+        self._streams[index] += 1
+        try:
+            if self._streams[index] > MAX_STREAMS:  # each may hold the memory of a frame
+                await context.abort(BUSY, f"{self.charter.members[index].name} has {MAX_STREAMS} streams open already")
+            await serve(index, context)
+        finally:
+            self._streams[index] -= 1
+
     async def _member(self, context: Any) -> int:
         """The member at the other end of a stream that was dialled from outside; a stranger's is ended."""
         (certificate,) = context.auth_context()["x509_pem_cert"]
@@ -376,9 +391,8 @@ class Node:
         self._log_refusal("turned_away", index, reason)
         await context.abort(code, f"{self.charter.members[index].name} {reason}")
 
-    async def _probed(self, _: Any, context: Any) -> None:
+    async def _probed(self, index: int, context: Any) -> None:
         """Let a member measure the line."""
-        index = await self._member(context)
         if refusal := self.probe.refusal(index):
             await context.abort(*refusal)
         received = sent = 0
@@ -387,9 +401,8 @@ class Node:
         finally:
             self.log("probed", peer=self.charter.members[index].name, received=received, bytes=sent)
 
-    async def _serve(self, _: Any, context: Any) -> None:
-        """Take a stream that was dialled from outside."""
-        index = await self._member(context)
+    async def _serve(self, index: int, context: Any) -> None:
+        """Talk over a stream of a member's."""
         told = dict(context.invocation_metadata())
         try:
             differs = difference(self.charter, json.loads(told.get(CHARTER_KEY, "{}")), told.get(PIECES_KEY))
