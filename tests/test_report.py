@@ -287,6 +287,16 @@ def test_hostile_strings_stay_text(tmp_path: Path) -> None:
     assert "1 warning" in page.texts[""]
 
 
+def test_a_link_in_a_folder_that_came_from_anybody_is_not_written_through(tmp_path: Path) -> None:
+    mine, folder = tmp_path / "mine", tmp_path / "run"
+    mine.write_text("as it was")
+    folder.mkdir()
+    for name in ("report.html", "report.html.partial"):
+        (folder / name).symlink_to(mine)
+    report(folder, synthetic_events())
+    assert mine.read_text() == "as it was" and not (folder / "report.html").is_symlink()
+
+
 @pytest.mark.parametrize("huge", [1e308, 2**63, 10**400])
 def test_numbers_that_nobody_measured_take_no_memory_and_end_no_command(huge: float, tmp_path: Path) -> None:
     """A folder may come from anybody: an edge to peer 2**63 would be a list as long, a loss of 1e308 no axis."""

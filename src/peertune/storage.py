@@ -16,6 +16,7 @@ from peertune.errors import CheckpointError, StorageError
 def write_atomically(path: Path, text: str) -> None:
     """Write a file aside, sync it and rename it into place: it is whole or as it was. Raises OSError."""
     aside = path.with_name(path.name + ".partial")
+    aside.unlink(missing_ok=True)  # a link, in a folder that somebody sent, would lead to another file
     with aside.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
