@@ -279,6 +279,16 @@ def test_a_site_may_hold_one_class_but_not_other_ones_than_its_test_file(tmp_pat
         prepare_data(from_dict(data, METHODS)[0], None, 0)
 
 
+def test_a_recipe_names_no_column_that_a_sites_log_would_list(tmp_path: Path, micro_model: Path) -> None:
+    data, own = tree(tmp_path, micro_model), tmp_path / "own.jsonl"
+    rows = [{"text": f"x{i}", "label": i % 2, "patient": f"name {i}"} for i in range(8)]
+    own.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    partition = {"kind": "column", "column": "patient"}
+    data["data"] |= {"train": str(own), "test": "", "validation_rows": 0, "partition": partition}
+    (held,) = prepare_data(from_dict(data, METHODS)[0], None, 0).holdings
+    assert held == {"samples": 8, "classes": {"0": 4, "1": 4}, "others": 0}
+
+
 def test_classes_that_a_recipe_names_are_those_of_every_site(tmp_path: Path, micro_model: Path) -> None:
     """A site that lacks a long one still cuts texts to leave room for it, and ends 1 as where there is a 10."""
     data = tree(tmp_path, micro_model, model={"path": str(micro_model), "max_length": 24})

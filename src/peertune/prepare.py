@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from peertune.config import DataSection, RunConfig
+from peertune.config import DataSection, PartitionSection, RunConfig
 from peertune.data.chat import plain_template
 from peertune.data.load import Row, Table, load_table
 from peertune.data.partition import describe_partition, partition, rows_of_site
@@ -96,6 +96,8 @@ def prepare_data(config: RunConfig, base: Path | None, site: int | None = None) 
         parts = dict(enumerate(partition(table.rows, table.source, config.run.num_peers, section, partition_seed)))
     else:
         parts = {site: rows_of_site(len(table.rows), site, section, partition_seed)} if table.rows else {}
+    # Nothing of a site's is dealt: a recipe names none of its columns whose values its log and report would list.
+    dealt = section if site is None else section.model_copy(update={"partition": PartitionSection()})
     tokenizer = prepare_tokenizer(config, base)
     length = config.model.max_length
     train = {}
@@ -109,7 +111,7 @@ def prepare_data(config: RunConfig, base: Path | None, site: int | None = None) 
         tokenizer=tokenizer,
         train=train,
         test=measured,
-        holdings=describe_partition(table.rows, list(parts.values()), section),
+        holdings=describe_partition(table.rows, list(parts.values()), dealt),
         label_names=label_names,
         notes=[
             *([f"{num_unlabelled} training rows have no label and were left out"] if num_unlabelled else []),
