@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,29 @@ def test_the_same_recipe_twice_is_bitwise_equal_and_a_seed_is_not(tmp_path: Path
         run(recipe(tmp_path, micro_model, run={"out": str(tmp_path / name), "seed": seed}))
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
     assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
+def test_a_run_beside_another_in_one_process_is_refused(tmp_path: Path, micro_model: Path) -> None:
+    """As two threads of a notebook would begin them: each would draw from what the other has seeded."""
+    refused: list[Exception] = []
+
+    class Nested(Silent):
+        def rounds(self, done: int, total: int, loss: float | None) -> None:
+            thread = threading.Thread(target=beside)
+            thread.start()
+            thread.join()
+
+    def beside() -> None:
+        try:
+            run(recipe(tmp_path, micro_model, run={"out": str(tmp_path / "beside")}))
+        except ConfigError as error:
+            refused.append(error)
+
+    run(recipe(tmp_path, micro_model), progress=Nested())
+    assert refused and "one at a time" in str(refused[0])
+    assert not (tmp_path / "beside").exists()
+    beside()  # now there is no other
+    assert same(weights(tmp_path / "out"), weights(tmp_path / "beside"))
 
 
 def test_what_is_logged_and_how_often_it_is_saved_changes_nothing(tmp_path: Path, micro_model: Path) -> None:

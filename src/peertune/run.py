@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,24 @@ from peertune.runtimes import play_round
 from peertune.runtimes.simulation import SimulatedGroup
 from peertune.workload import foreseen_bytes
 
+_AT_WORK = threading.Lock()
 
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Refuse a run beside another in this process: what PyTorch draws from has one state a process."""
+    if not _AT_WORK.acquire(blocking=False):
+        raise ConfigError(
+            "run: got a second one while this process carries out another, whose random draws it would change, expected"
+            " one at a time; wait until that has ended, or start a process for each"
+        )
+    try:
+        yield
+    finally:
+        _AT_WORK.release()
+
+
+@_alone()
 def run(
     config: RunConfig,
     *,
@@ -47,7 +66,7 @@ def run(
     """Carry out a recipe.
 
     It sets PyTorch's threads as the recipe says (run.threads), on a GPU its deterministic algorithms, and keeps freed
-    memory for the next use; all of that stays when it is over.
+    memory for the next use; all of that stays when it is over. A process carries out one run at a time, in any thread.
 
     Args:
         config: the recipe; `config.run.out` is the folder everything is written to.
