@@ -228,6 +228,7 @@ def test_one_line_exit_2_nothing_written(
         (["run", "empty.toml", "--set", f"run.seed={'9' * 5000}"], "run.seed"),
         (["run", "empty.toml", "--set", "run.num_peers=[1"], "run.num_peers"),
         (["run", "empty.toml", "--set", "algorithm.betas=[0.9]"], "algorithm.betas"),
+        (["run", "empty.toml", "--set", "data.labels=[yes,no]"], "put the texts of a list into double quotes"),
         (["run", "empty.toml", "--set", "algorithm.local_modules=lm_head"], 'expected a list, such as ["lm_head"]'),
         (["report", "."], "no run"),
         (["export", ".", "--to", "there"], "holds no run"),

@@ -160,7 +160,12 @@ def apply_override(tree: dict[str, Any], text: str) -> None:
         raise ConfigError(f"--set {text!r}: expected section.key=value, such as algorithm.lr=1e-4")
     try:
         parsed = parse_toml(f"value = {value.strip()}")
-    except ValueError:
+    except ValueError as error:
+        if value.strip()[:1] in ("[", "{"):  # as no text does; a shell takes away quotes that are not quoted
+            raise ConfigError(
+                f"--set {text!r}: not valid TOML: {error}; put the texts of a list into double quotes, and the whole"
+                """ into single ones, as in --set 'data.labels=["yes", "no"]'"""
+            ) from None
         parsed = {"value": value.strip()}
     if list(parsed) != ["value"]:
         raise ConfigError(f"--set {text!r}: expected one value")
