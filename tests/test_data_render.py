@@ -469,6 +469,16 @@ def test_calls_that_a_template_leaves_out_follow_the_text(
     assert sample.loss_mask[start:end].all()
 
 
+@pytest.mark.parametrize("kind", ["none", "plain", "left out"])
+def test_a_calls_id_is_not_learned_where_we_write_the_call(kind: str, byte_tokenizer: PreTrainedTokenizerBase) -> None:
+    """OpenAI's are two dozen random letters, more than many a call, and no model can know them."""
+    byte_tokenizer.chat_template = {"plain": plain_template(byte_tokenizer), "left out": INST}.get(kind)
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"x": "é"}'}}
+    rows = [chat(user("q"), assistant("", {**more, **call})) for more in ({"id": "call_Ab3dEf9h"}, {})]
+    drawn, bare = render(rows, CHAT, byte_tokenizer, 400).samples
+    assert drawn.input_ids.tolist() == bare.input_ids.tolist() and drawn.calls == bare.calls
+
+
 def test_history_goes_first_then_the_longest_text(byte_tokenizer: PreTrainedTokenizerBase) -> None:
     byte_tokenizer.chat_template = CHATML
     system = {"role": "system", "content": "s" * 20}

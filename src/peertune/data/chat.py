@@ -98,7 +98,9 @@ class ChatRenderer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         own = str(tokenizer.chat_template or "")
-        self._template = None if own else plain_template(tokenizer)
+        plain = plain_template(tokenizer)
+        self._template = None if own else plain
+        self._is_plain = own in ("", plain)  # a run, and what it exports, has it as the tokenizer's own
         self._calls_as_objects = bool(_CALLS_AS_JSON.search(own)) and "is string" not in own
         self._end_tokens = tuple(str(token) for token in tokenizer.added_tokens_decoder.values())
 
@@ -292,6 +294,8 @@ class ChatRenderer:
         calls = message.get("tool_calls")
         if self._calls_as_objects and calls:
             prepared["tool_calls"] = [_with_object(call) for call in calls]
+        elif self._is_plain and calls:
+            prepared["tool_calls"] = [_without_id(call) for call in calls]
         return prepared
 
     def _render(
@@ -343,7 +347,12 @@ def _silent(message: Message) -> Message:
 
 def _written_calls(message: Message) -> str:
     calls = message.get("tool_calls")
-    return json.dumps(calls, ensure_ascii=False) if calls else ""
+    return json.dumps([_without_id(call) for call in calls], ensure_ascii=False) if calls else ""
+
+
+def _without_id(call: Message) -> Message:
+    """A call without its id, which is drawn at random where it was made: nothing that a model could learn."""
+    return {key: value for key, value in call.items() if key != "id"}
 
 
 def _with_object(call: Any) -> Any:
