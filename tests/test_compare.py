@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import json
 import os
@@ -39,8 +40,9 @@ from peertune.compare.budget import (
     steps_for_seconds,
     with_whole_rounds,
 )
-from peertune.compare.cells import Cell, quality, read_cell
+from peertune.compare.cells import Cell, Point, quality, read_cell
 from peertune.compare.charts import memory_axis
+from peertune.compare.comparison import write
 from peertune.compare.contestants import Contestant, Lineup, read_contestants
 from peertune.compare.grid import Grid, Tuned, _is_preferred
 from peertune.compare.inputs import fingerprints
@@ -50,24 +52,26 @@ from peertune.compare.table import (
     budget_notes,
     cells_of,
     columns,
+    diverged_notes,
     markdown,
     pair_cells,
     row,
     terminal_table,
+    tuning_notes,
     verdicts,
 )
 from peertune.compare.workers import play_ahead
 from peertune.config import RunConfig
 from peertune.errors import CheckpointError, ConfigError, DataError, DivergedError, PeerLostError
-from peertune.formatting import memory
+from peertune.formatting import NONE, memory
 from peertune.peer import Peer
 from peertune.prepare import keep_back, prepare_data
 from peertune.progress import Silent
 from peertune.recipe import from_dict, load_recipe
-from peertune.report.charts import tick_texts
+from peertune.report.charts import SIZE, tick_texts
 from peertune.run import run
 from peertune.runtimes import rounds
-from tests.recipes import killed_after, recipe, tree
+from tests.recipes import killed_after, recipe, tree, write_rows
 from tests.test_bad_input import write_toml
 
 NAMES = ["deca", "local", "deca:discrepancy=none"]
@@ -294,6 +298,60 @@ def test_each_contestant_gets_its_own_best_value_of_the_first_seed(
     assert {(config.data.validation_rows, config.data.validation_seed) for config in asked} == {(6, 0)}
 
 
+def test_bytes_are_those_that_the_first_sends_with_the_same_seed_and_value(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while a value is tuned; what a step sends is found out anew for each, with nothing measured."""
+    a_step = {"deca": 100, "choco": 30, "gt": 10}
+    asked: list[RunConfig] = []
+    steps: dict[str, int] = {}
+    sent: dict[str, int] = {}
+
+    def pretend(config: RunConfig, *, progress: Any, **options: Any) -> dict[str, Any]:
+        progress.note("the same remark")
+        asked.append(config)
+        method = config.algorithm
+        steps[config.run.out] = method.num_steps(blocks[method.name])
+        each = a_step[method.name] * (config.run.seed if method.name == "deca" else 1)
+        sent[config.run.out] = each * steps[config.run.out]
+        measured = {"average_model": {"loss": method.lr}, "peers": [{"loss": method.lr}]}
+        return {
+            "algorithm": method.name,
+            "config": {},
+            "metrics": measured,
+            "bytes_sent_per_peer": [sent[config.run.out]],
+        }
+
+    def record(folder: Path) -> Any:
+        return SimpleNamespace(rounds=[SimpleNamespace(bytes_sent=(sent[str(folder)],))])
+
+    monkeypatch.setattr(runs, "run", pretend)
+    monkeypatch.setattr("peertune.compare.grid.read_cell", lambda *told: told)
+    monkeypatch.setattr("peertune.compare.grid.read_run", record)
+    said: list[str] = []
+    monkeypatch.setattr(Silent, "note", lambda progress, message: said.append(message))
+    told = {"algorithms": "deca,choco:local_steps=1,gt:local_steps=1", "seeds": "3,4", "tune": "lr=1e-3,2e-3"}
+    asking = ["eval.every=2", "data.validation_rows=5"]
+    options = Options.parse([str(path)], str(tmp_path / "out"), budget="bytes", overrides=asking, **told)
+    grid = Grid(read_contestants(options), options, Quiet())
+    blocks = {name.partition(":")[0]: count for name, count in grid.budget.num_blocks.items()}
+    grid.play(grid.tune())
+    assert len(asked) == grid.num_cells == 20
+    assert len({config.run.out for config in asked}) == 20 - 2, "that of the chosen value was found out while tuning"
+    assert said == ["the same remark"]
+    whole = [(config, steps[config.run.out]) for config in asked if "/probe/" not in config.run.out]
+    first = [num for config, num in whole if config.algorithm.name == "deca"]
+    assert len(whole) == 3 * (2 + 2) and len(set(first)) == 1
+    for config, num in whole:
+        if config.algorithm.name != "deca":
+            assert num == first[0] * 100 * config.run.seed // a_step[config.algorithm.name]
+    judged = [(config.eval.split, config.eval.every, config.eval.points) for config, _ in whole]
+    assert judged == [("validation", 0, 0)] * 6 + [("test", 2, 0)] * 6
+    for config in asked:
+        if "/probe/" in config.run.out:
+            assert (config.data.test, config.eval.split, config.eval.every, config.eval.points) == ("", "test", 0, 0)
+
+
 def test_of_equal_accuracies_the_lower_loss_is_preferred() -> None:
     def summary(accuracy: float, loss: float) -> dict[str, Any]:
         return {"algorithm": "deca", "config": {}, "metrics": {"average_model": {"accuracy": accuracy, "loss": loss}}}
@@ -459,7 +517,8 @@ def cell_of(monkeypatch: pytest.MonkeyPatch, *, name: str = "deca", models: int 
             SimpleNamespace(round=round, epochs=drawn, bytes_sent=(sent, 3 * sent)[:models])
             for round, drawn, sent in zip((0, 3), epochs, (10, 40), strict=True)
         ],
-        evaluations=[SimpleNamespace(round=round, average_model={"loss": 4.0 - round}) for round in (0, 1, 2, 4)],
+        evaluations=[SimpleNamespace(round=round, average_model={"loss": 4.0 - round}) for round in (0, 1, 2, 4)]
+        + [SimpleNamespace(round=3, average_model={})],  # which had no finite loss
     )
     summary = {
         "algorithm": name,
@@ -506,7 +565,7 @@ def test_peers_under_a_robust_rule_are_measured_each_by_its_own_unless_a_server_
 
 def test_a_row_is_the_mean_over_seeds_and_the_most_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     cell, told = cell_of(monkeypatch), {"simulated_s": 10.0, "lambda2": 0.5, "peak_memory_bytes": 7}
-    metrics = {"average_model": {"loss": 1.5}, "peers": [{"loss": 2.0}, {"loss": 3.25}]}
+    metrics = {"average_model": {"loss": 1.5, "macro_f1": 0.25}, "peers": [{"loss": 2.0}, {"loss": 3.25}]}
     more = {"metrics": metrics, "bytes_sent_per_peer": [100, 40], "cpu_s": 2.0, "peak_memory_bytes": 5}
     other = replace(cell, seed=1, summary={**cell.summary, **told, **more})
     found = row("deca", [replace(cell, summary={**cell.summary, **told}), other], [], "loss", None)
@@ -515,10 +574,12 @@ def test_a_row_is_the_mean_over_seeds_and_the_most_memory(monkeypatch: pytest.Mo
     assert (found.peak_memory_bytes, found.simulated_s, found.lambda2, found.num_seeds) == (7, 10.0, 0.5, 2)
     lost = row("deca", [other], [0], "loss", None)
     assert (lost.mean, lost.worst_peer, lost.bytes_sent, lost.num_seeds) == (None, None, 70.0, 2)
+    assert (found.macro_f1, lost.macro_f1) == (0.25, None), "that of the seeds which are left is no one's"
     assert "tuned" not in columns([found, lost])
     choice = Tuned(contestant="deca", key="lr", values=(0.1, 0.2), qualities=(1.0, 2.0), best=0.1)
     tuned = row("deca", [other], [], "loss", choice)
     assert cells_of(tuned, ["tuned"]) == ["lr = 0.1 (edge)"] and "tuned" in columns([found, tuned])
+    assert "tuned" not in [column.header for column in terminal_table([tuned], 999).columns], "a sentence says it"
 
 
 def test_the_paired_interval_is_the_hand_computed_one() -> None:
@@ -555,7 +616,11 @@ def test_of_many_pairs_only_those_beyond_the_noise_have_a_sentence() -> None:
     assert "of all 66 pairs" in said[11] and said[11].endswith("those above can be told from the seed noise.")
     assert verdicts(pairs(same), "accuracy")[0].endswith("none can be told from the seed noise.")
     alone = verdicts(pairs({name: values[:1] for name, values in same.items()}), "accuracy")
-    assert len(alone) == 2 and "no noise can be told" in alone[1]
+    assert len(alone) == 2 and "no noise can be told" in alone[1] and "Of these" not in alone[0]
+    assert len(verdicts(pairs({name: same[name] for name in ("m0", "m1", "m2", "m3", "m4")}), "accuracy")) == 10 + 1
+    noise = {"c": [1, 0, 2], "d": [2, 1, 0], "e": [0, 2, 1], "f": [1, 2, 0]}
+    [_, rest, _] = verdicts(pairs({"a": [0, 1, 2], "b": [0.1, 1.1, 2.101], **noise}), "accuracy")
+    assert rest.endswith("Of these, the one above can be told from the seed noise.")
     apart = verdicts(pairs({f"m{i}": [i, i + 0.01, i + 0.02 + i / 1000] for i in range(30)}), "accuracy")
     assert len(apart) == 29 + 2 and all(" than m0 in accuracy" in text for text in apart[:29])
     assert apart[29].endswith("Of these, 435, with m0 those above, can be told from the seed noise.")
@@ -622,7 +687,20 @@ BAD = {
     "tune no key": ([*ONE, "--algorithms", "deca,local", "--tune", "pace=1,2"], ["--tune pace", "deca", "lr"]),
     "tune no number": ([*ONE, "--algorithms", "deca,local", "--tune", "lr=fast"], ["--tune", "lr=fast"]),
     "tune impossible": ([*ONE, "--algorithms", "deca,local", "--tune", "lr=-1"], ["algorithm.lr", "-1", "greater"]),
+    "setting of nothing": ([*ONE, "--algorithms", "deca,deca:lr= "], ["'lr='", "key=value"]),
+    "setting of no key": ([*ONE, "--algorithms", "deca,deca:=1"], ["deca has no key ''; it has name, lr"]),
     "tuned and set": ([*ONE, "--algorithms", "deca,deca:lr=0.1", "--tune", "lr=1,2"], ["deca:lr=0.1", "itself"]),
+    "tuned and set in full": (
+        [*ONE, "--algorithms", "deca,deca: algorithm.lr = 0.1", "--tune", "lr=1,2"], ["algorithm.lr = 0.1", "itself"]
+    ),
+    "tuned on rows that all are judged by": (
+        [*ONE, *("--algorithms", "deca,local", "--tune", "lr=1,2", "--set", "data.validation_rows=5"),
+         *("--set", "eval.split=validation")], ["--tune", "eval.split", "splits off its own"]
+    ),
+    "too few rows to tune on": (
+        [*ONE, "--algorithms", "deca,local", "--tune", "lr=1,2", "--set", "data.train=few.jsonl"],
+        ["--tune: data.train has 9 rows", "data.validation_rows"],
+    ),
     "tune what is not used": ([*ONE, "--algorithms", "deca,local", "--tune", "rank=2,4"], ["rank", "deca", "not used"]),
     "other data": (["compare", "recipe.toml", "other.toml"], ["data.batch_size", "4", "2", "[algorithm]"]),
     "same stem": (["compare", "recipe.toml", "sub/recipe.toml"], ["share the folder"]),
@@ -657,6 +735,7 @@ def test_bad_input_is_one_line_and_exit_2(
     write_toml(tree(tmp_path, micro_model, data={"batch_size": 2}), tmp_path / "other.toml")
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "recipe.toml").write_text(path.read_text())
+    write_rows(tmp_path / "few.jsonl", 9)
     before = sorted(tmp_path.rglob("*"))
     arguments, parts = BAD[name]
     assert main(arguments) == 2
@@ -711,11 +790,13 @@ def test_what_the_budget_sets_cannot_be_tuned(key: str, names: str, path: Path, 
 
 
 def test_a_name_that_claims_another_length_than_the_budgets_is_remarked_on(
-    make: Callable[..., tuple[Comparison, Quiet]],
+    make: Callable[..., tuple[Comparison, Quiet]], path: Path, tmp_path: Path
 ) -> None:
     _, told = make(algorithms="deca,deca:inner_steps=2,deca:gossip_every=2", seeds="0")
     assert [note for note in told.notes if note.startswith("deca:inner_steps=2: the budget sets inner_steps to 4")]
     assert not any(note.startswith("deca:gossip_every") for note in told.notes)
+    lengths(path, tmp_path, "deca,deca: algorithm.inner_steps = 2", told := Quiet())
+    assert [note for note in told.notes if "the budget sets inner_steps to 4" in note]
 
 
 def test_sweeps_can_be_tuned_where_the_budget_leaves_room_for_them(
@@ -919,6 +1000,12 @@ def test_cells_of_other_data_or_links_are_not_mixed(
     with pytest.raises(CheckpointError, match=r"eval\.points"):
         make(algorithms="local,pooled", seeds="0", overrides=["eval.points=1"])
     make(algorithms="local,pooled", seeds="1,0")  # another seed first
+    with pytest.raises(CheckpointError, match=r"eval\.points"):  # though seed 2 has not been begun
+        make(algorithms="local,pooled", seeds="2,0", overrides=["eval.points=1"])
+    assert not (tmp_path / "compared" / "cells" / "local" / "seed-2").exists()
+    make(algorithms="local,pooled", seeds="0", overrides=["run.log_every=3", "run.checkpoint_every=2"])
+    (tmp_path / "compared" / "inputs.json").write_text("half")  # as of one killed while it wrote it
+    make(algorithms="local,pooled", seeds="0")
     train = tmp_path / "train.jsonl"
     train.write_text(train.read_text().replace("a", "b"))
     with pytest.raises(ConfigError, match=r"train\.jsonl had other contents"):
@@ -929,11 +1016,15 @@ def test_cells_of_other_versions_are_said_to_be(make: Callable[..., tuple[Compar
     told = make(algorithms="local,pooled", seeds="0")[1]
     assert not any("may not compare" in note for note in told.notes)
     recipe = tmp_path / "compared" / "cells" / "pooled" / "seed-0" / "recipe.json"
+    tried = tmp_path / "compared" / "tune" / "local" / "lr-0.1" / "recipe.json"
+    tried.parent.mkdir(parents=True)
+    tried.write_text(recipe.read_text().replace(__version__, "0.0.2"))
     text = json.loads(recipe.read_text())
     text["versions"] |= {"peertune": "0.0.1 with my-methods 3"}
     recipe.write_text(json.dumps(text))
     comparison, told = make(algorithms="local,pooled", seeds="0,1")
-    (note,) = [note for note in told.notes if "may not compare" in note]
+    note, of_tuning = sorted([note for note in told.notes if "may not compare" in note], reverse=True)
+    assert of_tuning.startswith("local: has cells of peertune 0.0.2, now it is")
     assert note.startswith(f"pooled: has cells of peertune 0.0.1 with my-methods 3, now it is peertune {__version__}:")
     assert note in comparison.verdicts and note in comparison.files["markdown"].read_text()
 
@@ -977,9 +1068,103 @@ def test_equal_differences_show_no_noise() -> None:
     """Accuracies are counts over few rows: two seeds may have the same difference by chance."""
     [pair] = pairs({"a": [0.62, 0.58], "b": [0.60, 0.56]})
     assert pair.interval is None and not pair.is_clear
+    assert pair_cells(pair, "accuracy")[1:] == ["+2.0 points", NONE, "cannot be told"]
     assert "no noise can be told" in verdicts([pair], "accuracy")[0]
     [dust] = pairs({"a": [0.1 + 0.2], "b": [0.3]})
     assert "equal with this one seed" in verdicts([dust], "accuracy")[0]
+
+
+def test_who_diverged_and_what_was_tuned_is_said_in_words() -> None:
+    said = diverged_notes({"a": [1], "b": [], "c": [0, 1]}, 2)
+    assert said == [
+        "a: training diverged with seed 1; it is left out of the pairs, and what is shown of it is of its other seeds.",
+        "c: training diverged with seed 0, 1; it is left out of the pairs.",
+    ]
+    one = Tuned(contestant="a", key="lr", values=(0.1,), qualities=(1.0,), best=0.1)
+    [told] = tuning_notes([one])
+    assert told.endswith("chosen on validation rows; the grid has one value, so nothing was chosen between.")
+    [told] = tuning_notes([replace(one, values=(0.05, 0.1, 0.2), qualities=(2.0, 1.0, 3.0))])
+    assert told == "a: lr = 0.1 of 0.05, 0.1, 0.2, chosen on validation rows."
+
+
+def made_cell(name: str, seed: int, ends: Sequence[float], peers: Sequence[float], *steps: float) -> Cell:
+    """A cell with a loss before, one at each of `steps` samples, of 10 bytes each."""
+    places = [0.0, *map(float, steps)]
+    points = tuple(Point(samples=x, bytes=10 * x, quality=y) for x, y in zip(places, ends, strict=True))
+    config = RunConfig().to_dict()
+    config["run"]["num_peers"], config["data"]["validation_rows"] = 2, 7
+    summary = {
+        "algorithm": "dpsgd",
+        "config": config,
+        "metrics": {"average_model": {"loss": ends[-1]}, "peers": [{"loss": loss} for loss in peers]},
+        "bytes_sent_per_peer": [5 * places[-1], 15 * places[-1]],
+        "peak_memory_bytes": 2**20 * (seed + 1),
+        "cpu_s": 6.0,
+        "simulated_s": 3.0,
+        "lambda2": None,
+        "rounds": 9,
+    }
+    return Cell(contestant=name, seed=seed, folder=Path(name), summary=summary, metric="loss", points=points)
+
+
+def test_tables_and_page_show_what_was_measured(tmp_path: Path) -> None:
+    cells = [
+        made_cell("a", 0, [4.0, 3.0, 1.0], [0.5, 3.0], 10, 20),
+        made_cell("b", 0, [4.0, 2.0], [2.0, 2.25], 60),
+        made_cell("a", 1, [5.0, 2.0, 2.0], [2.0, 2.5], 10, 20),
+        made_cell("b", 1, [5.0, 9.0, 3.002], [3.0, 3.25], 30, 60),  # of a budget that gave it more rounds
+    ]
+    tuned = [
+        Tuned(contestant="a", key="lr", values=(0.1, 0.2, 0.4), qualities=(3.0, 1.0, None), best=0.2),
+        Tuned(contestant="b", key="lr", values=(0.1, 0.2, 0.4), qualities=(2.0, 3.0, 4.0), best=0.1),
+    ]
+    options = Options.parse([], str(tmp_path), seeds="0,1")
+    found = write(options, list(cells), tuned)
+    assert any(said.startswith("b took 3.0 times the samples of a") for said in found.verdicts)
+
+    lines = list(csv.DictReader(found.files["cells"].read_text().splitlines()))
+    assert [(line["contestant"], line["seed"], line["quality"], line["worst_peer"]) for line in lines] == [
+        ("a", "0", "1.0", "3.0"), ("b", "0", "2.0", "2.25"), ("a", "1", "2.0", "2.5"), ("b", "1", "3.002", "3.25")
+    ]  # fmt: skip
+    told = {"samples": "20.0", "bytes_sent": "200.0", "bytes_sent_by_hub": "", "macro_f1": "", "cpu_s": "3.0"}
+    assert lines[0].items() >= {**told, "rounds": "9", "lr": str(RunConfig().algorithm.lr)}.items()
+    [line, _] = csv.DictReader(found.files["table"].read_text().splitlines())
+    assert line.items() >= {"mean": "1.5", "worst_peer": "2.75", "peak_memory_bytes": str(2**21), "lambda2": ""}.items()
+    record = json.loads(found.files["json"].read_text())
+    assert [pair["is_clear"] for pair in record["pairs"]] == [True] and record["verdicts"] == found.verdicts
+    assert [choice["is_at_edge"] for choice in record["tuned"]] == [False, True]
+
+    page = found.files["page"].read_text().replace("\\u202f", " ")
+    ids, links = re.findall(r'<section id="(\w+)"', page), re.findall(r'<a href="#(\w+)"', page)
+    assert links == ids and "tuning" in ids
+    without = write(options, list(cells), []).files["page"].read_text()
+    assert '"#tuning"' not in without and 'id="tuning"' not in without
+    charts = [json.loads(html.unescape(text)) for text in re.findall(r'data-points="([^"]*)"', page)]
+    curves = [
+        {row["name"]: {x: y for x, y in zip(chart["label"], row["text"], strict=True) if y != NONE}}
+        for chart in charts
+        for row in chart["rows"]
+    ]
+    a = ["4.500 (4.000 to 5.000)", "2.500 (2.000 to 3.000)", "1.500 (1.000 to 2.000)"]
+    b = ["4.500 (4.000 to 5.000)", "2.501 (2.000 to 3.002)"]
+    assert curves == [
+        {"a": dict(zip(("0", "10", "20"), a, strict=True))}, {"b": dict(zip(("0", "60"), b, strict=True))},
+        {"a": dict(zip(("0 B", "100 B", "200 B"), a, strict=True))}, {"b": dict(zip(("0 B", "600 B"), b, strict=True))},
+        {"a": {"1.5 MiB": a[-1]}}, {"b": {"1.5 MiB": b[-1]}},
+    ]  # fmt: skip
+    [line, *_] = re.findall(r'class="line mean" stroke="[^"]+" d="([^"]+)"', page)
+    [bars, *_] = re.findall(r'class="line peer" stroke="[^"]+" stroke-opacity="0.45" d="([^"]+)"', page)
+    falls = [float(y) for y in re.findall(r"[ML]\S+ (\S+)", line)]
+    assert falls == sorted(set(falls)) and len(falls) == 3, "what is less lies further down"
+    assert all(0 <= float(end) <= SIZE for end in re.findall(r"[\d.-]+", bars))
+    colors = {name: color for color, name in re.findall(r'<i class="dot" style="--c:([^"]+)"></i>(\w)</td>', page)}
+    assert colors == {row["name"]: row["color"] for row in charts[0]["rows"]} and len(set(colors.values())) == 2
+    assert "b: start and end only" in page and "a: start" not in page and "a, b" not in page
+    assert "<td>a</td><td>0.5000</td><td>3.000</td><td>2.500</td>" in page, "lowest, highest and range of the peers"
+    assert "<td>a</td><td>3.000</td><td><b>1.000</b></td><td>diverged</td><td>0.2</td>" in page
+    assert "<td>b</td><td><b>2.000</b></td><td>3.000</td><td>4.000</td><td>0.1 (the grid" in page
+    assert page.count("<li class=clear>") == 1 and "<li class=clear>a is better than b" in page
+    assert "7 rows kept back" in page and "draws as many samples" in page
 
 
 def test_long_names_have_folders_and_whole_sentences(
@@ -998,10 +1183,15 @@ def test_long_names_have_folders_and_whole_sentences(
 def test_a_budget_that_was_missed_is_said(make: Callable[..., tuple[Comparison, Quiet]]) -> None:
     rows = make(algorithms="deca,local", seeds="0")[0].rows
     assert budget_notes(rows, "samples") == []
+    assert rows[1].bytes_sent == 0 and budget_notes(rows, "bytes") == [], "who sends nothing has the samples alike"
     [said] = budget_notes([rows[0], replace(rows[1], samples=4 * (rows[0].samples or 0))], "samples")
     assert said.startswith("local took 4") and "does not compare" in said
     [said] = budget_notes([rows[0], replace(rows[1], samples=(rows[0].samples or 0) / 4)], "samples")
     assert said.startswith("local took 0.25 times the samples of deca")
+    slack = [
+        budget_notes([rows[0], replace(rows[1], samples=x * (rows[0].samples or 0))], "samples") for x in (1.09, 1.15)
+    ]
+    assert [len(said) for said in slack] == [0, 1]
     for budget, key in (("bytes", "bytes_sent"), ("seconds", "cpu_s")):
         other = replace(rows[0], contestant="gt", **{key: 3 * getattr(rows[0], key)})
         [said] = budget_notes([rows[0], other], budget)
@@ -1029,6 +1219,11 @@ def test_the_terminals_table_fits_with_whole_numbers(width: int) -> None:
     shown += ["75\u202fGB"] if width >= 160 else []
     assert all(number in text for number in shown)
     assert ("in table.md" in text) == (width < 160) and (name in text) == (width >= 80)
+    # A longer name goes on in the next line before a column is left out, and keeps some width; not all have a server.
+    long = terminal_table([replace(row, contestant=3 * name)], width)
+    assert len(long.columns) == len(terminal_table([row], width).columns)
+    assert terminal_table([row], width // 3).columns[0].min_width == 8
+    assert "server sent" not in str(terminal_table([replace(row, bytes_sent_by_hub=None)], width).caption)
 
 
 def test_names_are_no_markup() -> None:
@@ -1039,7 +1234,8 @@ def test_names_are_no_markup() -> None:
         lambda2=None, tuned="",
     )  # fmt: skip
     console.print(terminal_table([row]))
-    assert "[bold]x" in console.file.getvalue()  # type: ignore[attr-defined]
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "[bold]x" in text and "50.0\u202f%" in text
     assert markdown([replace(row, contestant="a|b")], [], [], "accuracy").splitlines()[2].startswith("| a\\|b | ")
 
 

@@ -100,8 +100,7 @@ class Budget:
                 )
         fitted = self.fit(algorithm, steps, blocks)
         for key in type(algorithm).model_fields:
-            is_named = f":{key}=" in contestant.name.replace(" ", "")
-            if is_named and getattr(fitted, key) != getattr(algorithm, key):
+            if contestant.sets(key) and getattr(fitted, key) != getattr(algorithm, key):
                 note(f"{contestant.name}: the budget sets {key} to {getattr(fitted, key)}, so that all spend alike")
 
 

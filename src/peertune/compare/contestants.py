@@ -41,6 +41,10 @@ class Contestant:
         digest = hashlib.sha256(self.name.encode()).hexdigest()[:12]
         return f"{text.encode()[: MAX_SLUG - 13].decode(errors='ignore')}-{digest}"
 
+    def sets(self, key: str) -> bool:
+        """Whether its name says itself what this key of [algorithm] is."""
+        return f":{key}=" in self.name.replace(" ", "").replace(":algorithm.", ":")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Lineup:
@@ -121,7 +125,7 @@ def _item_overrides(item: str) -> list[str]:
     for setting in settings:
         key, equals, value = setting.partition("=")
         key = key.strip().removeprefix("algorithm.")
-        if not key or not equals or not value.strip():
+        if not equals or not value.strip():
             raise ConfigError(f"--algorithms {item!r}: got {setting!r}, expected key=value")
         if key.startswith(AXES):
             overrides.append(f"{key}={value.strip()}")

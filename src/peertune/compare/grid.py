@@ -308,7 +308,7 @@ class Grid:
                     f"--tune {tune.key}: {contestant.name} has no such number under [algorithm]; it has"
                     f" {', '.join(numeric)}"
                 )
-            if f":{tune.key}=" in contestant.name.replace(" ", ""):
+            if contestant.sets(tune.key):
                 raise ConfigError(
                     f"--tune {tune.key}: {contestant.name!r} sets it itself; leave it out of one of the two"
                 )
