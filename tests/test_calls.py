@@ -192,6 +192,8 @@ def test_real_calls_read_back_from_the_models_own_template(
         ("是5个", "5。", True),
         ("是的。", "是的", True),
         ("x2 H5", "5", False),
+        ("it is 50", "50 %", True),
+        ("5.00 in all", "€5", True),
     ],
 )
 def test_answers_match_by_their_final_number(generated: str, expected: str, same: bool) -> None:
@@ -201,6 +203,7 @@ def test_answers_match_by_their_final_number(generated: str, expected: str, same
 def test_numbers_are_found_where_they_stand() -> None:
     assert last_number("5-3=2") == 2 and last_number("x2 y") is None and last_number("7 .5") == 0.5
     assert last_number("1,234,567.5 m") == 1234567.5 and last_number("at -$20.") == -20
+    assert last_number("1,2345") == 2345, "groups are of three"
     assert answered_number("3 #### none") == 3
 
 

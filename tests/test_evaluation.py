@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from peertune.evaluation import HeldOut, generation, measure, references, remark
 from peertune.evaluation import metrics as measuring
 from peertune.evaluation.generation import generate
 from peertune.evaluation.likelihood import evaluate
-from peertune.evaluation.references import Reference, end_tokens, only_calls
+from peertune.evaluation.references import Reference, _choices, end_tokens, only_calls
 from peertune.model.language_model import LanguageModel
 from peertune.model.load import load_model
 from peertune.run import run
@@ -197,6 +198,9 @@ def test_only_the_calls_count_in_their_loss(micro: LanguageModel, chatty: PreTra
     [calling] = only_calls(data.samples)
     assert chatty.decode(calling.input_ids[calling.loss_mask]) == '[{"name": "on", "arguments": {}}]'
     assert chatty.decode(data.samples[0].input_ids[data.samples[0].loss_mask]).startswith("Well: [{")
+    assert data.references[0].num_tokens == len("Well: ") + int(calling.loss_mask.sum()), "all that is to be generated"
+    [first] = only_calls([replace(calling, calls=((0, 3),))])
+    assert np.flatnonzero(first.loss_mask).tolist() == [1, 2], "nothing predicts the first token"
     with torch.no_grad():
         loss, count = micro.loss_sum(collate([calling], 0))
     metrics = measure(micro, data, EvalSection()).overall
@@ -219,7 +223,10 @@ def test_all_of_a_classification_is_measured_together_and_some_rows_spread_over_
 
 
 def test_a_client_may_be_called_0(chatty: PreTrainedTokenizerBase) -> None:
-    assert held_out([{**ROWS[0], "client": 0}], chatty).references[0].client == "0"
+    data = held_out([{**ROWS[0], "client": 0}], chatty)
+    assert data.references[0].client == "0"
+    packed = replace(data.samples[0], row=-1)
+    assert references(ROWS, [packed], DataSection(task="text"), chatty)[0].client == "", "of several rows, nobody's"
 
 
 def test_calls_in_text_are_counted(
@@ -233,8 +240,9 @@ def test_calls_in_text_are_counted(
         assert options == {"max_new_tokens": 7, "stop": [4]}
         return written[: len(given)]
 
-    monkeypatch.setattr(measuring, "generate", answer)
     data = held_out(ROWS, chatty, 200)
+    whole = measure(micro, data, EvalSection()).overall
+    monkeypatch.setattr(measuring, "generate", answer)
     found = measure(micro, data, EvalSection(generate_samples=3, max_new_tokens=7), by_client=True)
     assert prompts == [
         f"Functions that may be called:\non() - Does on.\noff() - Does off.?{q}!" for q in ("a", "bb", "ccc")
@@ -246,6 +254,7 @@ def test_calls_in_text_are_counted(
     counts = [sum(int(s.loss_mask.sum()) for s in part) for part in (data.samples[:1], data.samples[1:])]
     weighted = sum(n * found.by_client[c]["loss"] for n, c in zip(counts, ("x", "y"), strict=True)) / sum(counts)
     assert found.overall["loss"] == pytest.approx(weighted, rel=1e-5)
+    assert {name: found.overall[name] for name in whole} == pytest.approx(whole, rel=1e-5)
     written[:] = ['[{"name": "off", "arguments": {"n": 1.0}}]']
     one = EvalSection(generate_samples=1, max_new_tokens=7)
     few = measure(micro, data, one)
@@ -283,6 +292,13 @@ def test_functions_are_chosen_by_their_likelihood(
     micro.module.train()
     metrics = measure(micro, data, EvalSection(choice_samples=9)).overall
     assert metrics["function_name_choice_accuracy"] == pytest.approx(np.mean(right))
+    both = [row("a", "on"), row("a", "off")]
+    for here, there in (both, both[::-1]):
+        here["messages"][1]["tool_calls"].append({**there["messages"][1]["tool_calls"][0]})
+    data = held_out(both, chatty, 200)
+    assert [known.choices[0][0] for known in data.references] == ["on", "off"], "chosen where the first call stands"
+    either = measure(micro, data, EvalSection(choice_samples=2)).overall
+    assert either["function_name_choice_accuracy"] == 1.0, "calls are made in any order"
 
 
 def test_a_model_that_learned_its_calls_makes_them(micro: LanguageModel, chatty: PreTrainedTokenizerBase) -> None:
@@ -328,6 +344,29 @@ def test_references_that_cannot_be_read_are_told(chatty: PreTrainedTokenizerBase
     ]
     [said] = remarks(held_out(ROWS, chatty, 60), EvalSection(generate_samples=1))
     assert "the calls of 3 of 3 held-out rows do not read back" in said and "cut off" in said
+
+
+def test_calls_that_no_row_or_text_has_whole_are_not_expected(chatty: PreTrainedTokenizerBase) -> None:
+    broken = row("a", "on")
+    broken["messages"][1]["tool_calls"][0]["arguments"] = "[1]"
+    assert held_out([broken], chatty).references == [Reference(readable=False)]
+    chatty.chat_template = TEMPLATE.replace("m.tool_calls | tojson", "'it calls'")
+    assert held_out(ROWS[:1], chatty).references == [Reference("x", readable=False)]
+
+
+def test_functions_are_offered_only_where_their_names_can_be_told_apart(chatty: PreTrainedTokenizerBase) -> None:
+    [sample] = held_out(ROWS[:1], chatty, 200).samples
+    start, end = sample.calls[-1]
+    written = str(chatty.decode(sample.input_ids[start:end]))
+    for changed, num in ((0, 0), (12, 0), (13, 2)):  # of [{"name": "on", whose last token may hold more
+        ids = sample.input_ids.copy()
+        ids[start + changed] = 9
+        assert len(_choices(replace(sample, input_ids=ids), start, end, written, "on", ["off"], chatty)) == num
+    text = "it calls on"
+    ids = np.array(chatty.encode(text, add_special_tokens=False), dtype=np.int32)
+    whole = Sample(ids, np.ones(len(ids), bool))
+    assert _choices(whole, 0, len(ids), text, "on", ["on_off"], chatty) == (), "the one begins with the other"
+    assert len(_choices(whole, 0, len(ids), text, "on", ["off"], chatty)) == 2
 
 
 def test_that_nothing_can_be_generated_is_told(chatty: PreTrainedTokenizerBase) -> None:
@@ -383,6 +422,11 @@ def test_answers_of_instructions_are_matched(
     assert measure(micro, data, EvalSection(generate_samples=4)).overall["exact_match"] == 0.5
     monkeypatch.setattr(measuring, "generate", lambda model, tokenizer, given, **_: [""] * len(given))
     assert "exact_match" not in measure(micro, data, EvalSection()).overall
+    assert remarks(data, EvalSection(generate_samples=1)) == []
+    [said] = remarks(data, EvalSection(generate_samples=1, max_new_tokens=3))
+    assert said.startswith("the answers of 4 of 4 held-out rows are longer than eval.max_new_tokens = 3")
+    empty = [{**rows[0], "output": None}]
+    assert references(empty, samples[:1], INSTRUCTION, byte_tokenizer)[0].answer == ""
 
 
 # whole runs and the command

@@ -18,7 +18,7 @@ from peertune.data.render import Sample
 from peertune.errors import ModelError
 from peertune.evaluation import label_scores as scoring
 from peertune.evaluation.label_scores import label_scores, label_scores_plainly
-from peertune.evaluation.likelihood import macro_f1
+from peertune.evaluation.likelihood import evaluate, macro_f1
 from peertune.model import loss
 from peertune.model.blocks import block_table, find_layers, frozen_names, is_tied, partition_blocks
 from peertune.model.language_model import LanguageModel
@@ -310,6 +310,10 @@ def test_label_scores_equal_scoring_each_label_anew(name: str, tied: bool) -> No
         fast = label_scores(model, prompts(), 0, LABELS)
         slow = label_scores_plainly(model, prompts(), 0, LABELS)
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-4)
+    samples = [replace(sample, label=4 * sample.label) for sample in prompts()]
+    own = slow[range(3), [sample.label for sample in samples]].sum().item()
+    tokens = sum(len(LABELS[sample.label]) for sample in samples)
+    assert evaluate(model, samples, 0, labels=LABELS)["loss"] == pytest.approx(-own / tokens, rel=1e-4)
 
 
 @pytest.mark.parametrize("only_likeliest", [False, True])
@@ -318,6 +322,7 @@ def test_labels_that_do_not_fit_behind_a_prompt_take_turns(
     slots: int, only_likeliest: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scoring, "SLOTS", slots)
+    monkeypatch.setattr(loss, "LOGITS_BYTES_CPU", 1)  # the logits of some places at a time
     model = LanguageModel(make_model("llama"), ModelSection())
     held = []
     hidden = model.hidden

@@ -95,7 +95,7 @@ def _of_calls(
     read = parse_calls(written)
     # The row's last turns may be cut off, or not be learned: which one this is is known where it reads back.
     calls = next((calls for calls in reversed(made) if same_calls(read, calls)), [])
-    is_other = len(sample.calls) < len(made) and end == len(sample.input_ids)  # maybe, and cut off within its calls
+    is_other = len(sample.calls) < len(made)  # maybe
     if not calls and (not made or is_other or made[-1][0].name not in written):  # or it says them in some other way
         return Reference(client, readable=False)
     expected = calls or made[-1]
@@ -135,7 +135,7 @@ def _choices(
     shared = min(common_length(tails[0], tail) for tail in tails[1:])
     true, whole = tails[0], sample.input_ids[start:end]
     # the last token may hold more than the one character after the name
-    if common_length(true, whole) < max(shared, len(true) - 1) or any(len(tail) <= shared for tail in tails):
+    if common_length(true, whole) < len(true) - 1 or any(len(tail) <= shared for tail in tails):
         return ()
     found = []
     for candidate, tail in zip(names, tails, strict=True):
