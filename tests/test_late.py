@@ -452,6 +452,7 @@ class Waiting:
         node: Any = SimpleNamespace(
             neighbors={1: self.neighbor}, index=0, has_quorum=True, turned_away="", soon=lambda call: call(),
             has_quorum_without_the_lost=True, log=lambda *_, **__: None, presence=self.presence,
+            dials=lambda index: True,
         )  # fmt: skip
         waiting = self
 
@@ -515,6 +516,19 @@ def test_the_final_agreement_is_waited_for_as_long_as_somebody_gets_on(
     waiting.neighbor.mark_away = lambda round: False  # it is within reach all the time
     assert waiting.comes(100.0, 0.0) == comes
     assert waiting.now == pytest.approx(1000.0 if comes else 100.0 + until_s // 30 * 30, abs=2)
+
+
+@pytest.mark.parametrize("dials", [True, False])
+def test_who_waits_to_be_dialled_says_so_and_where(dials: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other end alone knows what is in the way: a port that is closed, or another process at that address."""
+    waiting = Waiting(monkeypatch, lambda it: it.arrival.set_result({}) if it.now == 9.0 else None)
+    node, told = cast(Any, waiting.exchange._node), list[dict[str, Any]]()
+    node.charter = SimpleNamespace(members=[SimpleNamespace(address="north.example.org:7000")])
+    node.dials, node.log = lambda index: dials, lambda kind, **fields: told.append({"kind": kind, **fields})
+    waiting.neighbor.is_connected, waiting.neighbor.mark_away = False, lambda round: False
+    assert waiting.comes(math.inf, 0.0)
+    hint = {} if dials else {"hint": "it dials this site, at north.example.org:7000"}
+    assert told == [{"kind": "waiting", "peer": "east", "round": -1, **hint}]
 
 
 @pytest.mark.parametrize(

@@ -286,7 +286,7 @@ class NetworkExchange:
                 reached, got_on = neighbor.edge.peer_round, time.monotonic()
             if not told and not neighbor.is_connected and time.monotonic() - began > WAITING_S:
                 told = True
-                self._node.log("waiting", peer=neighbor.name, round=self._key[0])
+                self._node.log("waiting", peer=neighbor.name, round=self._key[0], **self._hint(source))
             is_patient = time.monotonic() - began < LENIENT_GRACES * lenient_s
             may_come = neighbor.is_connected and is_patient and time.monotonic() - got_on < lenient_s
             if arrival.done():
@@ -309,6 +309,12 @@ class NetworkExchange:
                 return payload
             if self._has_begun:
                 self.has_quorum(self._key[0])
+
+    def _hint(self, source: int) -> dict[str, str]:
+        """Where a neighbour dials this site: what is in the way is told at the end that dials only."""
+        if self._node.dials(source):
+            return {}
+        return {"hint": f"it dials this site, at {self._node.charter.members[self._peer].address}"}
 
     def has_quorum(self, round: int) -> bool:
         """Whether enough members are there; asked by one who waits, it says so where that has changed."""
