@@ -208,8 +208,17 @@ def test_only_the_calls_count_in_their_loss(micro: LanguageModel, chatty: PreTra
     assert metrics["loss"] == evaluate(micro, data.samples, 0)["loss"] != metrics["call_loss"]
     assert set(metrics) == {"loss", "perplexity", "call_loss"}
     assert "call_loss" not in measure(micro, held_out([silent], chatty), EvalSection()).overall
+    parts = [({"loss": 1.0, "call_loss": 1.0}, data.samples[:1]), ({"loss": 2.0}, data.samples[1:])]
+    assert measuring._combine(parts)["call_loss"] == 1.0, "who makes no calls has no part in it"
     assert end_tokens(data.samples, chatty) == [4]
     assert end_tokens(held_out(ROWS, chatty, 60).samples, chatty) == [], "where all are cut, no letter ends an answer"
+
+
+def test_a_perplexity_beyond_all_numbers_ends_no_run(
+    micro: LanguageModel, chatty: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(micro, "loss_sum", lambda batch: (torch.tensor(1e6), 1))
+    assert 1e300 < measure(micro, held_out(ROWS, chatty), EvalSection()).overall["perplexity"] < float("inf")
 
 
 def test_all_of_a_classification_is_measured_together_and_some_rows_spread_over_the_file(micro: LanguageModel) -> None:
