@@ -182,6 +182,8 @@ def test_generation_with_adapters(byte_tokenizer: PreTrainedTokenizerBase) -> No
 
     adapted = get_peft_model(make_model("llama"), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     model = LanguageModel(adapted, ModelSection())
+    for own in (adapted.generation_config, model.core.generation_config):
+        own.repetition_penalty = 9.0
     prompts = [np.arange(3, 3 + n, dtype=np.int32) for n in (4, 9)]
     expected = [greedily(model, prompt, 8, {2}) for prompt in prompts]
     assert generate(model, byte_tokenizer, prompts, max_new_tokens=8) == list(map(byte_tokenizer.decode, expected))
