@@ -549,6 +549,25 @@ def test_who_leaves_ends_its_round_where_it_needs_nobody_who_is_gone(
         assert waiting.comes(math.inf, 0.0) is expected
 
 
+@pytest.mark.parametrize(
+    ("hop", "has_left", "goes_on"),
+    [("gossip", True, True), (ROLL, True, False), ("agree", True, False), (ROLL, False, True)],
+)
+def test_those_who_leave_together_in_the_final_agreement_are_back_for_it(
+    hop: str, has_left: bool, goes_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the last one of them ends the run with a model of its own, and agrees with nobody any more."""
+    waiting = Waiting(monkeypatch, lambda _: None)
+    waiting.neighbor.is_connected, waiting.edge.peer_has_left = False, has_left
+    waiting.exchange._node.charter = cast(Any, SimpleNamespace(grace_s=8.0, stall_s=8.0, members=range(2)))
+    waiting.exchange._expect = lambda *_: waiting.arrival  # type: ignore[method-assign]
+    waiting.exchange._requests = cast(Any, SimpleNamespace(is_leaving=True, ejections=dict))
+    wave = Hop(hop, {(i, j): 0.5 for i in range(2) for j in range(2)})
+    with nullcontext() if goes_on else pytest.raises(Left, match="as east left too; the same command"):
+        found = waiting.exchange.finish(7, wave, dict)
+        assert found is not None and found.weights == {0: 1.0}
+
+
 def test_one_more_message_below_the_quorum_ends_no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pause is told once, and its end when enough are there again, whichever of the waits that is in."""
 

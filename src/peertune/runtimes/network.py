@@ -233,7 +233,11 @@ class NetworkExchange:
                 payloads[source] = {name: tensor.to(shapes[name].device) for name, tensor in payload.items()}
         self._has_begun |= bool(arrivals)
         if missing:
-            names = ", ".join(self._node.neighbors[source].name for source in missing)
+            lost = [self._node.neighbors[source] for source in missing]
+            names, leaves = ", ".join(other.name for other in lost), self.is_leaving and not is_of_a_round
+            left = [other.name for other in lost if leaves and other.edge.peer_has_left]
+            if left:  # they come back, and would find nobody to agree with
+                raise Left(f"left before the final agreement, as {left[0]} left too; the same command goes on with it")
             self._node.log("left_out", peers=names, round=round, hop=hop.name)
             if is_of_a_round:
                 self.rounds_without.update(set(missing).difference(self.left_out))
