@@ -206,7 +206,7 @@ def _is_branch(part: str) -> bool:
 
 def _expected(problem: Any) -> str:
     if problem["type"] == "list_type" and str(problem["loc"][-1]).endswith("_modules"):
-        return f"a list, such as {json.dumps([str(problem['input']).strip('[]')])}"
+        return f"a list, such as {json.dumps([str(problem['input'])])}"
     message = str(problem["msg"]).replace("Input should be ", "")
     brief = re.sub(r"\d[\d.]{9,}", lambda digits: f"{float(digits[0]):g}", message)  # pydantic writes all zeros out
     return brief.removeprefix("a valid ")
