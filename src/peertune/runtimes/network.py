@@ -124,7 +124,7 @@ class NetworkGroup(Group):
                 self.node.log("late", peer=neighbor.name, round=round, used=used, amount=amount)
 
     def _await_quorum(self, round: int) -> None:
-        while not self.is_leaving and not self._exchange.has_quorum(round):
+        while not self.is_leaving and not self._exchange.log_quorum(round):
             time.sleep(POLL_S)
             self._exchange.attend()
 
@@ -309,10 +309,10 @@ class NetworkExchange:
             with suppress(TimeoutError):
                 payload = arrival.result(timeout=POLL_S)
                 if self._is_paused:  # one more message, from one of too few, ends no pause
-                    self.has_quorum(self._key[0])
+                    self.log_quorum(self._key[0])
                 return payload
             if self._has_begun:
-                self.has_quorum(self._key[0])
+                self.log_quorum(self._key[0])
 
     def _hint(self, source: int) -> dict[str, str]:
         """Where a neighbour dials this site: what is in the way is told at the end that dials only."""
@@ -320,8 +320,8 @@ class NetworkExchange:
             return {}
         return {"hint": f"it dials this site, at {self._node.charter.members[self._peer].address}"}
 
-    def has_quorum(self, round: int) -> bool:
-        """Whether enough members are there; asked by one who waits, it says so where that has changed."""
+    def log_quorum(self, round: int) -> bool:
+        """Say whether enough members are there, where that has changed while one waits. Returns whether they are."""
         found = self._node.has_quorum
         if found == self._is_paused:
             self._is_paused = not found
