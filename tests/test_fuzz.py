@@ -31,6 +31,7 @@ from peertune.runtimes.frames import ProtocolError
 from peertune.runtimes.message import HASH_SIZE, Incoming, hash_of, shapes_hash
 from peertune.runtimes.network import NetworkExchange
 from peertune.runtimes.node import MAX_STREAMS, Node
+from peertune.runtimes.probe import diagnose
 from tests.test_consortium import PATIENCE_S, free_ports, make_charter, wait_for
 from tests.test_edge import make_payload, same
 
@@ -468,6 +469,7 @@ def test_more_strangers_than_the_process_has_descriptors_leave_it_some_for_its_f
         dialled = [stack.enter_context(sites.dial()) for _ in range(few + 50)]
         for _ in range(3):
             sites.exchange()  # looks into /proc, which takes a descriptor
+        assert "as many open as it takes" in asyncio.run(diagnose(sites.charter, 0))
         assert all(is_let_go(raw) for raw in dialled)
     sites.exchange()
     sites.end()
