@@ -474,9 +474,12 @@ def test_a_calls_id_is_not_learned_where_we_write_the_call(kind: str, byte_token
     """OpenAI's are two dozen random letters, more than many a call, and no model can know them."""
     byte_tokenizer.chat_template = {"plain": plain_template(byte_tokenizer), "left out": INST}.get(kind)
     call = {"type": "function", "function": {"name": "f", "arguments": '{"x": "é"}'}}
-    rows = [chat(user("q"), assistant("", {**more, **call})) for more in ({"id": "call_Ab3dEf9h"}, {})]
+    rows = [chat(user("q"), assistant("", {**more, **call}, call)) for more in ({"id": "call_Ab3dEf9h"}, {})]
     drawn, bare = render(rows, CHAT, byte_tokenizer, 400).samples
     assert drawn.input_ids.tolist() == bare.input_ids.tolist() and drawn.calls == bare.calls
+    if kind == "plain":  # as whoever loads the exported model has it
+        texts = [byte_tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in rows]
+        assert texts[0] == texts[1] and '}}, {"type"' in texts[0]
 
 
 def test_history_goes_first_then_the_longest_text(byte_tokenizer: PreTrainedTokenizerBase) -> None:

@@ -34,7 +34,13 @@ _PLAIN_TEMPLATE = """\
 {%- set titles = {'system': 'Context', 'user': 'Request', 'assistant': 'Reply', 'tool': 'Tool result'} -%}
 {%- for m in messages -%}
 {{ '### ' + titles.get(m.role, m.role) + ':\\n' + (m.content or '') }}
-{%- if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif -%}
+{%- for call in m.tool_calls or [] -%}
+{{ ', {' if loop.index0 else '[{' }}
+{%- for key, value in call.items() if key != 'id' -%}
+{{ ', ' if loop.index0 }}{{ key | tojson }}: {{ value | tojson }}
+{%- endfor -%}
+{{ '}]' if loop.last else '}' }}
+{%- endfor -%}
 {{ (eos_token or '') if m.role == 'assistant' else '' }}{{ '\\n\\n' }}
 {%- endfor -%}
 {{ '### Reply:\\n' if add_generation_prompt else '' }}"""
@@ -98,9 +104,7 @@ class ChatRenderer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         own = str(tokenizer.chat_template or "")
-        plain = plain_template(tokenizer)
-        self._template = None if own else plain
-        self._is_plain = own in ("", plain)  # a run, and what it exports, has it as the tokenizer's own
+        self._template = None if own else plain_template(tokenizer)
         self._calls_as_objects = bool(_CALLS_AS_JSON.search(own)) and "is string" not in own
         self._end_tokens = tuple(str(token) for token in tokenizer.added_tokens_decoder.values())
 
@@ -294,8 +298,6 @@ class ChatRenderer:
         calls = message.get("tool_calls")
         if self._calls_as_objects and calls:
             prepared["tool_calls"] = [_with_object(call) for call in calls]
-        elif self._is_plain and calls:
-            prepared["tool_calls"] = [_without_id(call) for call in calls]
         return prepared
 
     def _render(
@@ -347,12 +349,9 @@ def _silent(message: Message) -> Message:
 
 def _written_calls(message: Message) -> str:
     calls = message.get("tool_calls")
-    return json.dumps([_without_id(call) for call in calls], ensure_ascii=False) if calls else ""
-
-
-def _without_id(call: Message) -> Message:
-    """A call without its id, which is drawn at random where it was made: nothing that a model could learn."""
-    return {key: value for key, value in call.items() if key != "id"}
+    # An id is drawn at random where a call is made: nothing that a model could learn. As `plain_template` has them.
+    kept = [{key: value for key, value in call.items() if key != "id"} for call in calls or []]
+    return json.dumps(kept, ensure_ascii=False) if kept else ""
 
 
 def _with_object(call: Any) -> Any:
