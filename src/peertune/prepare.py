@@ -96,7 +96,7 @@ def prepare_data(config: RunConfig, base: Path | None, site: int | None = None) 
         parts = dict(enumerate(partition(table.rows, table.source, config.run.num_peers, section, partition_seed)))
     else:
         parts = {site: rows_of_site(len(table.rows), site, section, partition_seed)} if table.rows else {}
-    # Nothing of a site's is dealt: a recipe names none of its columns whose values its log and report would list.
+    # Nothing of a site's is dealt: of columns that a recipe names only the labels' values are in its log and report.
     dealt = section if site is None else section.model_copy(update={"partition": PartitionSection()})
     tokenizer = prepare_tokenizer(config, base)
     length = config.model.max_length
