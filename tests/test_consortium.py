@@ -1741,10 +1741,17 @@ def test_grpc_finds_addresses_as_everything_else_on_the_machine() -> None:
 
 def test_why_a_neighbor_cannot_be_reached_is_logged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     charter, (a, b), port = two_sites(tmp_path)
-    monkeypatch.setattr(node_module, "RECONNECT_S", 0.1)
-    charter = charter.model_copy(update={"stall_s": 6.0, "signatures": {}}).signed(a).signed(b)
+    for name, short in (("RECONNECT_S", 0.1), ("ATTEMPT_S", 1.0), ("REDIAL_S", (0.1, 0.1))):
+        monkeypatch.setattr(node_module, name, short)
+    charter = charter.model_copy(update={"stall_s": 0.6, "signatures": {}}).signed(a).signed(b)
     fork = multiprocessing.get_context("fork")
-    heard = fork.Queue()
+    heard, looks, look = fork.Queue(), fork.Semaphore(0), node_module.diagnose
+
+    async def looked(*given: Any) -> str:
+        looks.release()
+        return await look(*given)
+
+    monkeypatch.setattr(node_module, "diagnose", looked)
 
     def play() -> None:
         node = Node(charter, b, "", lambda event, **fields: heard.put((event, fields)))
@@ -1754,6 +1761,8 @@ def test_why_a_neighbor_cannot_be_reached_is_logged_once(tmp_path: Path, monkeyp
     site = fork.Process(target=play, daemon=True)
     site.start()
     assert heard.get(timeout=PATIENCE_S) == ("unreachable", {"peer": "a", "reason": "nothing listens there"})
+    for _ in range(4):
+        assert looks.acquire(timeout=PATIENCE_S)
     with socket.create_server(("127.0.0.1", port)) as server:
         threading.Thread(target=speak_nonsense, args=(server,), daemon=True).start()
         assert heard.get(timeout=PATIENCE_S)[1]["reason"] == "something answers there that is no peertune"
