@@ -1576,9 +1576,13 @@ class ConnectProxy:
 
 
 def speak_nonsense(server: socket.socket) -> None:
+    """It hears the other out: whoever closes on what has come takes back what was said, for a reset."""
     while server.fileno() >= 0:
         with suppress(OSError), server.accept()[0] as connection:
+            connection.recv(1)
             connection.sendall(b"SSH-2.0-nothing\r\n" * 4)
+            while connection.recv(1 << 16):
+                pass
 
 
 @pytest.fixture

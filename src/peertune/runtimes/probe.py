@@ -280,8 +280,8 @@ async def _diagnose(charter: Charter, member: Member, proxy: Proxy | None) -> st
         return "something answers there that is no peertune"
     except ConnectionResetError:
         return (
-            "a connection opens and is closed at once, as by a relay or container port with no peertune behind it, or"
-            " by a site that has as many open as it takes"
+            "a connection opens and is closed at once, as by what is no peertune, by a relay or container port with no"
+            " peertune behind it, or by a site that has as many open as it takes"
         )
     except OSError as error:
         return _reason(error)
