@@ -113,7 +113,7 @@ products.widen()
 wide, narrow = turns_during(lambda: x @ x), turns_during(lambda: x.bfloat16() @ x.bfloat16())
 done.set()
 thread.join()
-assert min(wide, narrow) > plain / 20, (plain, wide, narrow)
+assert min(wide, narrow) > plain / 10, (plain, wide, narrow)
 """
 LOADING = """
 from peertune.config import ModelSection
