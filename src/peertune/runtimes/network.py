@@ -234,9 +234,9 @@ class NetworkExchange:
         self._has_begun |= bool(arrivals)
         if missing:
             lost = [self._node.neighbors[source] for source in missing]
-            names, leaves = ", ".join(other.name for other in lost), self.is_leaving and not is_of_a_round
-            left = [other.name for other in lost if leaves and other.edge.peer_has_left]
-            if left:  # they come back, and would find nobody to agree with
+            names, may_agree_later = ", ".join(other.name for other in lost), self.is_leaving and not is_of_a_round
+            # Those who left too come back, and would find nobody to agree with.
+            if may_agree_later and (left := [other.name for other in lost if other.edge.peer_has_left]):
                 raise Left(f"left before the final agreement, as {left[0]} left too; the same command goes on with it")
             self._node.log("left_out", peers=names, round=round, hop=hop.name)
             if is_of_a_round:
